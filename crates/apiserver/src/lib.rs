@@ -1,0 +1,1 @@
+//! Request, decision, store, watch: the generic API engine.

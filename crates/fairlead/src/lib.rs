@@ -1,0 +1,1 @@
+//! Kubernetes in one binary, built around its Service network.

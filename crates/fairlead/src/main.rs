@@ -1,0 +1,2 @@
+//! The binary: flags, certificates, wiring, drain.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Ingress and Gateway objects become routes and upstreams.

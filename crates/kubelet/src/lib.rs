@@ -1,0 +1,1 @@
+//! Makes the node match its pods.

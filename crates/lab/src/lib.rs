@@ -1,0 +1,1 @@
+//! Several nodes, a switch and an outside on one machine, as namespaces with a cgroup subtree each.

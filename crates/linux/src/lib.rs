@@ -1,0 +1,1 @@
+//! Kernel objects as values, and the one place that commits them; a fake beside each.

@@ -1,0 +1,1 @@
+//! Gives LoadBalancer Services addresses and announces them.

@@ -1,0 +1,1 @@
+//! A pod's address, and the way to other nodes' pods.

@@ -1,0 +1,1 @@
+//! What every controller would otherwise repeat: watch, queue, retry, events, leases.

@@ -1,0 +1,1 @@
+//! Sandboxes, containers and images, in CRI's words.

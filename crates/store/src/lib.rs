@@ -1,0 +1,1 @@
+//! Revisioned keys, compare-and-set transactions, watch from a revision, compaction.

@@ -9,11 +9,11 @@ use crate::Revision;
 /// Cheap to clone, because one failed sync answers every writer of its group.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    #[error("revision {requested} is compacted, the oldest one held is {oldest}: list again and watch from there")]
-    Compacted { requested: Revision, oldest: Revision },
+    #[error("revision {requested} is compacted: list again and watch from the list's revision")]
+    Compacted { requested: Revision },
 
-    #[error("revision {requested} is in the future, the store is at {current}: read at {current} or wait for it")]
-    Future { requested: Revision, current: Revision },
+    #[error("revision {requested} is in the future: read the newest, or watch until it has come")]
+    Future { requested: Revision },
 
     #[error("the transaction is invalid: {0}")]
     Invalid(String),
@@ -27,6 +27,9 @@ pub enum Error {
 
     #[error("etcd refused the request ({0}): check its logs, its version (v3) and this client's certificate and role")]
     Refused(String),
+
+    #[error("etcd holds a key among ours that we did not write ({key}): give Fairlead a prefix of its own")]
+    Foreign { key: String },
 
     #[error("cannot configure the connection to etcd ({0}): check the endpoints and the CA, certificate and key files")]
     Connection(String),

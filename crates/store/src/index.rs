@@ -193,7 +193,7 @@ impl Index {
 
     pub fn compact(&mut self, revision: Revision) -> Result<(), Error> {
         if revision > self.revision {
-            return Err(Error::Future { requested: revision, current: self.revision });
+            return Err(Error::Future { requested: revision });
         }
         while self.history.front().is_some_and(|batch| batch.revision <= revision) {
             self.forget_first();
@@ -212,10 +212,10 @@ impl Index {
         let revision = match at {
             None | Some(0) => self.revision,
             Some(at) if at > self.revision => {
-                return Err(Error::Future { requested: at, current: self.revision });
+                return Err(Error::Future { requested: at });
             }
             Some(at) if at < self.oldest => {
-                return Err(Error::Compacted { requested: at, oldest: self.oldest });
+                return Err(Error::Compacted { requested: at });
             }
             Some(at) => at,
         };
@@ -252,7 +252,7 @@ impl Index {
         // Revision 1 is the empty store: nothing happened in it.
         let from = from.max(1);
         if from < self.oldest {
-            return Err(Error::Compacted { requested: from, oldest: self.oldest });
+            return Err(Error::Compacted { requested: from });
         }
         let skip = usize::try_from(from - self.oldest).unwrap_or(usize::MAX);
         let mut complete = from;

@@ -1,10 +1,11 @@
 //! Revisioned keys, compare-and-set transactions, watch from a revision, compaction.
 //!
-//! One trait, three stores: [`LogStore`] is the embedded durable one, `EtcdStore` speaks to a real etcd, [`MemoryStore`]
+//! One trait, three stores: [`LogStore`] is the embedded durable one, [`EtcdStore`] speaks to a real etcd, [`MemoryStore`]
 //! is for tests. The words and their meaning are etcd's: one number, the revision, counts transactions that changed
 //! something; every key remembers the revision that created it and the one that changed it last.
 
 mod error;
+mod etcd;
 mod index;
 mod log;
 mod memory;
@@ -17,6 +18,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
 pub use error::Error;
+pub use etcd::{EtcdOptions, EtcdStore, EtcdTls};
 pub use index::HistoryLimits;
 pub use log::{LogOptions, LogStore};
 pub use memory::MemoryStore;
@@ -108,11 +110,16 @@ impl Txn {
         self
     }
 
-    /// Refuses what no store could carry out: an empty key, or one key twice among `ops` (as etcd does).
+    /// Refuses what stores would not agree on: an empty key, revision 0, or one key twice among `ops` (as etcd does).
     pub fn validate(&self) -> Result<(), Error> {
         let keys = self.compare.iter().map(Compare::key).chain(self.ops.iter().map(Op::key));
         if keys.into_iter().any(str::is_empty) {
             return Err(Error::Invalid("a key is empty: give every compare and every op a key".into()));
+        }
+        if let Some(Compare::Unchanged(key, _)) = self.compare.iter().find(|c| matches!(c, Compare::Unchanged(_, 0))) {
+            return Err(Error::Invalid(format!(
+                "no key is of revision 0, not even {key:?}: ask for Absent if that is meant"
+            )));
         }
         let mut written: Vec<&str> = self.ops.iter().map(Op::key).collect();
         written.sort_unstable();

@@ -140,7 +140,15 @@ impl Store for EtcdStore {
     }
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> BoxFuture<'a, Result<WatchStream, Error>> {
-        Box::pin(watch::open(&self.client, &self.keys, prefix, from))
+        Box::pin(async move {
+            // etcd tells of compaction only later, on the stream, and not for the compacted revision itself, whose
+            // deletions it has forgotten.
+            let probe = RangeRequest { revision: signed(from.max(1)), ..self.keys.just("") };
+            match self.range(probe).await {
+                Ok(_) | Err(Error::Future { .. }) => watch::open(&self.client, &self.keys, prefix, from).await,
+                Err(error) => Err(error),
+            }
+        })
     }
 
     fn compact(&self, revision: Revision) -> BoxFuture<'_, Result<(), Error>> {

@@ -163,3 +163,58 @@ fn proves_synced(bytes: &[u8], end: usize, revision: Revision) -> bool {
         is_plausible && record::decode(&tail[skip..]).is_some()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::{HEADER, header, record, replay};
+    use crate::index::{Batch, Change};
+    use crate::{Error, KeyValue, Revision};
+
+    fn batch(revision: Revision) -> Batch {
+        let key: Arc<str> = "key".into();
+        let after =
+            KeyValue { key: key.clone(), value: "value".into(), create_revision: revision, mod_revision: revision };
+        Batch { revision, changes: vec![Change { key, before: None, after: Some(after) }] }
+    }
+
+    /// A segment of three records, of which the third begins a group of its own or not, and the second is damaged.
+    fn replay_damaged(is_third_apart: bool, is_last: bool) -> Result<(Revision, bool), Error> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mut bytes = header(1).to_vec();
+        let group = bytes.len() as u64;
+        record::encode(&batch(2), group, &mut bytes);
+        let second = bytes.len();
+        record::encode(&batch(3), group, &mut bytes);
+        let third = if is_third_apart { bytes.len() as u64 } else { group };
+        record::encode(&batch(4), third, &mut bytes);
+        bytes.extend_from_slice(&[0; 100]);
+        bytes[second + 30] ^= 1;
+        let name = format!("fairlead-segment-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        fs::write(&path, &bytes).expect("the temporary directory can be written");
+        let replayed = replay(&path, 1, is_last, |_| Some(()));
+        fs::remove_file(&path).expect("the file was just written");
+        replayed.map(|replayed| (replayed.revision, replayed.is_torn))
+    }
+
+    #[test]
+    fn a_torn_group_is_cut_though_a_later_part_of_it_reached_the_disk() {
+        assert!(matches!(replay_damaged(false, true), Ok((2, true))));
+    }
+
+    #[test]
+    fn damage_before_a_later_group_is_no_torn_write() {
+        let record = 24 + 4 + 1 + 4 + 3 + 4 + 5;
+        let damaged = (HEADER + record) as u64;
+        assert!(matches!(replay_damaged(true, true), Err(Error::Corrupt { offset, .. }) if offset == damaged));
+    }
+
+    #[test]
+    fn only_the_last_segment_can_be_torn() {
+        assert!(matches!(replay_damaged(false, false), Err(Error::Corrupt { .. })));
+    }
+}

@@ -52,7 +52,8 @@ impl Directory {
         let mut revisions = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(disk)? {
             let name = entry.map_err(disk)?.file_name();
-            let number = name.to_str().and_then(|name| name.strip_suffix(kind)?.strip_suffix('.')?.parse().ok());
+            let number: Option<Revision> =
+                name.to_str().and_then(|name| name.strip_suffix(kind)?.strip_suffix('.')?.parse().ok());
             revisions.extend(number);
         }
         revisions.sort_unstable();

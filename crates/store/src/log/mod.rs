@@ -59,7 +59,7 @@ impl LogStore {
     /// Opens the store in `dir`, which is made if it does not exist, and reads it whole. Blocks the thread.
     pub fn open(dir: &Path, options: LogOptions) -> Result<Self, Error> {
         let directory = Directory::open(dir)?;
-        let Recovered { index, segment, logged } = recovery::recover(&directory, options.history)?;
+        let Recovered { index, segment, logged } = recovery::recover(&directory, &options)?;
         let (sender, receiver) = mpsc::channel();
         let (revisions, seen) = watch::channel(index.revision());
         let index = Arc::new(RwLock::new(index));

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::LogOptions;
 use super::directory::{Directory, SEGMENT, SNAPSHOT};
 use super::record::Record;
 use super::segment::{self, Replayed, Segment};
@@ -17,14 +18,14 @@ pub(crate) struct Recovered {
     pub logged: u64,
 }
 
-pub(crate) fn recover(directory: &Directory, history: HistoryLimits) -> Result<Recovered, Error> {
+pub(crate) fn recover(directory: &Directory, options: &LogOptions) -> Result<Recovered, Error> {
     let segments = directory.revisions(SEGMENT)?;
-    let (mut index, damage) = newest_snapshot(directory, history)?;
+    let (mut index, damage) = newest_snapshot(directory, options.history)?;
     let start = index.revision();
     let Some(first) = segments.iter().rposition(|base| *base <= start) else {
         return match damage {
             Some(error) => Err(error),
-            None if segments.is_empty() && start == 1 => begin(directory, index),
+            None if segments.is_empty() && start == 1 => begin(directory, index, options),
             None => Err(corrupt(&directory.name(start, SEGMENT), "this segment or one before it is missing")),
         };
     };
@@ -61,8 +62,8 @@ fn corrupt(path: &Path, reason: &str) -> Error {
 }
 
 /// An empty log in an empty directory.
-fn begin(directory: &Directory, index: Index) -> Result<Recovered, Error> {
-    let segment = Segment::create(directory, index.revision())?;
+fn begin(directory: &Directory, index: Index, options: &LogOptions) -> Result<Recovered, Error> {
+    let segment = Segment::create(directory, index.revision(), options.segment_bytes)?;
     Ok(Recovered { index, segment, logged: 0 })
 }
 

@@ -16,7 +16,9 @@ const MAGIC: &[u8; 8] = b"FLWAL\x00\x00\x01";
 /// Magic, the revision before the first record, the checksum of both, zeros up to a multiple of eight.
 const HEADER: usize = 24;
 const FIRST_ALLOCATION: u64 = 1 << 20;
-const LARGEST_ALLOCATION: u64 = 8 << 20;
+/// A file grows by what it has, within these: small clusters stay small, and busy ones seldom pay.
+const SMALLEST_GROWTH: u64 = 4 << 10;
+const LARGEST_GROWTH: u64 = 8 << 20;
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
@@ -32,14 +34,15 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// A new one, whose first record will be the one after `base`.
-    pub fn create(directory: &Directory, base: Revision) -> Result<Self, Error> {
+    /// A new one, whose first record will be the one after `base`, and which will hold about `size` bytes.
+    pub fn create(directory: &Directory, base: Revision, size: u64) -> Result<Self, Error> {
+        let allocated = size.clamp(HEADER as u64, FIRST_ALLOCATION);
         let path = directory.name(base, SEGMENT);
         let file = directory.publish(&path, "segment.tmp", |file| {
             file.write_all(&header(base))?;
-            fill(file, HEADER as u64, FIRST_ALLOCATION)
+            fill(file, HEADER as u64, allocated)
         })?;
-        Ok(Self { file, path, end: HEADER as u64, allocated: FIRST_ALLOCATION })
+        Ok(Self { file, path, end: HEADER as u64, allocated })
     }
 
     /// The last one of a log that was read up to `end`. What follows is cut off if it is anything but zeros.
@@ -65,7 +68,7 @@ impl Segment {
     pub fn append(&mut self, records: &[u8]) -> Result<(), Error> {
         let after = self.end + records.len() as u64;
         if after > self.allocated {
-            let more = self.allocated.clamp(FIRST_ALLOCATION, LARGEST_ALLOCATION);
+            let more = self.allocated.clamp(SMALLEST_GROWTH, LARGEST_GROWTH);
             let target = after.max(self.allocated + more);
             fill(&self.file, self.allocated, target).map_err(|e| Error::disk("extend", &self.path, e))?;
             self.allocated = target;

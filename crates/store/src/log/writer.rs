@@ -167,7 +167,7 @@ impl Writer {
             (index.revision(), if is_due { index.items() } else { Vec::new() })
         };
         if self.segment.has_records() {
-            let next = Segment::create(&self.directory, revision)?;
+            let next = Segment::create(&self.directory, revision, self.options.segment_bytes)?;
             std::mem::replace(&mut self.segment, next).seal()?;
         }
         if is_due {

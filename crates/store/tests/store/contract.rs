@@ -42,7 +42,7 @@ pub async fn run(make: impl AsyncFn(&'static str) -> Shared) {
     assert_eq!(fresh.revision().await.expect("it answers"), 1, "an empty store is at revision 1");
     assert_eq!(commit(&fresh, Txn::new().put("key", "value")).await, 2, "the first write gets revision 2");
     drop(fresh);
-    for (name, case) in CASES {
+    for &(name, case) in CASES {
         println!("case {name}");
         let store = make(name).await;
         case(store.clone()).await;

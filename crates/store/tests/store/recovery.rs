@@ -39,6 +39,16 @@ fn files(directory: &Path, kind: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Gives every segment a second name, under which it lives on with all that will be written to it.
+fn link_segments(directory: &Path, aside: &Path) -> Vec<(PathBuf, PathBuf)> {
+    let link = |path: PathBuf| {
+        let kept = aside.join(path.file_name().expect("it is a file"));
+        fs::hard_link(&path, &kept).expect("it can be linked");
+        (kept, path)
+    };
+    files(directory, "wal").into_iter().map(link).collect()
+}
+
 fn numbered(range: std::ops::Range<usize>) -> Vec<(String, String)> {
     range.map(|n| (format!("key/{n:04}"), format!("value {n}"))).collect()
 }
@@ -166,8 +176,8 @@ async fn a_crash_around_a_snapshot_does_no_harm() {
     let scratch = Scratch::new();
     let without = LogOptions { snapshot_bytes: u64::MAX, ..tiny() };
     write_numbered(&LogStore::open(scratch.path(), without).expect("the log opens"), 0..100).await;
-    let old: Vec<_> =
-        files(scratch.path(), "wal").into_iter().map(|path| (fs::read(&path).expect("it can be read"), path)).collect();
+    let aside = Scratch::new();
+    let old = link_segments(scratch.path(), aside.path());
     let store = LogStore::open(scratch.path(), tiny()).expect("the log opens");
     write_numbered(&store, 100..101).await;
     drop(store);
@@ -175,9 +185,9 @@ async fn a_crash_around_a_snapshot_does_no_harm() {
     assert_eq!(snapshots.len(), 1);
     // Died after the snapshot, before the old segments were removed, and in the middle of the next snapshot and segment.
     let mut brought_back = 0;
-    for (bytes, path) in &old {
+    for (kept, path) in &old {
         if !path.exists() {
-            fs::write(path, bytes).expect("it can be written");
+            fs::copy(kept, path).expect("it can be copied");
             brought_back += 1;
         }
     }
@@ -198,8 +208,8 @@ async fn a_damaged_snapshot_is_named_unless_the_log_has_it_all() {
     let scratch = Scratch::new();
     let without = LogOptions { snapshot_bytes: u64::MAX, ..tiny() };
     write_numbered(&LogStore::open(scratch.path(), without).expect("the log opens"), 0..100).await;
-    let old: Vec<_> =
-        files(scratch.path(), "wal").into_iter().map(|path| (fs::read(&path).expect("it can be read"), path)).collect();
+    let aside = Scratch::new();
+    let old = link_segments(scratch.path(), aside.path());
     let store = LogStore::open(scratch.path(), tiny()).expect("the log opens");
     write_numbered(&store, 100..101).await;
     drop(store);
@@ -209,9 +219,8 @@ async fn a_damaged_snapshot_is_named_unless_the_log_has_it_all() {
     bytes[middle] ^= 0x10;
     fs::write(&snapshot, &bytes).expect("it can be written");
     assert!(matches!(open(scratch.path()), Err(Error::Corrupt { path, .. }) if path == snapshot));
-    let current = files(scratch.path(), "wal");
-    for (bytes, path) in old.iter().filter(|(_, path)| !current.contains(path)) {
-        fs::write(path, bytes).expect("it can be written");
+    for (kept, path) in old.iter().filter(|(_, path)| !path.exists()) {
+        fs::copy(kept, path).expect("it can be copied");
     }
     assert_eq!(content(&open(scratch.path()).expect("the log has it all")).await, numbered(0..101));
 }

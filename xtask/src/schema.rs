@@ -55,7 +55,10 @@ struct Package {
 
 pub fn run(args: &[String]) -> Result<()> {
     let arg = |name: &str| {
-        args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).with_context(|| format!("{name} DIR is missing"))
+        args.iter()
+            .position(|a| a == name)
+            .and_then(|i| args.get(i + 1))
+            .with_context(|| format!("{name} DIR is missing"))
     };
     let (api, machinery) = (arg("--api")?, arg("--apimachinery")?);
     let mut packages = BTreeMap::new();

@@ -1,5 +1,8 @@
 //! Chores of this repository, the same for people and for CI: `cargo xtask NAME`.
 
+mod bench;
+mod cluster;
+mod demo;
 mod deps;
 mod image;
 mod interrupt;
@@ -24,6 +27,8 @@ const CHORES: &[Chore] = &[
     Chore { name: "lint", about: "walls, format, clippy without a warning", run: lint::run },
     Chore { name: "walls", about: "fail on a dependency that points upward or sideways", run: walls::run },
     Chore { name: "image", about: "build the images of the examples and tests into target/images", run: image::run },
+    Chore { name: "demo", about: "from `kubectl apply` to a packet, on three nodes", run: demo::run },
+    Chore { name: "bench", about: "the figures: up, pods, memory, list (release build)", run: bench::run },
     Chore { name: "soak", about: "all tests with many random cases (release build)", run: soak::run },
 ];
 

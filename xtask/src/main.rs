@@ -7,6 +7,7 @@ mod deps;
 mod image;
 mod interrupt;
 mod lint;
+mod schema;
 mod shell;
 mod soak;
 mod walls;
@@ -29,6 +30,11 @@ const CHORES: &[Chore] = &[
     Chore { name: "image", about: "build the images of the examples and tests into target/images", run: image::run },
     Chore { name: "demo", about: "from `kubectl apply` to a packet, on three nodes", run: demo::run },
     Chore { name: "bench", about: "the figures: up, pods, memory, list (release build)", run: bench::run },
+    Chore {
+        name: "schema",
+        about: "generate the schema table from checkouts of kubernetes/api and apimachinery",
+        run: schema::run,
+    },
     Chore { name: "soak", about: "all tests with many random cases (release build)", run: soak::run },
 ];
 

@@ -28,9 +28,10 @@ pub fn curl_with_resolv_conf(file: &str, url: &str) -> Vec<String> {
     words
 }
 
-/// For a pod whose image has a shell and busybox's wget, which opens a connection per request.
+/// For a pod whose image has a shell and busybox's wget, which opens a connection per request. (Its own `-T` ends Debian's
+/// static busybox with a segmentation fault.)
 pub fn wget_script(url: &str) -> String {
-    format!("for i in $(seq {REQUESTS}); do wget -q -T 5 -O - {url}/ || exit 1; done")
+    format!("for i in $(seq {REQUESTS}); do timeout 10 wget -q -O - {url}/ || exit 1; done")
 }
 
 /// Runs `command`, whose output is one page per request, and fails unless every pod gave its share.

@@ -219,7 +219,8 @@ fn resolve(packages: &BTreeMap<String, Package>, package: &Package, go: &str) ->
         "runtime.RawExtension" | "runtime.Object" | "interface{}" => "raw",
         _ => "",
     };
-    if !word.is_empty() && !(package.structs.contains_key(go) && !matches!(go, "Time" | "MicroTime" | "FieldsV1")) {
+    let is_own_struct = package.structs.contains_key(go) && !matches!(go, "Time" | "MicroTime" | "FieldsV1");
+    if !word.is_empty() && !is_own_struct {
         return Ok(word.into());
     }
     let (target, name) = match go.split_once('.') {

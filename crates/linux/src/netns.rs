@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
@@ -88,6 +88,18 @@ impl Netns {
         let namespace = Self::open(path)?;
         Links::open(&namespace)?.ensure(&Item::Up("lo".into()))?;
         Ok(namespace)
+    }
+
+    /// Gives this namespace a further name: a pin at `path`, replacing what is pinned there.
+    pub fn pin(&self, path: &Path) -> Result<(), NetnsError> {
+        if Self::open(path).is_ok_and(|held| held == *self) {
+            return Ok(());
+        }
+        Self::remove(path)?;
+        let source = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        File::create(path)
+            .and_then(|_| Ok(mount(Some(source.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?))
+            .map_err(|source| NetnsError::Namespace { doing: format!("pin namespace {}", path.display()), source })
     }
 
     /// Unpins `path`. The namespace, and every link in it, goes when its last process and descriptor are gone. Absent is fine.

@@ -198,7 +198,7 @@ fn a_program_in_a_node_sees_its_network_its_cgroup_and_a_run_of_its_own() {
     let script = "cat /proc/self/cgroup; ls /run; ls /run/fairlead; echo made-inside > /run/inside; exit 7";
     let entry = lab.node("node-1").expect("node-1").entry();
     let mut line = entry.arguments();
-    line.extend(["--", "sh", "-c", script].map(Into::into));
+    line.extend(["--", "sh", "-c", script].map(std::ffi::OsString::from));
     let line: Vec<_> = line.iter().map(|part| part.to_str().expect("our own words")).collect();
     // The test binary plays the part of the program: its test `entered` becomes the command.
     let output = Command::new(std::env::current_exe().expect("this binary"))

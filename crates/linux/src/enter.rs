@@ -3,6 +3,9 @@
 //! A mount namespace can be entered only by a process of one thread, so the binary starts itself anew with a hidden subcommand,
 //! `enter`, which moves the young process and then becomes the wanted program: same pid, same pipes, same exit code.
 
+// Namespaces are entered here, by a process of one thread.
+#![allow(clippy::disallowed_methods)]
+
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

@@ -40,6 +40,13 @@ pub enum LinkError {
     Namespace(String),
 }
 
+impl LinkError {
+    /// Whether the kernel refused a route because it knows no way to the gateway.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Kernel { errno: Errno::ENETUNREACH | Errno::EHOSTUNREACH, .. })
+    }
+}
+
 /// A hardware address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mac(pub [u8; 6]);

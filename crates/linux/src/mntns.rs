@@ -1,6 +1,9 @@
 //! Mount namespaces with a private /run, pinned to a file: programs that meet in one /run on a machine (iptables' lock, for
 //! one) meet only within a node, and what is mounted for a node's pods is gone when the node is.
 
+// Namespaces are made and filled here, on scratch threads.
+#![allow(clippy::disallowed_methods)]
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;

@@ -2,9 +2,6 @@
 //!
 //! Needs root. Each test has a data directory of its own, hence names of its own, and cleans up also when it fails.
 
-// Tests start bystanders (sleep, sh), which product code does only through `linux`.
-#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};

@@ -143,7 +143,11 @@ pub fn apply(links: &Links, overlay: &dyn Overlay, nodes: &[PeerNode]) -> Result
     let wanted = overlay.plan(nodes);
     let held = held(links, !device.is_empty())?;
     let mut first_failure = None;
-    // What is new comes first: where a route only changes its gateway, there is no moment without one.
+    // IPv6 refuses a gateway on one link while the route that it replaces leads over another: that one goes first.
+    for item in held.iter().filter(|item| wanted.iter().any(|wanted| is_on_other_link(wanted, item))) {
+        links.remove(item)?;
+    }
+    // Otherwise what is new comes first: where a route only changes its gateway, there is no moment without one.
     for item in wanted.iter().filter(|item| !held.contains(item)) {
         if let Err(error) = links.ensure(item) {
             first_failure.get_or_insert(explain(item, nodes, error));
@@ -173,6 +177,15 @@ fn is_same_place(a: &Item, b: &Item) -> bool {
         (Item::Route(a), Item::Route(b)) => a.to == b.to,
         (Item::Neighbour(a), Item::Neighbour(b)) => a.address == b.address,
         (Item::Fdb(a), Item::Fdb(b)) => a.mac == b.mac,
+        _ => false,
+    }
+}
+
+fn is_on_other_link(wanted: &Item, held: &Item) -> bool {
+    match (wanted, held) {
+        (Item::Route(wanted), Item::Route(held)) => {
+            wanted.to == held.to && wanted.link.is_some() && wanted.link != held.link
+        }
         _ => false,
     }
 }

@@ -95,11 +95,12 @@ impl Drop for Pod {
 /// Connects to `target` from one namespace; the server listens in another on `bound`. The client's address as the server sees it.
 fn connect(from: &Netns, target: IpAddr, server: &Netns, bound: IpAddr) -> Result<IpAddr, String> {
     let listener = server.tcp_listen(SocketAddr::new(bound, 8080)).map_err(|error| error.to_string())?;
+    listener.set_nonblocking(false).map_err(|error| error.to_string())?;
     let seen = from.run(|| {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(target, 8080), Duration::from_secs(3))
             .map_err(|e| e.to_string())?;
         stream.set_read_timeout(Some(Duration::from_secs(3))).map_err(|e| e.to_string())?;
-        // The kernel has completed the handshake, so the connection is in the queue already.
+        // The handshake is complete on this side, so the connection is in the queue or about to be.
         let (mut accepted, peer) = listener.accept().map_err(|e| e.to_string())?;
         // More than one segment each way, so that a wrong MTU shows.
         let bulk = vec![b'x'; 20_000];

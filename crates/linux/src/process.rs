@@ -117,6 +117,8 @@ pub fn fork_pid_namespace_init() -> io::Result<i32> {
         nix::unistd::ForkResult::Parent { child } => child.as_raw(),
         nix::unistd::ForkResult::Child => {
             let _ = die_with_parent();
+            // It keeps nothing of the caller's open: a pipe would never end.
+            let _ = nix::unistd::dup2(own.as_raw_fd(), 1);
             let mut set = nix::sys::signal::SigSet::empty();
             set.add(nix::sys::signal::Signal::SIGCHLD);
             let _ = set.thread_block();
@@ -172,8 +174,6 @@ pub fn spawn(program: &Path, arguments: &[&str], stdout: OwnedFd, log: &Path) ->
     let log = fs::File::options().create(true).append(true).open(log)?;
     let mut command = tokio::process::Command::new(program);
     command.args(arguments).stdin(std::process::Stdio::null()).stdout(stdout).stderr(log);
-    // A session and group of its own: a Ctrl-C at the agent's terminal does not reach it.
-    command.process_group(0);
     command.spawn()
 }
 

@@ -12,4 +12,6 @@ pub mod link;
 pub mod mntns;
 pub mod mount;
 pub mod netns;
+pub mod nft;
 pub mod process;
+

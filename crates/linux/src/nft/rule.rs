@@ -1,0 +1,173 @@
+//! What a rule may say. Registers are the encoder's business: here a value is an expression.
+
+use ipnet::IpNet;
+
+use super::value::{Datum, Key, Verdict};
+
+/// Something a rule can read or compute for the packet at hand.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// 2 for IPv4, 10 for IPv6.
+    Nfproto,
+    L4Proto,
+    /// The field of the header; `v6` names which header.
+    SourceIp {
+        v6: bool,
+    },
+    DestinationIp {
+        v6: bool,
+    },
+    SourcePort,
+    DestinationPort,
+    /// Where the first packet of the connection was sent, before translation.
+    OriginalDestinationIp {
+        v6: bool,
+    },
+    OriginalDestinationPort,
+    /// One of `NEW`, `ESTABLISHED` … as a bit.
+    CtState,
+    CtStatus,
+    /// The kind of address (`local`, `unicast` …) of the packet's source.
+    FibSourceType,
+    FibDestinationType,
+    /// A random number below the modulus.
+    Random {
+        modulus: u32,
+    },
+    Const(Datum),
+    /// What the map holds under the key; the rule ends here if it holds nothing.
+    Lookup {
+        key: Vec<Value>,
+        map: Box<str>,
+    },
+    /// What `Statement::Choose` chose earlier in the same rule.
+    Chosen,
+}
+
+impl Value {
+    pub fn lookup(key: impl IntoIterator<Item = Value>, map: &str) -> Self {
+        Value::Lookup { key: key.into_iter().collect(), map: map.into() }
+    }
+}
+
+/// How a packet is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reject {
+    TcpReset,
+    /// The ICMP or ICMPv6 "port unreachable", whichever fits.
+    PortUnreachable,
+}
+
+/// One part of a rule; the next is reached only if this one holds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Statement {
+    Equal(Value, Datum),
+    NotEqual(Value, Datum),
+    /// The address lies in the network.
+    InNet(Value, IpNet),
+    NotInNet(Value, IpNet),
+    /// At least one of the bits is set.
+    HasBits(Value, u32),
+    In {
+        key: Vec<Value>,
+        set: Box<str>,
+    },
+    NotIn {
+        key: Vec<Value>,
+        set: Box<str>,
+    },
+    VerdictMap {
+        key: Vec<Value>,
+        map: Box<str>,
+    },
+    /// Computes an address and port once, for the statements after this one. `v6` is the family of the address.
+    Choose {
+        v6: bool,
+        value: Value,
+    },
+    /// Writes key → what was chosen into a dynamic map, with a fresh timeout. The rule ends here if the map is full.
+    Update {
+        map: Box<str>,
+        key: Vec<Value>,
+        timeout_seconds: u32,
+    },
+    /// Sends the connection to what was chosen.
+    Dnat {
+        v6: bool,
+    },
+    Masquerade {
+        fully_random: bool,
+    },
+    Reject(Reject),
+    Counter,
+    /// Holds for at most `rate` packets a second.
+    Limit {
+        rate: u64,
+        burst: u32,
+    },
+    Verdict(Verdict),
+}
+
+/// Statements, and a comment that `nft` prints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rule {
+    pub statements: Vec<Statement>,
+    pub comment: Option<Box<str>>,
+}
+
+impl Rule {
+    pub fn new(statements: impl IntoIterator<Item = Statement>) -> Self {
+        Rule { statements: statements.into_iter().collect(), comment: None }
+    }
+
+    pub fn comment(self, comment: &str) -> Self {
+        Rule { comment: Some(comment.into()), ..self }
+    }
+}
+
+/// Bits of `ct state`.
+pub mod ct_state {
+    pub const ESTABLISHED: u32 = 1 << 1;
+    pub const NEW: u32 = 1 << 3;
+}
+
+/// Bits of `ct status`.
+pub mod ct_status {
+    pub const SNAT: u32 = 1 << 4;
+    pub const DNAT: u32 = 1 << 5;
+}
+
+/// `fib … type local`.
+pub const ADDRESS_LOCAL: u32 = 2;
+
+impl Statement {
+    pub fn is_in(key: impl IntoIterator<Item = Value>, set: &str) -> Self {
+        Statement::In { key: key.into_iter().collect(), set: set.into() }
+    }
+
+    pub fn not_in(key: impl IntoIterator<Item = Value>, set: &str) -> Self {
+        Statement::NotIn { key: key.into_iter().collect(), set: set.into() }
+    }
+
+    pub fn verdict_map(key: impl IntoIterator<Item = Value>, map: &str) -> Self {
+        Statement::VerdictMap { key: key.into_iter().collect(), map: map.into() }
+    }
+
+    pub fn goto(chain: &str) -> Self {
+        Statement::Verdict(Verdict::Goto(chain.into()))
+    }
+
+    pub fn jump(chain: &str) -> Self {
+        Statement::Verdict(Verdict::Jump(chain.into()))
+    }
+
+    pub fn drop() -> Self {
+        Statement::Verdict(Verdict::Drop)
+    }
+}
+
+impl FromIterator<Datum> for Key {
+    fn from_iter<T: IntoIterator<Item = Datum>>(data: T) -> Self {
+        Key::new(data)
+    }
+}

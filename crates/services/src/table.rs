@@ -1,0 +1,441 @@
+//! The table of Services and their endpoints: objects in, changed frontends out.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use crate::{Endpoint, Error, Frontend, FrontendId, PortName, Protocol, Service, ServiceKind, Slice, SliceEndpoint};
+
+/// Namespace and name of a Service.
+pub type ServiceKey = (Arc<str>, Arc<str>);
+
+/// What one event did to one frontend. `before` and `after` are never both `None`, nor equal.
+#[derive(Clone, Debug)]
+pub struct FrontendChange {
+    pub id: FrontendId,
+    pub before: Option<Arc<Frontend>>,
+    pub after: Option<Arc<Frontend>>,
+}
+
+/// What one event did. Cheap to send around in an `Arc`.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    pub frontends: Vec<FrontendChange>,
+    /// Services whose names, addresses or endpoints may have changed: what cluster DNS cares for.
+    pub services: Vec<ServiceKey>,
+    /// The table became complete with this event.
+    pub synced: bool,
+}
+
+impl Changes {
+    pub fn is_empty(&self) -> bool {
+        self.frontends.is_empty() && self.services.is_empty() && !self.synced
+    }
+}
+
+/// What a data path found in the kernel at start: frontends keep their ids and endpoints their slots.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Seed {
+    pub ids: HashMap<(IpAddr, Protocol, u16), FrontendId>,
+    /// Endpoints by slot.
+    pub slots: HashMap<FrontendId, Vec<SocketAddr>>,
+}
+
+/// Who an address belongs to, for reverse lookups.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Owner<'a> {
+    ClusterIp(&'a Service),
+    Endpoint(&'a Service, &'a SliceEndpoint),
+}
+
+#[derive(Default)]
+struct Entry {
+    service: Option<Arc<Service>>,
+    slices: BTreeMap<Arc<str>, Slice>,
+    frontends: BTreeMap<PortName, Arc<Frontend>>,
+}
+
+/// Services joined with their endpoints. One task writes it; others read.
+#[derive(Default)]
+pub struct ServiceTable {
+    entries: HashMap<ServiceKey, Entry>,
+    /// Which Service a slice was last seen to belong to.
+    slice_owners: HashMap<ServiceKey, ServiceKey>,
+    ids: BTreeMap<FrontendId, ServiceKey>,
+    by_address: HashMap<IpAddr, Vec<ServiceKey>>,
+    namespaces: BTreeMap<Arc<str>, usize>,
+    names: HashSet<Arc<str>>,
+    seed: Seed,
+    next_id: u32,
+    synced: bool,
+}
+
+impl ServiceTable {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A table whose frontends keep the ids and slots that the kernel already has.
+    pub fn with_seed(seed: Seed) -> Self {
+        let next_id = seed.ids.values().chain(seed.slots.keys()).map(|id| id.0 + 1).max().unwrap_or(0);
+        ServiceTable { seed, next_id, ..Self::default() }
+    }
+
+    /// Adds or replaces a Service. After an error the last valid version stays.
+    pub fn upsert_service(&mut self, json: &[u8]) -> Result<Changes, Error> {
+        let service = Service::parse(json)?;
+        let key = (self.intern(&service.namespace), self.intern(&service.name));
+        let entry = self.entries.entry(key.clone()).or_default();
+        if entry.service.as_deref() == Some(&service) {
+            return Ok(Changes::default());
+        }
+        let before = entry.service.replace(Arc::new(service));
+        match before {
+            None => *self.namespaces.entry(key.0.clone()).or_default() += 1,
+            Some(before) => self.forget_cluster_ips(&before, &key),
+        }
+        if let Some(service) = self.entries[&key].service.clone() {
+            for address in cluster_ips(&service) {
+                self.by_address.entry(*address).or_default().push(key.clone());
+            }
+        }
+        Ok(self.rebuild(key))
+    }
+
+    pub fn delete_service(&mut self, namespace: &str, name: &str) -> Changes {
+        let key: ServiceKey = (namespace.into(), name.into());
+        let Some(before) = self.entries.get_mut(&key).and_then(|entry| entry.service.take()) else {
+            return Changes::default();
+        };
+        self.forget_cluster_ips(&before, &key);
+        if let Some(count) = self.namespaces.get_mut(namespace) {
+            *count -= 1;
+            if *count == 0 {
+                self.namespaces.remove(namespace);
+            }
+        }
+        self.rebuild(key)
+    }
+
+    /// Adds or replaces an EndpointSlice. After an error the last valid version stays.
+    pub fn upsert_slice(&mut self, json: &[u8]) -> Result<Changes, Error> {
+        let mut slice = Slice::parse(json)?;
+        for endpoint in &mut slice.endpoints {
+            endpoint.node = endpoint.node.take().map(|name| self.intern(&name));
+            endpoint.zone = endpoint.zone.take().map(|name| self.intern(&name));
+        }
+        let namespace = self.intern(&slice.namespace);
+        let at = (namespace.clone(), slice.name.clone());
+        let owner = slice.service.as_ref().map(|service| (namespace, self.intern(service)));
+        let mut changes = Changes::default();
+        if self.slice_owners.get(&at) != owner.as_ref() {
+            changes = self.delete_slice(&at.0, &at.1);
+        }
+        let Some(owner) = owner else { return Ok(changes) };
+        let entry = self.entries.entry(owner.clone()).or_default();
+        if entry.slices.get(&slice.name) == Some(&slice) {
+            return Ok(changes);
+        }
+        let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
+        if let Some(before) = entry.slices.insert(slice.name.clone(), slice) {
+            self.forget_endpoints(&before, &owner);
+        }
+        for address in addresses {
+            self.by_address.entry(address).or_default().push(owner.clone());
+        }
+        self.slice_owners.insert(at, owner.clone());
+        let mut more = self.rebuild(owner);
+        changes.frontends.append(&mut more.frontends);
+        changes.services.append(&mut more.services);
+        Ok(changes)
+    }
+
+    pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Changes {
+        let at: ServiceKey = (namespace.into(), name.into());
+        let Some(owner) = self.slice_owners.remove(&at) else { return Changes::default() };
+        if let Some(before) = self.entries.get_mut(&owner).and_then(|entry| entry.slices.remove(&at.1)) {
+            self.forget_endpoints(&before, &owner);
+        }
+        self.rebuild(owner)
+    }
+
+    /// Deletes the Services that a fresh list no longer has.
+    pub fn retain_services(&mut self, mut keep: impl FnMut(&str, &str) -> bool) -> Changes {
+        let listed = self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| key);
+        let gone: Vec<ServiceKey> = listed.filter(|(namespace, name)| !keep(namespace, name)).cloned().collect();
+        self.collect(gone, Self::delete_service)
+    }
+
+    /// Deletes the EndpointSlices that a fresh list no longer has.
+    pub fn retain_slices(&mut self, mut keep: impl FnMut(&str, &str) -> bool) -> Changes {
+        let listed = self.slice_owners.keys();
+        let gone: Vec<ServiceKey> = listed.filter(|(namespace, name)| !keep(namespace, name)).cloned().collect();
+        self.collect(gone, Self::delete_slice)
+    }
+
+    fn collect(&mut self, mut gone: Vec<ServiceKey>, delete: fn(&mut Self, &str, &str) -> Changes) -> Changes {
+        gone.sort();
+        let mut changes = Changes::default();
+        for (namespace, name) in gone {
+            let mut one = delete(self, &namespace, &name);
+            changes.frontends.append(&mut one.frontends);
+            changes.services.append(&mut one.services);
+        }
+        changes
+    }
+
+    /// The first list of Services and slices is in: readers may now act, and the seed has served.
+    pub fn set_synced(&mut self) -> Changes {
+        let synced = !self.synced;
+        self.synced = true;
+        self.seed = Seed::default();
+        Changes { synced, ..Changes::default() }
+    }
+
+    pub fn is_synced(&self) -> bool {
+        self.synced
+    }
+
+    /// All frontends, by id.
+    pub fn frontends(&self) -> impl Iterator<Item = &Arc<Frontend>> {
+        self.ids.keys().filter_map(|id| self.frontend(*id))
+    }
+
+    pub fn frontend(&self, id: FrontendId) -> Option<&Arc<Frontend>> {
+        self.entries.get(self.ids.get(&id)?)?.frontends.values().find(|frontend| frontend.id == id)
+    }
+
+    /// A Service of any type.
+    pub fn service(&self, namespace: &str, name: &str) -> Option<&Service> {
+        self.entries.get(&(namespace.into(), name.into()))?.service.as_deref()
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.entries.values().filter_map(|entry| entry.service.as_deref())
+    }
+
+    /// The slices of a Service; each endpoint of a slice has all ports of that slice.
+    pub fn slices(&self, namespace: &str, name: &str) -> impl Iterator<Item = &Slice> {
+        self.entries.get(&(namespace.into(), name.into())).into_iter().flat_map(|entry| entry.slices.values())
+    }
+
+    /// The ready endpoints of a Service that have this hostname, or this address written with dashes.
+    pub fn endpoints_named(&self, namespace: &str, name: &str, host: &str) -> Vec<(&Slice, &SliceEndpoint)> {
+        let slices = self.slices(namespace, name);
+        let all = slices.flat_map(|slice| slice.endpoints.iter().map(move |endpoint| (slice, endpoint)));
+        all.filter(|(_, endpoint)| endpoint.ready && endpoint.host().eq_ignore_ascii_case(host)).collect()
+    }
+
+    /// What has this address: a Service, or an endpoint once per Service that selects it.
+    pub fn by_address(&self, address: IpAddr) -> Vec<Owner<'_>> {
+        let mut owners = Vec::new();
+        for key in self.by_address.get(&address).into_iter().flatten() {
+            let Some(entry) = self.entries.get(key) else { continue };
+            let Some(service) = entry.service.as_deref() else { continue };
+            let mut found = Vec::new();
+            if cluster_ips(service).contains(&address) {
+                found.push(Owner::ClusterIp(service));
+            }
+            let endpoints = entry.slices.values().flat_map(|slice| &slice.endpoints);
+            let matching = endpoints.filter(|endpoint| endpoint.address == address && endpoint.ready);
+            found.extend(matching.map(|endpoint| Owner::Endpoint(service, endpoint)));
+            owners.extend(found.into_iter().filter(|owner| !owners.contains(owner)).collect::<Vec<_>>());
+        }
+        owners
+    }
+
+    /// Namespaces that have a Service, in order.
+    pub fn namespaces(&self) -> impl Iterator<Item = &str> {
+        self.namespaces.keys().map(|name| &**name)
+    }
+
+    pub fn has_namespace(&self, namespace: &str) -> bool {
+        self.namespaces.contains_key(namespace)
+    }
+
+    /// Node names, zones and Service names repeat in every endpoint: keep one copy.
+    fn intern(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.names.get(name) {
+            return known.clone();
+        }
+        let name: Arc<str> = name.into();
+        self.names.insert(name.clone());
+        name
+    }
+
+    fn forget(&mut self, address: IpAddr, key: &ServiceKey) {
+        if let Some(owners) = self.by_address.get_mut(&address) {
+            if let Some(at) = owners.iter().position(|owner| owner == key) {
+                owners.swap_remove(at);
+            }
+            if owners.is_empty() {
+                self.by_address.remove(&address);
+            }
+        }
+    }
+
+    fn forget_cluster_ips(&mut self, service: &Service, key: &ServiceKey) {
+        for address in cluster_ips(service) {
+            self.forget(*address, key);
+        }
+    }
+
+    fn forget_endpoints(&mut self, slice: &Slice, key: &ServiceKey) {
+        for endpoint in &slice.endpoints {
+            self.forget(endpoint.address, key);
+        }
+    }
+
+    /// Makes the frontends of one Service anew and says which of them are different now.
+    fn rebuild(&mut self, key: ServiceKey) -> Changes {
+        let Some(mut entry) = self.entries.remove(&key) else { return Changes::default() };
+        let before = std::mem::take(&mut entry.frontends);
+        let mut frontends = Vec::new();
+        if let Some(service) = &entry.service
+            && let ServiceKind::ClusterIp(cluster_ips) = &service.kind
+            && service.is_ours
+        {
+            for port in &service.ports {
+                let name = PortName {
+                    namespace: key.0.clone(),
+                    service: key.1.clone(),
+                    port: port.name.clone(),
+                    protocol: port.protocol,
+                };
+                let known = before.get(&name);
+                let id = match known {
+                    Some(known) => known.id,
+                    None => self.assign_id(cluster_ips, port.protocol, port.port),
+                };
+                let seeded = if self.synced { None } else { self.seed.slots.get(&id).map(Vec::as_slice) };
+                let slots = match (seeded, known) {
+                    (Some(seeded), _) => seeded.to_vec(),
+                    (None, Some(known)) => ready_addresses(known),
+                    (None, None) => Vec::new(),
+                };
+                let after = Frontend {
+                    id,
+                    endpoints: in_slot_order(&slots, endpoints(&entry.slices, &name)),
+                    name,
+                    app_protocol: port.app_protocol.clone(),
+                    port: port.port,
+                    cluster_ips: cluster_ips.clone(),
+                    external_ips: service.external_ips.clone(),
+                    load_balancer_ips: service.load_balancer_ips.clone(),
+                    node_port: port.node_port,
+                    internal_policy: service.internal_policy,
+                    external_policy: service.external_policy,
+                    affinity: service.affinity,
+                    source_ranges: service.source_ranges.clone(),
+                    health_check_node_port: service.health_check_node_port,
+                };
+                self.ids.insert(id, key.clone());
+                frontends.push(after);
+            }
+        }
+        let mut changes = Changes { services: vec![key.clone()], ..Changes::default() };
+        for after in frontends {
+            let unchanged = before.get(&after.name).filter(|before| ***before == after);
+            let after = unchanged.cloned().unwrap_or_else(|| Arc::new(after));
+            if unchanged.is_none() {
+                let before = before.get(&after.name).cloned();
+                changes.frontends.push(FrontendChange { id: after.id, before, after: Some(after.clone()) });
+            }
+            entry.frontends.insert(after.name.clone(), after);
+        }
+        for (name, frontend) in before {
+            if !entry.frontends.contains_key(&name) {
+                self.ids.remove(&frontend.id);
+                changes.frontends.push(FrontendChange { id: frontend.id, before: Some(frontend), after: None });
+            }
+        }
+        if entry.service.is_some() || !entry.slices.is_empty() {
+            self.entries.insert(key, entry);
+        }
+        changes
+    }
+
+    fn assign_id(&mut self, cluster_ips: &[IpAddr], protocol: Protocol, port: u16) -> FrontendId {
+        let seeded = cluster_ips.iter().find_map(|address| self.seed.ids.get(&(*address, protocol, port)));
+        if let Some(id) = seeded.filter(|id| !self.ids.contains_key(id)) {
+            return *id;
+        }
+        let id = FrontendId(self.next_id);
+        // Two ports of a process's lifetime share an id only after two thousand million others.
+        self.next_id = (self.next_id + 1) & (u32::MAX >> 1);
+        id
+    }
+}
+
+impl SliceEndpoint {
+    /// Its name below the Service's: the hostname, otherwise the address with dashes.
+    pub fn host(&self) -> String {
+        match &self.hostname {
+            Some(name) => name.to_string(),
+            None => self.address.to_string().replace(['.', ':'], "-"),
+        }
+    }
+}
+
+fn cluster_ips(service: &Service) -> &[IpAddr] {
+    match &service.kind {
+        ServiceKind::ClusterIp(addresses) => addresses,
+        ServiceKind::Headless | ServiceKind::ExternalName(_) | ServiceKind::Pending => &[],
+    }
+}
+
+fn ready_addresses(frontend: &Frontend) -> Vec<SocketAddr> {
+    frontend.endpoints.iter().filter(|endpoint| endpoint.ready).map(|endpoint| endpoint.address).collect()
+}
+
+/// The endpoints of a port over all slices. An endpoint may be in two slices while a controller moves it: the better
+/// one counts.
+fn endpoints(slices: &BTreeMap<Arc<str>, Slice>, name: &PortName) -> BTreeMap<SocketAddr, Endpoint> {
+    let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
+    for slice in slices.values() {
+        let matching = slice.ports.iter().filter(|port| port.name == name.port && port.protocol == name.protocol);
+        for port in matching.filter_map(|port| port.port) {
+            for endpoint in &slice.endpoints {
+                let address = SocketAddr::new(endpoint.address, port);
+                let candidate = Endpoint {
+                    address,
+                    node: endpoint.node.clone(),
+                    zone: endpoint.zone.clone(),
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    for_zones: endpoint.for_zones.clone(),
+                    for_nodes: endpoint.for_nodes.clone(),
+                };
+                let rank = |endpoint: &Endpoint| (endpoint.ready, endpoint.serving, !endpoint.terminating);
+                if found.get(&address).is_none_or(|held| rank(held) < rank(&candidate)) {
+                    found.insert(address, candidate);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// Ready endpoints keep the slot they had within their family; the last moves into a hole; new ones come last.
+fn in_slot_order(slots: &[SocketAddr], mut endpoints: BTreeMap<SocketAddr, Endpoint>) -> Vec<Arc<Endpoint>> {
+    let mut ordered = Vec::with_capacity(endpoints.len());
+    for v6 in [false, true] {
+        let is_ready = |address: &SocketAddr| endpoints.get(address).is_some_and(|endpoint| endpoint.ready);
+        let mut kept: Vec<SocketAddr> = slots.iter().filter(|address| address.is_ipv6() == v6).copied().collect();
+        let mut slot = 0;
+        while slot < kept.len() {
+            if is_ready(&kept[slot]) {
+                slot += 1;
+            } else {
+                kept.swap_remove(slot);
+            }
+        }
+        let held: HashSet<SocketAddr> = kept.iter().copied().collect();
+        let ready = endpoints.values().filter(|endpoint| endpoint.ready).map(|endpoint| endpoint.address);
+        kept.extend(ready.filter(|address| address.is_ipv6() == v6 && !held.contains(address)));
+        ordered.extend(kept.iter().filter_map(|address| endpoints.remove(address)).map(Arc::new));
+    }
+    ordered.extend(endpoints.into_values().map(Arc::new));
+    ordered
+}

@@ -63,7 +63,8 @@ async fn write_numbered(store: &LogStore, range: std::ops::Range<usize>) {
 async fn short_log(directory: &Path, count: usize) -> (PathBuf, Vec<u8>, Vec<usize>) {
     write_numbered(&open(directory).expect("the log opens"), 0..count).await;
     let mut end = SEGMENT_HEADER;
-    let ends = numbered(0..count).iter().map(|(key, value)| {
+    let records = numbered(0..count);
+    let ends = records.iter().map(|(key, value)| {
         end += 24 + 4 + 1 + 4 + key.len() + 4 + value.len();
         end
     });

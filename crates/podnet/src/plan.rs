@@ -128,8 +128,8 @@ mod tests {
 
     #[test]
     fn a_pod_has_single_addresses_and_sends_everything_to_its_gateway() {
-        let cidrs = ["10.244.1.0/24", "fd00:10:244:1::/64"].map(|text| text.parse().expect("a range"));
-        let addresses = ["10.244.1.5", "fd00:10:244:1::5"].map(|text| text.parse().expect("an address"));
+        let cidrs = ["10.244.1.0/24", "fd00:10:244:1::/64"].map(|text| text.parse::<IpNet>().expect("a range"));
+        let addresses = ["10.244.1.5", "fd00:10:244:1::5"].map(|text| text.parse::<IpAddr>().expect("an address"));
         assert_eq!(
             lines(&pod_items(&addresses, &cidrs)),
             [

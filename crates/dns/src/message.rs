@@ -94,13 +94,12 @@ impl Request {
         reply.metadata.truncation = true;
         reply.authorities.clear();
         loop {
-            if let Some(bytes) = fits(&reply) {
+            let bytes = reply.to_vec().ok()?;
+            if bytes.len() <= limit {
                 return Some(bytes);
             }
-            if reply.answers.is_empty() {
-                return None;
-            }
-            reply.answers.truncate(reply.answers.len() * 3 / 4);
+            let most = reply.answers.len().checked_sub(1)?;
+            reply.answers.truncate(most.min(reply.answers.len() * limit / bytes.len()));
         }
     }
 }

@@ -14,4 +14,3 @@ pub mod mount;
 pub mod netns;
 pub mod nft;
 pub mod process;
-

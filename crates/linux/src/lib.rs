@@ -1,3 +1,17 @@
 //! Kernel objects as values, and the one place that commits them; a fake beside each.
+//!
+//! The only crate with `unsafe` code and the only one that changes namespaces: each use says why it is sound.
+#![allow(unsafe_code)]
+#![allow(clippy::disallowed_methods)]
 
+pub mod cgroup;
+pub mod cgroup_v1v2;
+pub mod enter;
+pub mod fdpass;
+pub mod link;
+pub mod mntns;
+pub mod mount;
+pub mod netns;
 pub mod nft;
+pub mod process;
+

@@ -1,1 +1,14 @@
-//! What every controller would otherwise repeat: watch, queue, retry, events, leases.
+//! What every controller would otherwise repeat: a connection to the API, watch, cache, queue, retry, events.
+
+pub mod api;
+pub mod cache;
+pub mod events;
+pub mod queue;
+pub mod watch;
+
+pub use api::{Api, ApiError, DeleteOptions, Patch};
+pub use cache::{Cache, Named, feed};
+pub use events::{EventKind, ObjectRef, Recorder};
+pub use kube::Client;
+pub use queue::{Outcome, Queue, run_queue};
+pub use watch::{Change, Scope, watch};

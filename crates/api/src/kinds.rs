@@ -1,0 +1,60 @@
+//! Where each kind that our own components use lives in the API.
+
+/// Group, version, plural and kind of a resource: what a URL and an object's head are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Resource {
+    pub group: &'static str,
+    pub version: &'static str,
+    pub plural: &'static str,
+    pub kind: &'static str,
+    pub namespaced: bool,
+}
+
+impl Resource {
+    pub fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.into() } else { format!("{}/{}", self.group, self.version) }
+    }
+
+    /// `/api/v1/namespaces/default/pods`; an empty namespace means all of them.
+    pub fn path(&self, namespace: &str) -> String {
+        let root = if self.group.is_empty() {
+            format!("/api/{}", self.version)
+        } else {
+            format!("/apis/{}/{}", self.group, self.version)
+        };
+        if self.namespaced && !namespace.is_empty() {
+            format!("{root}/namespaces/{namespace}/{}", self.plural)
+        } else {
+            format!("{root}/{}", self.plural)
+        }
+    }
+}
+
+const fn namespaced(group: &'static str, plural: &'static str, kind: &'static str) -> Resource {
+    Resource { group, version: "v1", plural, kind, namespaced: true }
+}
+
+const fn cluster(group: &'static str, plural: &'static str, kind: &'static str) -> Resource {
+    Resource { group, version: "v1", plural, kind, namespaced: false }
+}
+
+pub const NAMESPACES: Resource = cluster("", "namespaces", "Namespace");
+pub const NODES: Resource = cluster("", "nodes", "Node");
+pub const PODS: Resource = namespaced("", "pods", "Pod");
+pub const SERVICES: Resource = namespaced("", "services", "Service");
+pub const ENDPOINTS: Resource = namespaced("", "endpoints", "Endpoints");
+pub const CONFIG_MAPS: Resource = namespaced("", "configmaps", "ConfigMap");
+pub const SECRETS: Resource = namespaced("", "secrets", "Secret");
+pub const SERVICE_ACCOUNTS: Resource = namespaced("", "serviceaccounts", "ServiceAccount");
+pub const EVENTS: Resource = namespaced("", "events", "Event");
+pub const ENDPOINT_SLICES: Resource = namespaced("discovery.k8s.io", "endpointslices", "EndpointSlice");
+pub const DEPLOYMENTS: Resource = namespaced("apps", "deployments", "Deployment");
+pub const REPLICA_SETS: Resource = namespaced("apps", "replicasets", "ReplicaSet");
+pub const STATEFUL_SETS: Resource = namespaced("apps", "statefulsets", "StatefulSet");
+pub const DAEMON_SETS: Resource = namespaced("apps", "daemonsets", "DaemonSet");
+pub const LEASES: Resource = namespaced("coordination.k8s.io", "leases", "Lease");
+pub const CLUSTER_ROLES: Resource = cluster("rbac.authorization.k8s.io", "clusterroles", "ClusterRole");
+pub const CLUSTER_ROLE_BINDINGS: Resource =
+    cluster("rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding");
+pub const ROLES: Resource = namespaced("rbac.authorization.k8s.io", "roles", "Role");
+pub const ROLE_BINDINGS: Resource = namespaced("rbac.authorization.k8s.io", "rolebindings", "RoleBinding");

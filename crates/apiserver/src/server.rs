@@ -1,0 +1,360 @@
+//! The server as one service: who asks, may they, what is it about, and the verb.
+
+use crate::auth::authenticate::{PeerCertificate, authenticate};
+use crate::auth::rbac::{Attributes, Rbac};
+use crate::auth::token::TokenKey;
+use crate::auth::{AUTHENTICATED, Identity, node};
+use crate::body::{self, Body, BoxError};
+use crate::cache::WatchCache;
+use crate::catalog::{Catalog, builtin};
+use crate::decode::MAX_BODY;
+use crate::discovery;
+use crate::openapi::OpenApi;
+use crate::registry::{Allocation, Registry};
+use crate::request::RequestInfo;
+use crate::subresources::{self, Connector};
+use crate::verbs::{self, Call};
+use api::Status;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde_json::json;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use store::Store;
+use tokio_util::sync::CancellationToken;
+
+pub struct Config {
+    pub store: Arc<dyn Store>,
+    pub allocation: Allocation,
+    pub tokens: TokenKey,
+    pub connector: Option<Arc<dyn Connector>>,
+    pub token: CancellationToken,
+}
+
+struct Inner {
+    registry: Arc<Registry>,
+    rbac: Rbac,
+    tokens: TokenKey,
+    openapi: OpenApi,
+    connector: Option<Arc<dyn Connector>>,
+    requests: AtomicU64,
+}
+
+/// The API as a tower service. Cheap to clone.
+#[derive(Clone)]
+pub struct ApiServer {
+    inner: Arc<Inner>,
+    /// The caller, when it is one of our own components in this process.
+    identity: Option<Arc<Identity>>,
+}
+
+impl ApiServer {
+    /// Opens the catalog over a store.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn start(config: Config) -> Result<ApiServer, store::Error> {
+        let catalog = Catalog::new(builtin::rows());
+        let cache = WatchCache::start(catalog.clone(), config.store.clone(), config.token).await?;
+        let registry = Arc::new(Registry { catalog, store: config.store, cache, allocation: config.allocation });
+        let inner = Inner {
+            registry,
+            rbac: Rbac::default(),
+            tokens: config.tokens,
+            openapi: OpenApi::default(),
+            connector: config.connector,
+            requests: AtomicU64::new(0),
+        };
+        Ok(ApiServer { inner: Arc::new(inner), identity: None })
+    }
+
+    /// The same service for one component, known without credentials because it never leaves the process.
+    pub fn as_identity(&self, identity: Identity) -> ApiServer {
+        ApiServer { inner: self.inner.clone(), identity: Some(Arc::new(identity)) }
+    }
+
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.inner.registry
+    }
+
+    pub(crate) fn tokens(&self) -> &TokenKey {
+        &self.inner.tokens
+    }
+
+    pub(crate) fn connector(&self) -> Option<&Arc<dyn Connector>> {
+        self.inner.connector.as_ref()
+    }
+
+    /// Answers one request. Never fails: a failure is an answer too.
+    pub async fn handle<B>(&self, request: Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<BoxError>,
+    {
+        self.inner.requests.fetch_add(1, Ordering::Relaxed);
+        let head = request.method() == Method::HEAD;
+        let mut response = match self.try_handle(request).await {
+            Ok(response) => response,
+            Err(status) => body::status(&status),
+        };
+        if head {
+            *response.body_mut() = body::full(Bytes::new());
+        }
+        response.headers_mut().insert("cache-control", HeaderValue::from_static("no-cache, private"));
+        response
+    }
+
+    async fn try_handle<B>(&self, mut request: Request<B>) -> Result<Response<Body>, Status>
+    where
+        B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let registry = &self.inner.registry;
+        let info = RequestInfo::parse(request.method(), request.uri());
+        let who = match &self.identity {
+            Some(identity) => (**identity).clone(),
+            None => {
+                let certificate = request.extensions().get::<PeerCertificate>().cloned();
+                authenticate(registry, &self.inner.tokens, request.headers(), certificate.as_ref())?
+            }
+        };
+        let who = self.impersonate(who, request.headers())?;
+        if !info.is_resource {
+            return self.path(&info, &who, &request);
+        }
+        let row = registry.catalog.find(&info.group, &info.version, &info.plural).cloned();
+        self.authorize(&info, &who)?;
+        let Some(row) = row else {
+            if info.plural.is_empty() {
+                return discovery::resources(&registry.catalog, &info.group, &info.version)
+                    .ok_or_else(Status::no_such_path);
+            }
+            return Err(Status::no_such_path());
+        };
+        if !row.namespaced && !info.namespace.is_empty() && *row.kind != *"Namespace" {
+            return Err(Status::no_such_path());
+        }
+        if row.namespaced && info.namespace.is_empty() && !info.name.is_empty() {
+            return Err(Status::no_such_path());
+        }
+        let upgrade = request.headers().contains_key("upgrade").then(|| hyper::upgrade::on(&mut request));
+        let (mut parts, incoming) = request.into_parts();
+        let body = match Limited::new(incoming, MAX_BODY).collect().await {
+            Ok(collected) => collected.to_bytes(),
+            Err(error) if error.is::<LengthLimitError>() => {
+                return Err(Status::too_large(format!("Request entity too large: limit is {MAX_BODY}")));
+            }
+            Err(error) => return Err(Status::bad_request(format!("the request body could not be read: {error}"))),
+        };
+        if let Some(query) = parts.uri.query().and_then(|q| HeaderValue::from_str(q).ok()) {
+            parts.headers.insert("x-fairlead-query", query);
+        }
+        let call = Arc::new(Call { registry: registry.clone(), row, info, headers: parts.headers, who, body });
+        self.dispatch(&call, upgrade).await
+    }
+
+    async fn dispatch(
+        &self,
+        call: &Arc<Call>,
+        upgrade: Option<hyper::upgrade::OnUpgrade>,
+    ) -> Result<Response<Body>, Status> {
+        let row = &call.row;
+        if row.is_virtual {
+            return match call.info.verb {
+                "create" => verbs::review(call, &self.inner.rbac, &self.inner.tokens).await,
+                _ => Err(Status::method_not_allowed()),
+            };
+        }
+        if !call.info.subresource.is_empty() {
+            let known = call.info.subresource == "status" && row.has_status
+                || row.subresource(&call.info.subresource).is_some();
+            if !known {
+                return Err(Status::no_such_path());
+            }
+            return subresources::serve(self, call, upgrade).await;
+        }
+        match call.info.verb {
+            "get" => verbs::get(call).await,
+            "list" => verbs::list(call).await,
+            "watch" => verbs::watch(call).await,
+            "create" => verbs::create(call).await,
+            "update" if !call.info.name.is_empty() => verbs::update(call).await,
+            "patch" if !call.info.name.is_empty() => verbs::patch(call).await,
+            "delete" => verbs::delete(call).await,
+            "deletecollection" => verbs::delete_collection(call).await,
+            _ => Err(Status::method_not_allowed()),
+        }
+    }
+
+    /// `Impersonate-User` and `Impersonate-Group`, for those who may.
+    fn impersonate(&self, who: Identity, headers: &http::HeaderMap) -> Result<Identity, Status> {
+        let Some(user) = headers.get("impersonate-user").and_then(|v| v.to_str().ok()) else { return Ok(who) };
+        let groups: Vec<String> =
+            headers.get_all("impersonate-group").iter().filter_map(|v| v.to_str().ok()).map(str::to_string).collect();
+        let wanted = std::iter::once(("users", user)).chain(groups.iter().map(|g| ("groups", g.as_str())));
+        for (plural, name) in wanted {
+            let asked = Attributes {
+                verb: "impersonate".into(),
+                plural: plural.into(),
+                name: name.into(),
+                ..Attributes::default()
+            };
+            if !self.inner.rbac.allows(&self.inner.registry, &who, &asked) {
+                return Err(forbidden(&who, &asked));
+            }
+        }
+        let mut identity = Identity { user: user.into(), groups, ..Identity::default() };
+        if let Some((namespace, _)) = user.strip_prefix("system:serviceaccount:").and_then(|r| r.split_once(':'))
+            && identity.groups.is_empty()
+        {
+            identity.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
+        }
+        if user != "system:anonymous" {
+            identity.groups.push(AUTHENTICATED.into());
+        }
+        Ok(identity)
+    }
+
+    fn authorize(&self, info: &RequestInfo, who: &Identity) -> Result<(), Status> {
+        let asked = if info.is_resource && !info.plural.is_empty() {
+            Attributes {
+                verb: info.verb.into(),
+                group: info.group.clone(),
+                plural: info.plural.clone(),
+                subresource: info.subresource.clone(),
+                namespace: info.namespace.clone(),
+                name: info.name.clone(),
+                path: None,
+            }
+        } else {
+            Attributes { verb: info.verb.into(), path: Some(info.path.clone()), ..Attributes::default() }
+        };
+        if !self.inner.rbac.allows(&self.inner.registry, who, &asked) {
+            return Err(forbidden(who, &asked));
+        }
+        match node::refuses(&self.inner.registry, who, &asked) {
+            Some(why) => {
+                let mut status = forbidden(who, &asked);
+                status.message = format!("{}: {why}", status.message);
+                Err(status)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Paths that name no resource.
+    fn path<B>(&self, info: &RequestInfo, who: &Identity, request: &Request<B>) -> Result<Response<Body>, Status> {
+        let registry = &self.inner.registry;
+        self.authorize(info, who)?;
+        let headers = request.headers();
+        let path = info.path.trim_end_matches('/');
+        if request.method() != Method::GET && request.method() != Method::HEAD {
+            return Err(Status::method_not_allowed());
+        }
+        match path {
+            "/version" => Ok(body::value(StatusCode::OK, &version())),
+            "/api" => Ok(discovery::root(&registry.catalog, headers, true)),
+            "/apis" => Ok(discovery::root(&registry.catalog, headers, false)),
+            "/openapi/v3" => Ok(self.inner.openapi.index(&registry.catalog)),
+            "/healthz" | "/livez" | "/readyz" => Ok(body::typed(StatusCode::OK, "text/plain; charset=utf-8", "ok")),
+            "/metrics" => {
+                let requests = self.inner.requests.load(Ordering::Relaxed);
+                let text = format!(
+                    "# TYPE apiserver_requests_total counter\napiserver_requests_total {requests}\n# TYPE apiserver_storage_revision gauge\napiserver_storage_revision {}\n",
+                    registry.cache.revision()
+                );
+                Ok(body::typed(StatusCode::OK, "text/plain; version=0.0.4", text))
+            }
+            "" => {
+                let mut paths = vec!["/api".to_string(), "/api/v1".into(), "/apis".into()];
+                for (group, versions) in registry.catalog.groups().iter().filter(|(g, _)| !g.is_empty()) {
+                    paths.push(format!("/apis/{group}"));
+                    paths.extend(versions.iter().map(|v| format!("/apis/{group}/{v}")));
+                }
+                paths
+                    .extend(["/healthz", "/livez", "/metrics", "/openapi/v3", "/readyz", "/version"].map(String::from));
+                Ok(body::value(StatusCode::OK, &json!({"paths": paths})))
+            }
+            _ => {
+                let document = path.strip_prefix("/openapi/v3/");
+                let group = path.strip_prefix("/apis/");
+                let answer = match (document, group) {
+                    (Some(name), _) => self.inner.openapi.serve(&registry.catalog, name, headers),
+                    (_, Some(rest)) => match rest.split_once('/') {
+                        Some((group, version)) => discovery::resources(&registry.catalog, group, version),
+                        None => discovery::one_group(&registry.catalog, rest),
+                    },
+                    _ if path == "/api/v1" => discovery::resources(&registry.catalog, "", "v1"),
+                    _ => None,
+                };
+                answer.ok_or_else(Status::no_such_path)
+            }
+        }
+    }
+}
+
+fn version() -> serde_json::Value {
+    json!({
+        "major": "1", "minor": "33", "gitVersion": concat!("v1.33.0+fairlead-", env!("CARGO_PKG_VERSION")),
+        "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "none", "compiler": "rustc", "platform": "linux/amd64",
+    })
+}
+
+fn forbidden(who: &Identity, asked: &Attributes) -> Status {
+    let message = match &asked.path {
+        Some(path) => format!("forbidden: User {:?} cannot {} path {path:?}", who.user, asked.verb),
+        None => {
+            let resource = if asked.subresource.is_empty() {
+                asked.plural.clone()
+            } else {
+                format!("{}/{}", asked.plural, asked.subresource)
+            };
+            let qualified =
+                if asked.group.is_empty() { asked.plural.clone() } else { format!("{}.{}", asked.plural, asked.group) };
+            let named = if asked.name.is_empty() { String::new() } else { format!(" {:?}", asked.name) };
+            let scope = if asked.namespace.is_empty() {
+                "at the cluster scope".to_string()
+            } else {
+                format!("in the namespace {:?}", asked.namespace)
+            };
+            format!(
+                "{qualified}{named} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {scope}",
+                who.user, asked.verb, asked.group
+            )
+        }
+    };
+    let mut status = Status::forbidden(message);
+    if asked.path.is_none() {
+        status.details = Some(api::status::Details {
+            name: asked.name.clone(),
+            group: asked.group.clone(),
+            kind: asked.plural.clone(),
+            ..Default::default()
+        });
+    }
+    status
+}
+
+impl<B> tower::Service<Request<B>> for ApiServer
+where
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let server = self.clone();
+        Box::pin(async move { Ok(server.handle(request).await) })
+    }
+}

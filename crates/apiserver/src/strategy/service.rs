@@ -1,0 +1,701 @@
+//! Services: defaults, checks, and the claims on cluster IPs and node ports.
+
+use super::{Strategy, set_default};
+use crate::auth::Identity;
+use crate::registry::{Allocation, Claim, Claims, Registry};
+use api::{Cause, ObjectExt, Status, names};
+use ipnet::IpNet;
+use serde_json::{Value, json};
+use std::net::IpAddr;
+
+pub struct Service;
+pub static SERVICE: Service = Service;
+
+fn kind(object: &Value) -> &str {
+    object.text("/spec/type")
+}
+
+fn is_headless(object: &Value) -> bool {
+    object.text("/spec/clusterIP") == "None"
+}
+
+fn strings<'a>(object: &'a Value, pointer: &str) -> Vec<&'a str> {
+    let list = object.pointer(pointer).and_then(Value::as_array);
+    list.map(|l| l.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
+}
+
+fn ports(object: &Value) -> &[Value] {
+    object.pointer("/spec/ports").and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn family_name(ip: IpAddr) -> &'static str {
+    if ip.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+fn ip_key(ip: IpAddr) -> String {
+    format!("claims/clusterip/{ip}")
+}
+
+fn port_key(protocol: &str, port: u64) -> String {
+    format!("claims/nodeport/{protocol}/{port}")
+}
+
+fn wants_node_ports(object: &Value) -> bool {
+    kind(object) == "NodePort"
+        || kind(object) == "LoadBalancer"
+            && object.pointer("/spec/allocateLoadBalancerNodePorts") != Some(&json!(false))
+}
+
+fn wants_health_port(object: &Value) -> bool {
+    kind(object) == "LoadBalancer" && object.text("/spec/externalTrafficPolicy") == "Local"
+}
+
+impl Strategy for Service {
+    fn name_problems(&self, name: &str) -> Vec<String> {
+        names::dns_1035_label(name)
+    }
+
+    fn default(&self, object: &mut Value) {
+        let Some(spec) = object.get_mut("spec") else { return };
+        set_default(spec, "type", json!("ClusterIP"));
+        set_default(spec, "sessionAffinity", json!("None"));
+        if spec.text("/sessionAffinity") == "None" {
+            spec.as_object_mut().map(|m| m.remove("sessionAffinityConfig"));
+        } else {
+            let config = json!({"clientIP": {"timeoutSeconds": 10800}});
+            set_default(spec, "sessionAffinityConfig", config);
+        }
+        let kind = spec.text("/type").to_string();
+        if kind == "NodePort" || kind == "LoadBalancer" {
+            set_default(spec, "externalTrafficPolicy", json!("Cluster"));
+        }
+        if kind == "LoadBalancer" {
+            set_default(spec, "allocateLoadBalancerNodePorts", json!(true));
+        }
+        if kind != "ExternalName" {
+            set_default(spec, "internalTrafficPolicy", json!("Cluster"));
+        }
+        for port in spec.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+            set_default(port, "protocol", json!("TCP"));
+            let target = port.get("targetPort");
+            if target.is_none_or(|t| t == &json!(0) || t == &json!("") || t.is_null()) {
+                let number = port.get("port").cloned().unwrap_or(json!(0));
+                port.as_object_mut().map(|m| m.insert("targetPort".into(), number));
+            }
+        }
+    }
+
+    fn prepare_for_create(&self, _: &Registry, _: &Identity, object: &mut Value) -> Result<(), Status> {
+        if let Some(map) = object.as_object_mut() {
+            map.insert("status".into(), json!({"loadBalancer": {}}));
+        }
+        Ok(())
+    }
+
+    fn prepare_for_update(&self, _: &Registry, object: &mut Value, old: &Value) {
+        let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) else { return };
+        let now = spec.get("type").and_then(Value::as_str).unwrap_or("").to_string();
+        if now == "ExternalName" {
+            if kind(old) != "ExternalName" {
+                for field in [
+                    "clusterIP",
+                    "clusterIPs",
+                    "ipFamilies",
+                    "ipFamilyPolicy",
+                    "healthCheckNodePort",
+                    "internalTrafficPolicy",
+                ] {
+                    spec.remove(field);
+                }
+            }
+            return;
+        }
+        // What the server chose is kept when the client leaves it out.
+        for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
+            let empty = spec.get(field).is_none_or(|v| v.is_null() || v == "" || v == &json!([]));
+            if let Some(before) = old.pointer(&format!("/spec/{field}")).filter(|_| empty) {
+                spec.insert(field.into(), before.clone());
+            }
+        }
+        if now == "LoadBalancer"
+            && spec.get("healthCheckNodePort").is_none()
+            && let Some(before) = old.pointer("/spec/healthCheckNodePort")
+        {
+            spec.insert("healthCheckNodePort".into(), before.clone());
+        }
+        let wants = now == "NodePort" || now == "LoadBalancer";
+        let old_ports = ports(old);
+        let mut taken: Vec<u64> = Vec::new();
+        for port in spec.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+            if !wants {
+                let kept = old_ports.iter().any(|p| p.get("nodePort") == port.get("nodePort"));
+                if kept {
+                    port.as_object_mut().map(|m| m.remove("nodePort"));
+                }
+                continue;
+            }
+            if port.get("nodePort").is_some() {
+                continue;
+            }
+            let same = |p: &&Value| p.get("port") == port.get("port") && p.get("protocol") == port.get("protocol");
+            if let Some(number) = old_ports.iter().find(same).and_then(|p| p.get("nodePort")).and_then(Value::as_u64)
+                && !taken.contains(&number)
+            {
+                taken.push(number);
+                port.as_object_mut().map(|m| m.insert("nodePort".into(), json!(number)));
+            }
+        }
+    }
+
+    fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
+        let mut causes = Vec::new();
+        let Some(spec) = object.get("spec") else {
+            return vec![Cause::required("spec.ports", "")];
+        };
+        let kind = kind(object);
+        let kinds = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
+        if !kinds.contains(&kind) {
+            causes.push(Cause::unsupported("spec.type", kind, &kinds));
+        }
+        if ports(object).is_empty() && !is_headless(object) && kind != "ExternalName" {
+            causes.push(Cause::required("spec.ports", ""));
+        }
+        if kind == "ExternalName" {
+            let name = object.text("/spec/externalName").trim_end_matches('.');
+            if name.is_empty() {
+                causes.push(Cause::required("spec.externalName", ""));
+            } else {
+                for problem in names::dns_subdomain(name) {
+                    causes.push(Cause::invalid("spec.externalName", format!("{name:?}"), problem));
+                }
+            }
+            if !matches!(object.text("/spec/clusterIP"), "" | "None") {
+                causes.push(Cause::forbidden("spec.clusterIPs[0]", "may not be set when `type` is 'ExternalName'"));
+            }
+        }
+        if kind == "LoadBalancer" && is_headless(object) {
+            causes.push(Cause::invalid(
+                "spec.clusterIPs[0]",
+                "\"None\"",
+                "may not be set to 'None' for LoadBalancer services",
+            ));
+        }
+        if kind == "NodePort" && is_headless(object) {
+            causes.push(Cause::invalid(
+                "spec.clusterIPs[0]",
+                "\"None\"",
+                "may not be set to 'None' for NodePort services",
+            ));
+        }
+        port_causes(object, &mut causes);
+        causes.extend(super::meta::labels("spec.selector", spec.get("selector")));
+        let affinity = spec.text("/sessionAffinity");
+        if !matches!(affinity, "None" | "ClientIP") {
+            causes.push(Cause::unsupported("spec.sessionAffinity", affinity, &["ClientIP", "None"]));
+        }
+        if affinity == "ClientIP" {
+            let seconds = spec.pointer("/sessionAffinityConfig/clientIP/timeoutSeconds").and_then(Value::as_i64);
+            if let Some(seconds) = seconds.filter(|s| !(1..=86400).contains(s)) {
+                causes.push(Cause::invalid(
+                    "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                    seconds,
+                    "must be greater than 0 and less than 86400",
+                ));
+            }
+        }
+        for (field, allowed) in
+            [("externalTrafficPolicy", &["Cluster", "Local"]), ("internalTrafficPolicy", &["Cluster", "Local"])]
+        {
+            let value = spec.text(&format!("/{field}"));
+            if !value.is_empty() && !allowed.contains(&value) {
+                causes.push(Cause::unsupported(format!("spec.{field}"), value, allowed));
+            }
+        }
+        if !matches!(kind, "NodePort" | "LoadBalancer")
+            && !spec.text("/externalTrafficPolicy").is_empty()
+            && strings(object, "/spec/externalIPs").is_empty()
+        {
+            causes.push(Cause::invalid(
+                "spec.externalTrafficPolicy",
+                format!("{:?}", spec.text("/externalTrafficPolicy")),
+                "may only be set for externally-accessible services",
+            ));
+        }
+        for (i, text) in strings(object, "/spec/externalIPs").iter().enumerate() {
+            causes.extend(super::slice::address_problem(format!("spec.externalIPs[{i}]"), text));
+        }
+        for (i, text) in strings(object, "/spec/loadBalancerSourceRanges").iter().enumerate() {
+            if text.trim().parse::<IpNet>().is_err() {
+                causes.push(Cause::invalid(
+                    format!("spec.loadBalancerSourceRanges[{i}]"),
+                    format!("{text:?}"),
+                    "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+                ));
+            }
+        }
+        ip_causes(object, &mut causes);
+        if let Some(old) = old {
+            update_causes(object, old, &mut causes);
+        }
+        causes
+    }
+
+    fn claims(&self, registry: &Registry, object: &mut Value, old: Option<&Value>) -> Result<Claims, Status> {
+        let name = object.name().to_string();
+        let holder = format!("{}/{name}", object.namespace());
+        let mut claims = Claims::default();
+        let held: Vec<String> = old.map(held_claims).unwrap_or_default();
+        if kind(object) != "ExternalName" {
+            fill_addresses(registry, object, &name, &held, &mut claims, &holder)?;
+        }
+        fill_node_ports(registry, object, &name, &held, &mut claims, &holder)?;
+        let keep = held_claims(object);
+        claims.release = held.into_iter().filter(|key| !keep.contains(key)).collect();
+        Ok(claims)
+    }
+
+    fn released(&self, object: &Value) -> Vec<String> {
+        held_claims(object)
+    }
+}
+
+/// The claims an object in this state holds.
+fn held_claims(object: &Value) -> Vec<String> {
+    let mut keys = Vec::new();
+    for text in strings(object, "/spec/clusterIPs") {
+        if let Ok(ip) = text.parse() {
+            keys.push(ip_key(ip));
+        }
+    }
+    for port in ports(object) {
+        if let Some(number) = port.get("nodePort").and_then(Value::as_u64) {
+            let key = port_key(port.text("/protocol"), number);
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+    }
+    if let Some(number) = object.pointer("/spec/healthCheckNodePort").and_then(Value::as_u64) {
+        keys.push(port_key("TCP", number));
+    }
+    keys
+}
+
+fn invalid(name: &str, cause: Cause) -> Status {
+    Status::invalid("", "Service", name, vec![cause])
+}
+
+fn fill_addresses(
+    registry: &Registry,
+    object: &mut Value,
+    name: &str,
+    held: &[String],
+    claims: &mut Claims,
+    holder: &str,
+) -> Result<(), Status> {
+    let cidrs = &registry.allocation.service_cidrs;
+    let available: Vec<&str> = cidrs.iter().map(|c| family_name(c.addr())).collect();
+    let headless = is_headless(object);
+    let mut asked: Vec<String> = strings(object, "/spec/clusterIPs").into_iter().map(str::to_string).collect();
+    let first = object.text("/spec/clusterIP").to_string();
+    if asked.is_empty() && !first.is_empty() {
+        asked.push(first);
+    }
+    let mut families: Vec<String> = strings(object, "/spec/ipFamilies").into_iter().map(str::to_string).collect();
+    let policy = object.text("/spec/ipFamilyPolicy").to_string();
+    let policy = if policy.is_empty() {
+        if families.len() > 1 || asked.len() > 1 { "RequireDualStack" } else { "SingleStack" }
+    } else {
+        policy.as_str()
+    };
+    let selectorless = object.pointer("/spec/selector").and_then(Value::as_object).is_none_or(|m| m.is_empty());
+    if policy == "RequireDualStack" && available.len() < 2 && !(headless && selectorless) {
+        return Err(invalid(
+            name,
+            Cause::invalid(
+                "spec.ipFamilyPolicy",
+                "\"RequireDualStack\"",
+                "this cluster is not configured for dual-stack services",
+            ),
+        ));
+    }
+    // A literal address names its family.
+    for text in &asked {
+        if let Ok(ip) = text.parse::<IpAddr>()
+            && !families.iter().any(|f| f == family_name(ip))
+            && families.len() < asked.len()
+        {
+            families.push(family_name(ip).into());
+        }
+    }
+    if families.is_empty() {
+        families.push(available.first().copied().unwrap_or("IPv4").into());
+    }
+    for (i, family) in families.iter().enumerate() {
+        if !available.contains(&family.as_str()) && !(headless && selectorless) {
+            return Err(invalid(
+                name,
+                Cause::invalid(
+                    format!("spec.ipFamilies[{i}]"),
+                    format!("{family:?}"),
+                    "not configured on this cluster",
+                ),
+            ));
+        }
+    }
+    let wants = if policy == "SingleStack" { 1 } else { available.len().max(1) };
+    for family in &available {
+        if families.len() < wants && !families.iter().any(|f| f == family) {
+            families.push((*family).into());
+        }
+    }
+    if policy == "SingleStack" {
+        families.truncate(1);
+        asked.truncate(1);
+    }
+    if !headless {
+        for (i, family) in families.iter().enumerate() {
+            let Some(cidr) = cidrs.iter().find(|c| family_name(c.addr()) == family) else { continue };
+            match asked.get(i).filter(|a| !a.is_empty()) {
+                Some(text) => {
+                    let Ok(ip) = text.parse::<IpAddr>() else { continue };
+                    let key = ip_key(ip);
+                    if held.contains(&key) {
+                        continue;
+                    }
+                    if !cidr.contains(&ip) {
+                        return Err(invalid(
+                            name,
+                            Cause::invalid(
+                                "spec.clusterIPs",
+                                json!(asked).to_string().replace(',', ", "),
+                                format!(
+                                    "failed to allocate IP {ip}: the provided IP ({ip}) is not in the valid range. The range of valid IPs is {cidr}"
+                                ),
+                            ),
+                        ));
+                    }
+                    if registry.cache.is_claimed(&key) {
+                        return Err(invalid(
+                            name,
+                            Cause::invalid(
+                                "spec.clusterIPs",
+                                json!(asked).to_string(),
+                                format!("failed to allocate IP {ip}: provided IP is already allocated"),
+                            ),
+                        ));
+                    }
+                    claims.take.push(Claim { key, holder: holder.into() });
+                }
+                None => {
+                    let ip = free_address(registry, cidr).ok_or_else(|| {
+                        Status::internal(format!("failed to allocate a serviceIP: range {cidr} is full"))
+                    })?;
+                    claims.take.push(Claim { key: ip_key(ip), holder: holder.into() });
+                    asked.resize(i + 1, String::new());
+                    asked[i] = ip.to_string();
+                }
+            }
+        }
+    } else {
+        asked = vec!["None".into()];
+    }
+    if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
+        spec.insert("clusterIP".into(), json!(asked.first().cloned().unwrap_or_default()));
+        spec.insert("clusterIPs".into(), json!(asked));
+        spec.insert("ipFamilies".into(), json!(families));
+        spec.insert("ipFamilyPolicy".into(), json!(policy));
+    }
+    Ok(())
+}
+
+fn nth_address(cidr: &IpNet, n: u128) -> IpAddr {
+    match cidr {
+        IpNet::V4(net) => IpAddr::from((u32::from(net.network()).wrapping_add(n as u32)).to_be_bytes()),
+        IpNet::V6(net) => IpAddr::from((u128::from(net.network()).wrapping_add(n)).to_be_bytes()),
+    }
+}
+
+/// A free address: from the upper band first, so that the lower one stays free for addresses chosen by people (KEP-3070).
+fn free_address(registry: &Registry, cidr: &IpNet) -> Option<IpAddr> {
+    let bits = match cidr {
+        IpNet::V4(_) => 32,
+        IpNet::V6(_) => 128,
+    } - u32::from(cidr.prefix_len());
+    let size = if bits >= 64 { u128::from(u64::MAX) } else { 1u128 << bits };
+    // Network and, in IPv4, broadcast are no service addresses.
+    let last = if cidr.addr().is_ipv4() { size.saturating_sub(2) } else { size - 1 };
+    let band = (size / 16).clamp(16, 256).min(last);
+    let free = |n: u128| {
+        let ip = nth_address(cidr, n);
+        (!registry.cache.is_claimed(&ip_key(ip))).then_some(ip)
+    };
+    let upper = last.checked_sub(band)?;
+    if upper > 0 {
+        let start = random() % upper;
+        // A few random tries find a place in any but a nearly full range; then every place is tried.
+        for i in 0..upper.min(65_536) {
+            if let Some(ip) = free(band + 1 + (start + i) % upper) {
+                return Some(ip);
+            }
+        }
+    }
+    (1..=band).find_map(free)
+}
+
+fn random() -> u128 {
+    let mut bytes = [0u8; 8];
+    // Without entropy the first free place is as good.
+    match getrandom::fill(&mut bytes) {
+        Ok(()) => u128::from(u64::from_le_bytes(bytes)),
+        Err(_) => 0,
+    }
+}
+
+fn free_node_port(registry: &Registry, allocation: &Allocation, protocol: &str, chosen: &[String]) -> Option<u16> {
+    let (low, high) = (*allocation.node_ports.start(), *allocation.node_ports.end());
+    let size = u32::from(high - low) + 1;
+    // Called the static band in KEP-3668.
+    let band = (size / 32).clamp(16, 128).min(size);
+    let free = |port: u16| {
+        let key = port_key(protocol, port.into());
+        (!registry.cache.is_claimed(&key) && !chosen.contains(&key)).then_some(port)
+    };
+    let upper = size - band;
+    if upper > 0 {
+        let start = (random() % u128::from(upper)) as u32;
+        for i in 0..upper {
+            let port = low + u16::try_from(band + (start + i) % upper).unwrap_or(0);
+            if let Some(port) = free(port) {
+                return Some(port);
+            }
+        }
+    }
+    (low..low + band as u16).find_map(free)
+}
+
+fn fill_node_ports(
+    registry: &Registry,
+    object: &mut Value,
+    name: &str,
+    held: &[String],
+    claims: &mut Claims,
+    holder: &str,
+) -> Result<(), Status> {
+    let wants = wants_node_ports(object);
+    let range = &registry.allocation.node_ports;
+    let mut chosen: Vec<String> = Vec::new();
+    let count = ports(object).len();
+    for i in 0..count {
+        let port = ports(object)[i].clone();
+        let protocol = port.text("/protocol").to_string();
+        let explicit = port.get("nodePort").and_then(Value::as_u64).filter(|p| *p != 0);
+        let number = match explicit {
+            Some(number) => {
+                let key = port_key(&protocol, number);
+                if !held.contains(&key) && !chosen.contains(&key) {
+                    let field = format!("spec.ports[{i}].nodePort");
+                    if !u16::try_from(number).is_ok_and(|p| range.contains(&p)) {
+                        return Err(invalid(
+                            name,
+                            Cause::invalid(
+                                field,
+                                number,
+                                format!(
+                                    "provided port is not in the valid range. The range of valid ports is {}-{}",
+                                    range.start(),
+                                    range.end()
+                                ),
+                            ),
+                        ));
+                    }
+                    if registry.cache.is_claimed(&key) {
+                        return Err(invalid(name, Cause::invalid(field, number, "provided port is already allocated")));
+                    }
+                    claims.take.push(Claim { key: key.clone(), holder: holder.into() });
+                }
+                chosen.push(key);
+                number
+            }
+            None if wants => {
+                // The same port number over TCP and UDP shares one node port where it can.
+                let twin = ports(object)[..i]
+                    .iter()
+                    .filter(|p| p.get("port") == port.get("port") && p.text("/protocol") != protocol)
+                    .find_map(|p| p.get("nodePort").and_then(Value::as_u64))
+                    .filter(|n| !registry.cache.is_claimed(&port_key(&protocol, *n)));
+                let number = match twin {
+                    Some(number) => number,
+                    None => free_node_port(registry, &registry.allocation, &protocol, &chosen)
+                        .map(u64::from)
+                        .ok_or_else(|| Status::internal("failed to allocate a nodePort: range is full"))?,
+                };
+                let key = port_key(&protocol, number);
+                chosen.push(key.clone());
+                claims.take.push(Claim { key, holder: holder.into() });
+                number
+            }
+            None => continue,
+        };
+        if let Some(port) = object.pointer_mut(&format!("/spec/ports/{i}")).and_then(Value::as_object_mut) {
+            port.insert("nodePort".into(), json!(number));
+        }
+    }
+    let health = object.pointer("/spec/healthCheckNodePort").and_then(Value::as_u64);
+    if wants_health_port(object) {
+        match health {
+            Some(number) => {
+                let key = port_key("TCP", number);
+                if !held.contains(&key) {
+                    if registry.cache.is_claimed(&key) {
+                        return Err(invalid(
+                            name,
+                            Cause::invalid("spec.healthCheckNodePort", number, "provided port is already allocated"),
+                        ));
+                    }
+                    claims.take.push(Claim { key, holder: holder.into() });
+                }
+            }
+            None => {
+                let number = free_node_port(registry, &registry.allocation, "TCP", &chosen)
+                    .ok_or_else(|| Status::internal("failed to allocate a HealthCheck NodePort: range is full"))?;
+                claims.take.push(Claim { key: port_key("TCP", number.into()), holder: holder.into() });
+                if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
+                    spec.insert("healthCheckNodePort".into(), json!(number));
+                }
+            }
+        }
+    } else if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
+        spec.remove("healthCheckNodePort");
+    }
+    Ok(())
+}
+
+fn port_causes(object: &Value, causes: &mut Vec<Cause>) {
+    let all = ports(object);
+    let kind = kind(object);
+    let (mut names_seen, mut pairs, mut node_ports) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, port) in all.iter().enumerate() {
+        let path = |field: &str| format!("spec.ports[{i}].{field}");
+        let name = port.text("/name");
+        if name.is_empty() {
+            if all.len() > 1 {
+                causes.push(Cause::required(path("name"), ""));
+            }
+        } else {
+            for problem in names::dns_label(name) {
+                causes.push(Cause::invalid(path("name"), format!("{name:?}"), problem));
+            }
+            if names_seen.contains(&name) {
+                causes.push(Cause::duplicate(path("name"), format!("{name:?}")));
+            }
+            names_seen.push(name);
+        }
+        let number = port.get("port").and_then(Value::as_i64).unwrap_or(0);
+        if !(1..=65535).contains(&number) {
+            causes.push(Cause::invalid(path("port"), number, "must be between 1 and 65535, inclusive"));
+        }
+        let protocol = port.text("/protocol");
+        if !matches!(protocol, "TCP" | "UDP" | "SCTP") {
+            causes.push(Cause::unsupported(path("protocol"), protocol, &["SCTP", "TCP", "UDP"]));
+        }
+        match port.get("targetPort") {
+            Some(Value::Number(n)) if !(1..=65535).contains(&n.as_i64().unwrap_or(0)) => {
+                causes.push(Cause::invalid(path("targetPort"), n, "must be between 1 and 65535, inclusive"));
+            }
+            Some(Value::String(text)) => {
+                for problem in names::port_name(text) {
+                    causes.push(Cause::invalid(path("targetPort"), format!("{text:?}"), problem));
+                }
+            }
+            _ => {}
+        }
+        if pairs.contains(&(number, protocol)) {
+            let shown = format!("{{\"protocol\":{protocol:?},\"port\":{number}}}");
+            causes.push(Cause::duplicate(format!("spec.ports[{i}]"), shown));
+        }
+        pairs.push((number, protocol));
+        let node_port = port.get("nodePort").and_then(Value::as_i64).unwrap_or(0);
+        if node_port != 0 {
+            if !matches!(kind, "NodePort" | "LoadBalancer") {
+                causes.push(Cause::forbidden(path("nodePort"), "may not be used when `type` is 'ClusterIP'"));
+            }
+            if node_ports.contains(&(node_port, protocol)) {
+                causes.push(Cause::duplicate(path("nodePort"), node_port));
+            }
+            node_ports.push((node_port, protocol));
+        }
+    }
+}
+
+fn ip_causes(object: &Value, causes: &mut Vec<Cause>) {
+    let (first, all) = (object.text("/spec/clusterIP"), strings(object, "/spec/clusterIPs"));
+    if all.len() > 2 {
+        causes.push(Cause::invalid("spec.clusterIPs", json!(all), "may only hold up to 2 values"));
+    }
+    if !all.is_empty() && !first.is_empty() && all[0] != first {
+        causes.push(Cause::invalid("spec.clusterIPs", json!(all), "first value must match `clusterIP`"));
+    }
+    for (i, text) in all.iter().enumerate() {
+        if *text == "None" {
+            if all.len() > 1 {
+                causes.push(Cause::invalid(
+                    format!("spec.clusterIPs[{i}]"),
+                    "\"None\"",
+                    "'None' must be the first and only value",
+                ));
+            }
+        } else if text.parse::<IpAddr>().is_err() && !text.is_empty() {
+            causes.push(Cause::invalid(
+                format!("spec.clusterIPs[{i}]"),
+                format!("{text:?}"),
+                "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
+            ));
+        }
+    }
+    if all.is_empty() && !matches!(first, "" | "None") && first.parse::<IpAddr>().is_err() {
+        causes.push(Cause::invalid(
+            "spec.clusterIPs[0]",
+            format!("{first:?}"),
+            "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
+        ));
+    }
+    let policy = object.text("/spec/ipFamilyPolicy");
+    let policies = ["PreferDualStack", "RequireDualStack", "SingleStack"];
+    if !policy.is_empty() && !policies.contains(&policy) {
+        causes.push(Cause::unsupported("spec.ipFamilyPolicy", policy, &policies));
+    }
+    for (i, family) in strings(object, "/spec/ipFamilies").iter().enumerate() {
+        if !matches!(*family, "IPv4" | "IPv6") {
+            causes.push(Cause::unsupported(format!("spec.ipFamilies[{i}]"), family, &["IPv4", "IPv6"]));
+        }
+    }
+}
+
+fn update_causes(object: &Value, old: &Value, causes: &mut Vec<Cause>) {
+    let external = |o: &Value| kind(o) == "ExternalName";
+    if !external(object) && !external(old) {
+        let (before, after) = (strings(old, "/spec/clusterIPs"), strings(object, "/spec/clusterIPs"));
+        if let (Some(a), Some(b)) = (before.first(), after.first().or(Some(&object.text("/spec/clusterIP"))))
+            && a != b
+            && !a.is_empty()
+        {
+            causes.push(Cause::invalid("spec.clusterIPs[0]", format!("{b:?}"), "may not change once set"));
+        }
+        let (before, after) = (strings(old, "/spec/ipFamilies"), strings(object, "/spec/ipFamilies"));
+        if let (Some(a), Some(b)) = (before.first(), after.first())
+            && a != b
+        {
+            causes.push(Cause::invalid("spec.ipFamilies[0]", format!("{b:?}"), "may not change once set"));
+        }
+    }
+    for field in ["loadBalancerClass", "healthCheckNodePort"] {
+        let pointer = format!("/spec/{field}");
+        let same_type = kind(object) == "LoadBalancer" && kind(old) == "LoadBalancer";
+        if let (true, Some(before), Some(after)) = (same_type, old.pointer(&pointer), object.pointer(&pointer))
+            && before != after
+        {
+            causes.push(Cause::invalid(format!("spec.{field}"), after, "may not change once set"));
+        }
+    }
+}

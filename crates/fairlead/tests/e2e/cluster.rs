@@ -1,0 +1,116 @@
+//! A cluster of the built binary in a directory of its own, which ends with the test however that ends.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_fairlead");
+const NODES: &str = "3";
+const IMAGES: &[&str] = &["nginx-test1.tar", "nginx-test2.tar", "busybox-test1.tar"];
+
+/// A kubectl to test with.
+pub struct Kubectl {
+    pub name: String,
+    path: PathBuf,
+}
+
+/// Newest first: the versioned ones beside the file that `kubectl` leads to, or else `kubectl` itself. FAIRLEAD_KUBECTL picks
+/// one of them by a part of its name.
+pub fn kubectls() -> Vec<Kubectl> {
+    let linked = which("kubectl").expect("kubectl is on PATH: these tests are about it");
+    let resolved = linked.canonicalize().expect("kubectl can be resolved");
+    let beside = resolved.parent().expect("a file lies in a directory");
+    let mut found: Vec<Kubectl> = (28..=33)
+        .rev()
+        .map(|minor| format!("kubectl.1.{minor}"))
+        .filter(|name| beside.join(name).is_file())
+        .map(|name| Kubectl { path: beside.join(&name), name })
+        .collect();
+    if found.is_empty() {
+        found.push(Kubectl { name: "kubectl".to_owned(), path: linked });
+    }
+    if let Ok(wanted) = std::env::var("FAIRLEAD_KUBECTL") {
+        found.retain(|kubectl| kubectl.name.contains(&wanted));
+        assert!(!found.is_empty(), "no kubectl here is called {wanted}");
+    }
+    found
+}
+
+pub struct Cluster {
+    dir: PathBuf,
+    pub server: String,
+}
+
+impl Cluster {
+    pub fn up(kubectl: &Kubectl) -> Cluster {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // Short, since a unix socket's path has 108 bytes.
+        let dir = std::env::temp_dir().join(format!("fairlead-e2e-{}-{number}", std::process::id()));
+        fs::create_dir_all(dir.join("bin")).expect("a temporary directory can be made");
+        // From here on dropping it cleans up.
+        let mut cluster = Cluster { dir, server: String::new() };
+        symlink(&kubectl.path, cluster.dir.join("bin/kubectl")).expect("kubectl can be linked");
+        symlink(BINARY, cluster.dir.join("bin/fairlead")).expect("fairlead can be linked");
+        cluster.fairlead(&["up", "--detach", "--nodes", NODES, "--data-dir", &cluster.data_dir()]);
+        for image in IMAGES {
+            let file = images().join(image);
+            assert!(file.is_file(), "{} is not there: run `cargo xtask image`", file.display());
+            cluster.fairlead(&["image", "--data-dir", &cluster.data_dir(), "import", &file.to_string_lossy()]);
+        }
+        let kubeconfig = fs::read_to_string(cluster.dir.join("data/kubeconfig")).expect("`up` wrote a kubeconfig");
+        let server = kubeconfig.lines().find_map(|line| line.trim().strip_prefix("server:"));
+        cluster.server = server.expect("the kubeconfig names a server").trim().trim_matches('"').to_owned();
+        cluster
+    }
+
+    /// A shell whose kubectl and fairlead are those under test; ends after `seconds`.
+    pub fn shell(&self, line: &str, seconds: u32) -> Command {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let data = self.dir.join("data");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", &seconds.to_string(), "sh", "-c", line]).current_dir(&self.dir);
+        command.env("PATH", format!("{}:{path}", self.dir.join("bin").display()));
+        command.env("KUBECONFIG", data.join("kubeconfig")).env("KUBECACHEDIR", self.dir.join("cache"));
+        command.env("HOME", &self.dir).env("SERVER", &self.server).env("DIR", &data).env("TMP", &self.dir);
+        command.env("EXAMPLES", root.join("examples")).env("IMAGES", images());
+        command
+    }
+
+    fn fairlead(&self, words: &[&str]) {
+        let done = Command::new(BINARY).args(words).output().expect("the built binary runs");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "fairlead {} ended with {}: {said}", words.join(" "), done.status);
+    }
+
+    fn data_dir(&self) -> String {
+        self.dir.join("data").to_string_lossy().into_owned()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // A second panic would abort before other clusters are cleaned up: say what went wrong and go on.
+        match Command::new(BINARY).args(["down", "--data-dir", &self.data_dir()]).output() {
+            Ok(done) if done.status.success() => {}
+            Ok(done) => eprintln!("down ended with {}: {}", done.status, String::from_utf8_lossy(&done.stderr)),
+            Err(error) => eprintln!("down did not run: {error}"),
+        }
+        if let Err(error) = fs::remove_dir_all(&self.dir) {
+            eprintln!("{} stays: {error}", self.dir.display());
+        }
+    }
+}
+
+/// `cargo xtask image` puts them beside what cargo builds.
+fn images() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("images")
+}
+
+fn which(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
+}

@@ -1,0 +1,13 @@
+//! Every test with many random cases, compiled as it ships: what a short run in CI is too short to meet.
+
+use anyhow::Result;
+
+use crate::shell;
+
+const CASES: &str = "20000";
+
+pub fn run(args: &[String]) -> Result<()> {
+    let cases = std::env::var("FAIRLEAD_CASES").unwrap_or_else(|_| CASES.to_owned());
+    println!("soak: FAIRLEAD_CASES={cases}");
+    shell::step(shell::cargo().args(["test", "--release", "--workspace"]).args(args).env("FAIRLEAD_CASES", cases))
+}

@@ -361,8 +361,8 @@ impl ServiceTable {
             return *id;
         }
         let id = FrontendId(self.next_id);
-        // Two ports of a process's lifetime share an id only after two thousand million others.
-        self.next_id = (self.next_id + 1) & (u32::MAX >> 1);
+        // Two ports of a process's lifetime share an id only after a thousand million others.
+        self.next_id = (self.next_id + 1) & (u32::MAX >> 2);
         id
     }
 }

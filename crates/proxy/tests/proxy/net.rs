@@ -1,0 +1,303 @@
+//! Real packets between network namespaces: a client outside, a node, and two pods on it.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use linux::nft::Socket;
+use proxy::NodeView;
+use proxy::dataplane::nftables::Nftables;
+use proxy::dataplane::{Change, Dataplane};
+use serde_json::json;
+use services::{Place, ServiceTable};
+
+use crate::objects::{service, slice};
+
+const NODE: &str = "192.168.49.2";
+const CLIENT: &str = "203.0.113.9";
+const PODS: [&str; 2] = ["10.244.0.11", "10.244.0.12"];
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A network namespace that lives as long as its thread; nothing is left when the test ends, however it ends.
+pub struct Namespace {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    pub path: String,
+}
+
+impl Namespace {
+    pub fn new() -> Self {
+        let (jobs, work) = channel::<Job>();
+        let (tell, path) = channel();
+        let thread = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("unshare needs root");
+            tell.send(format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid()))
+                .expect("test waits");
+            for job in work {
+                job();
+            }
+        });
+        let path = path.recv().expect("namespace");
+        let namespace = Namespace { jobs: Some(jobs), thread: Some(thread), path };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Runs the closure in the namespace.
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (tell, answer) = channel();
+        let job: Job = Box::new(move || drop(tell.send(std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)))));
+        self.jobs.as_ref().expect("alive").send(job).expect("alive");
+        match answer.recv().expect("answer") {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    pub fn command(&self, program: &str, arguments: &str) -> String {
+        let (program, arguments) = (program.to_owned(), arguments.to_owned());
+        self.run(move || {
+            let output = Command::new(&program).args(arguments.split_whitespace()).output().expect("spawn");
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{program} {arguments}: {error}");
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        })
+    }
+
+    pub fn ip(&self, arguments: &str) {
+        self.command("ip", arguments);
+    }
+
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let (path, value) = (format!("/proc/sys/{name}"), value.to_owned());
+        self.run(move || std::fs::write(path, value).expect("sysctl"));
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+/// The three kinds of machine.
+pub struct World {
+    pub client: Namespace,
+    pub node: Namespace,
+    pub pods: Vec<Namespace>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let (client, node) = (Namespace::new(), Namespace::new());
+        node.sysctl("net/ipv4/ip_forward", "1");
+        let link = |name: &str, other: &Namespace| {
+            node.ip(&format!("link add {name} type veth peer name eth0 netns {}", other.path));
+            node.ip(&format!("link set {name} up"));
+            other.ip("link set eth0 up");
+        };
+        link("up0", &client);
+        node.ip(&format!("addr add {NODE}/24 dev up0"));
+        node.ip(&format!("route add {CLIENT} dev up0"));
+        node.ip(&format!("route add default via {CLIENT} dev up0"));
+        client.ip(&format!("addr add {CLIENT}/32 dev eth0"));
+        client.ip(&format!("route add {NODE} dev eth0"));
+        client.ip(&format!("route add default via {NODE} dev eth0"));
+        let mut pods = Vec::new();
+        for (index, address) in PODS.into_iter().enumerate() {
+            let pod = Namespace::new();
+            link(&format!("pod{index}"), &pod);
+            node.ip(&format!("addr add 10.244.0.1/32 dev pod{index}"));
+            node.ip(&format!("route add {address} dev pod{index}"));
+            pod.ip(&format!("addr add {address}/32 dev eth0"));
+            pod.ip("route add 10.244.0.1 dev eth0");
+            pod.ip("route add default via 10.244.0.1 dev eth0");
+            serve(&pod, index);
+            pods.push(pod);
+        }
+        World { client, node, pods }
+    }
+}
+
+/// Answers on 8080, TCP and UDP, with the pod's number and the client's address as the pod sees it.
+fn serve(pod: &Namespace, index: usize) {
+    let (tcp, udp) =
+        pod.run(|| (TcpListener::bind("0.0.0.0:8080").expect("bind"), UdpSocket::bind("0.0.0.0:8080").expect("bind")));
+    std::thread::spawn(move || {
+        for mut stream in tcp.incoming().flatten() {
+            let from = stream.peer_addr().map(|peer| peer.ip().to_string()).unwrap_or_default();
+            drop(stream.write_all(format!("{index} {from}").as_bytes()));
+        }
+    });
+    std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((size, from)) = udp.recv_from(&mut buffer) {
+            if &buffer[..size] == b"end" {
+                return;
+            }
+            drop(udp.send_to(format!("{index} {}", from.ip()).as_bytes(), from));
+        }
+    });
+}
+
+/// What a TCP client reads: which pod answered, and whom it saw.
+pub fn tcp(from: &Namespace, to: &str) -> Result<(usize, IpAddr), std::io::ErrorKind> {
+    let to: SocketAddr = to.parse().expect("address");
+    from.run(move || {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_millis(500)).map_err(|error| error.kind())?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).map_err(|error| error.kind())?;
+        Ok(parse(&text))
+    })
+}
+
+/// The same over UDP, from a fresh socket or a given port.
+pub fn udp(from: &Namespace, to: &str, port: u16) -> Result<(usize, IpAddr), std::io::ErrorKind> {
+    let to: SocketAddr = to.parse().expect("address");
+    from.run(move || {
+        let socket = UdpSocket::bind(("0.0.0.0", port)).expect("bind");
+        socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout");
+        socket.connect(to).map_err(|error| error.kind())?;
+        socket.send(b"hello").map_err(|error| error.kind())?;
+        let mut buffer = [0; 64];
+        let size = socket.recv(&mut buffer).map_err(|error| error.kind())?;
+        Ok(parse(std::str::from_utf8(&buffer[..size]).expect("text")))
+    })
+}
+
+fn parse(text: &str) -> (usize, IpAddr) {
+    let (index, address) = text.split_once(' ').expect("an answer");
+    (index.parse().expect("a number"), address.parse().expect("an address"))
+}
+
+pub fn node_view() -> NodeView {
+    NodeView::new(
+        Place { node: "node-1".into(), zone: None },
+        vec![NODE.parse().expect("address")],
+        vec!["10.244.0.0/16".parse().expect("cidr")],
+        vec!["10.96.0.0/12".parse().expect("cidr")],
+    )
+}
+
+/// The objects of most tests: a Service with two endpoints here, one without, one over UDP.
+fn table() -> ServiceTable {
+    let mut table = ServiceTable::new();
+    let port = |node_port: u16, protocol: &str| json!([{"port": 80, "nodePort": node_port, "protocol": protocol}]);
+    let both: Vec<(&str, &str)> = PODS.iter().map(|pod| (*pod, "node-1")).collect();
+    let objects = [
+        service("web", json!({"type": "NodePort", "ports": port(30007, "TCP")})),
+        service("empty", json!({"clusterIPs": ["10.96.0.11"], "type": "NodePort", "ports": port(30011, "TCP")})),
+        service("names", json!({"clusterIPs": ["10.96.0.12"], "type": "NodePort", "ports": port(30012, "UDP")})),
+        service("away", json!({"clusterIPs": ["10.96.0.13"], "internalTrafficPolicy": "Local"})),
+        service(
+            "near",
+            json!({"clusterIPs": ["10.96.0.14"], "type": "NodePort", "ports": port(30014, "TCP"),
+            "externalTrafficPolicy": "Local"}),
+        ),
+        service("sticky", json!({"clusterIPs": ["10.96.0.15"], "sessionAffinity": "ClientIP"})),
+        service(
+            "closed",
+            json!({"clusterIPs": ["10.96.0.16"], "type": "LoadBalancer",
+            "loadBalancerSourceRanges": ["198.51.100.0/24"]}),
+        ),
+    ];
+    for object in objects {
+        table.upsert_service(&object).expect("service");
+    }
+    for (name, protocol) in [("web", "TCP"), ("names", "UDP"), ("near", "TCP"), ("sticky", "TCP"), ("closed", "TCP")] {
+        table.upsert_slice(&slice(name, 8080, protocol, &both)).expect("slice");
+    }
+    table.upsert_slice(&slice("away", 8080, "TCP", &[("10.244.1.5", "node-2")])).expect("slice");
+    table.set_synced();
+    table
+}
+
+fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
+    let node = node_view();
+    let changes: Vec<_> = table
+        .frontends()
+        .map(|frontend| Change { id: frontend.id, before: None, after: Some(D::entries(frontend, &node)) })
+        .collect();
+    dataplane.commit(Some(&D::base(&node)), &changes).expect("commit");
+}
+
+/// What every mode must do with real packets.
+fn packets(world: &World) {
+    let pods: Vec<IpAddr> = PODS.iter().map(|pod| pod.parse().expect("address")).collect();
+    let client: IpAddr = CLIENT.parse().expect("address");
+    // Both endpoints answer, from everywhere.
+    for (from, to) in [
+        (&world.client, "192.168.49.2:30007"),
+        (&world.client, "10.96.0.10:80"),
+        (&world.node, "10.96.0.10:80"),
+        (&world.node, "192.168.49.2:30007"),
+        (&world.pods[0], "10.96.0.10:80"),
+        (&world.pods[1], "192.168.49.2:30007"),
+    ] {
+        let mut answers = [0; 2];
+        for _ in 0..40 {
+            let (pod, _) = tcp(from, to).unwrap_or_else(|error| panic!("{to}: {error}"));
+            answers[pod] += 1;
+        }
+        assert!(answers.iter().all(|count| *count >= 5), "{to} was not balanced: {answers:?}");
+    }
+    // A pod that reaches itself is masqueraded, one that reaches the other is not.
+    for _ in 0..20 {
+        let (pod, seen) = tcp(&world.pods[0], "10.96.0.10:80").expect("answer");
+        assert_eq!(seen == pods[0], pod != 0, "pod {pod} saw {seen}");
+    }
+    // Outside traffic is masqueraded under policy Cluster and keeps its source under Local.
+    assert_ne!(tcp(&world.client, "192.168.49.2:30007").expect("answer").1, client);
+    assert_eq!(tcp(&world.client, "192.168.49.2:30014").expect("answer").1, client);
+    assert_ne!(tcp(&world.client, "10.96.0.10:80").expect("answer").1, client);
+    assert_ne!(tcp(&world.node, "10.96.0.10:80").expect("answer").1, "127.0.0.1".parse::<IpAddr>().expect("address"));
+    // Nobody there: refused at once. Somebody, but not here: silence.
+    let refused = Err(std::io::ErrorKind::ConnectionRefused);
+    for from in [&world.client, &world.node, &world.pods[0]] {
+        assert_eq!(tcp(from, "10.96.0.11:80"), refused);
+        assert_eq!(tcp(from, "192.168.49.2:30011"), refused);
+        assert_eq!(tcp(from, "10.96.0.13:80"), Err(std::io::ErrorKind::TimedOut));
+    }
+    // UDP.
+    assert_eq!(udp(&world.client, "192.168.49.2:30012", 0).map(|_| ()), Ok(()));
+    assert_eq!(udp(&world.pods[0], "10.96.0.12:80", 0).map(|_| ()), Ok(()));
+    // A client stays where it was.
+    let (first, _) = tcp(&world.pods[0], "10.96.0.15:80").expect("answer");
+    for _ in 0..20 {
+        assert_eq!(tcp(&world.pods[0], "10.96.0.15:80").expect("answer").0, first);
+    }
+}
+
+#[test]
+fn nftables_carries_real_packets() {
+    let world = World::new();
+    let namespace = std::fs::File::open(&world.node.path).expect("namespace");
+    let open = || Nftables::new(Socket::open(Some(namespace.as_fd())).expect("socket"));
+    let table = table();
+    let mut dataplane = open();
+    dataplane.read().expect("read");
+    commit_all(&mut dataplane, &table);
+    let text = world.node.command("nft", "list table inet fairlead");
+    assert!(!text.contains("BUG") && text.contains("map @slots4"), "nft cannot print the table:\n{text}");
+    packets(&world);
+    // An address nobody has, and a port nobody has.
+    assert_eq!(tcp(&world.pods[0], "10.96.7.7:80"), Err(std::io::ErrorKind::TimedOut));
+    assert_eq!(tcp(&world.pods[0], "10.96.0.10:81"), Err(std::io::ErrorKind::ConnectionRefused));
+    // A restart finds everything and changes nothing.
+    let mut again = open();
+    let seed = again.read().expect("read");
+    assert_eq!(seed.slots.values().map(Vec::len).max(), Some(2));
+    let before = world.node.command("nft", "list table inet fairlead");
+    commit_all(&mut again, &table);
+    let strip = |text: &str| text.lines().filter(|line| !line.contains("expires")).collect::<Vec<_>>().join("\n");
+    assert_eq!(strip(&before), strip(&world.node.command("nft", "list table inet fairlead")));
+}

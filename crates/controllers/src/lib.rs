@@ -3,6 +3,7 @@
 //! A controller reads caches fed by watches, decides in a pure `plan`, and acts through [`plan::act`]. It names no
 //! other controller: what one writes, another sees.
 
+pub mod clusterdns;
 pub mod conditions;
 pub mod deployment;
 pub mod endpoints;
@@ -40,8 +41,13 @@ pub struct Context {
 }
 
 /// Every controller there is.
-pub const ALL: &[Descriptor] =
-    &[deployment::DESCRIPTOR, replicaset::DESCRIPTOR, endpoints::DESCRIPTOR, endpointslice::DESCRIPTOR];
+pub const ALL: &[Descriptor] = &[
+    clusterdns::DESCRIPTOR,
+    deployment::DESCRIPTOR,
+    replicaset::DESCRIPTOR,
+    endpoints::DESCRIPTOR,
+    endpointslice::DESCRIPTOR,
+];
 
 /// Why a key could not be worked on; it is tried again.
 #[derive(Debug, thiserror::Error)]

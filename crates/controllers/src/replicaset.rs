@@ -197,7 +197,7 @@ impl Controller {
             let related = siblings.iter().filter(|s| s.metadata.controller().is_some_and(|c| c.uid == owner.uid));
             family.extend(related.map(|s| s.metadata.uid.clone()));
         }
-        let mut crowd = BTreeMap::new();
+        let mut crowd: BTreeMap<String, usize> = BTreeMap::new();
         for pod in self.pods.list_namespace(&set.metadata.namespace) {
             if pod.is_active() && pod.metadata.controller().is_some_and(|c| family.contains(&c.uid)) {
                 *crowd.entry(pod.spec.node_name.clone()).or_default() += 1;

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod cgroup_v1v2;
 pub mod enter;
 pub mod fdpass;
+pub mod iptables;
 pub mod link;
 pub mod mntns;
 pub mod mount;

@@ -8,6 +8,12 @@ pub enum Error {
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
+    #[error(transparent)]
+    Iptables(#[from] linux::iptables::Error),
+    #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
+    PodCidrs(String),
+    #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
+    Namespace(std::io::Error),
     #[error("the thread of a commit died: {0}; the commit is repeated")]
     Commit(tokio::task::JoinError),
 }

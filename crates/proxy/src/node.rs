@@ -12,8 +12,9 @@ pub struct NodeView {
     pub place: Place,
     /// The node's own addresses, the primary of each family first.
     pub addresses: Vec<IpAddr>,
-    /// Where node ports listen; the primary address of each family unless configured otherwise.
-    pub node_port_addresses: Vec<IpAddr>,
+    /// Where node ports listen. `None` is each mode's own default: the primary address of each family in nftables, every
+    /// address of the node, 127.0.0.1 included, in iptables.
+    pub node_port_addresses: Option<Vec<IpAddr>>,
     /// All pods of the cluster: what does not come from here is outside, and masqueraded on its way to a cluster IP.
     pub pod_cidrs: Vec<IpNet>,
     /// Where cluster IPs are allocated: packets to one that nobody has are dropped before they loop.
@@ -25,11 +26,14 @@ pub struct NodeView {
 }
 
 impl NodeView {
-    /// A node whose node ports listen on the first address of each family.
+    /// A node whose node ports listen where the mode has them by default.
     pub fn new(place: Place, addresses: Vec<IpAddr>, pod_cidrs: Vec<IpNet>, service_cidrs: Vec<IpNet>) -> Self {
-        let primary = |v6: bool| addresses.iter().find(|address| address.is_ipv6() == v6).copied();
-        let node_port_addresses = [primary(false), primary(true)].into_iter().flatten().collect();
-        NodeView { place, addresses, node_port_addresses, pod_cidrs, service_cidrs, ..NodeView::default() }
+        NodeView { place, addresses, pod_cidrs, service_cidrs, ..NodeView::default() }
+    }
+
+    pub(crate) fn primary_addresses(&self) -> Vec<IpAddr> {
+        let primary = |v6: bool| self.addresses.iter().find(|address| address.is_ipv6() == v6).copied();
+        [primary(false), primary(true)].into_iter().flatten().collect()
     }
 
     pub(crate) fn pod_cidrs(&self, v6: bool) -> impl Iterator<Item = &IpNet> {

@@ -5,12 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::iptables::Tools;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, Mode, NodeView};
@@ -43,6 +45,8 @@ pub struct Status {
     pub pending: usize,
     /// Why the last commit failed; `None` after one that did not.
     pub error: Option<String>,
+    /// What holds the rules, and how to look at them.
+    pub about: String,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -68,7 +72,11 @@ pub async fn run(
             let nft = Socket::open(config.namespace.as_ref().map(|namespace| namespace.as_fd()))?;
             Loop::new(Nftables::new(nft), config, feed, status).run(token).await
         }
-        Mode::Iptables => Err(Error::LaterMode("iptables")),
+        Mode::Iptables => {
+            let namespace = config.namespace.as_ref().map(OwnedFd::try_clone).transpose();
+            let tools = Tools::open(namespace.map_err(Error::Namespace)?)?;
+            Loop::new(Iptables::new(tools), config, feed, status).run(token).await
+        }
     }
 }
 
@@ -76,7 +84,7 @@ pub async fn run(
 pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
     match mode {
         Mode::Nftables => dump_of::<Nftables<Socket>>(table, node),
-        Mode::Iptables => String::new(),
+        Mode::Iptables => dump_of::<Iptables<Tools>>(table, node),
     }
 }
 
@@ -137,6 +145,10 @@ impl<D: Dataplane> Loop<D> {
     }
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
+        if let Some(dataplane) = &self.dataplane {
+            let about = dataplane.about();
+            self.status.send_modify(|status| status.about = about);
+        }
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -197,6 +209,7 @@ impl<D: Dataplane> Loop<D> {
 
     async fn commit(&mut self, attempt: Attempt) -> Result<(), Error> {
         let node = self.config.node.borrow_and_update().clone();
+        D::check(&node)?;
         let whole = attempt == Attempt::Whole;
         let ids: BTreeSet<FrontendId> = if whole {
             let table = self.read_table();
@@ -252,7 +265,10 @@ impl<D: Dataplane> Loop<D> {
         self.node = Some(node);
         let pending = self.pending.len();
         self.status.send_modify(|status| {
-            *status = Status { synced: true, commits: status.commits + 1, pending, error: None };
+            status.synced = true;
+            status.commits += 1;
+            status.pending = pending;
+            status.error = None;
         });
         Ok(())
     }

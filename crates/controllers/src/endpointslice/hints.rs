@@ -106,7 +106,6 @@ fn shares(endpoints: usize, nodes: &BTreeMap<String, Arc<Node>>) -> Option<BTree
     if cpus.len() < 2 || endpoints < cpus.len() || cpus.values().any(|c| *c <= 0) {
         return None;
     }
-    #[allow(clippy::cast_precision_loss, reason = "counts of endpoints and of milli-CPUs are small")]
     let exact = |cpu: i64| endpoints as f64 * cpu as f64 / total as f64;
     let mut shares = BTreeMap::new();
     let mut rests = Vec::new();
@@ -121,7 +120,6 @@ fn shares(endpoints: usize, nodes: &BTreeMap<String, Arc<Node>>) -> Option<BTree
     for (_, zone) in rests.into_iter().take(endpoints - given) {
         *shares.entry(zone.to_string()).or_default() += 1;
     }
-    #[allow(clippy::cast_precision_loss, reason = "counts of endpoints are small")]
     let is_fair = cpus.iter().all(|(zone, cpu)| {
         let share = shares.get(*zone).copied().unwrap_or(0);
         share > 0 && exact(*cpu) / share as f64 - 1.0 <= OVERLOAD

@@ -7,6 +7,7 @@ use services::{Frontend, FrontendId, Seed};
 
 use crate::{Error, NodeView};
 
+pub mod iptables;
 pub mod nftables;
 
 /// The entries of one frontend before and after.
@@ -26,6 +27,14 @@ pub trait Dataplane: Send + 'static {
 
     fn base(node: &NodeView) -> Self::Base;
     fn entries(frontend: &Frontend, node: &NodeView) -> Self::Entries;
+
+    /// Whether this node can be served at all; asked before anything is committed.
+    fn check(_node: &NodeView) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What holds the rules, and how a person looks at them.
+    fn about(&self) -> String;
 
     /// Reads what the kernel holds, so that the next commit changes only what differs.
     fn read(&mut self) -> Result<Seed, Error>;

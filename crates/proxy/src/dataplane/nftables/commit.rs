@@ -109,6 +109,10 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         entries(frontend, node)
     }
 
+    fn about(&self) -> String {
+        format!("nftables, `nft list table {FAMILY} {TABLE}`")
+    }
+
     fn read(&mut self) -> Result<Seed, Error> {
         self.base = None;
         self.found_mark = None;

@@ -95,10 +95,12 @@ impl<'a> Plan<'a> {
         let mut outside: Vec<(IpAddr, u16)> =
             external_ips.iter().chain(load_balancer_ips).filter(of_family).map(|address| (*address, *port)).collect();
         if let Some(node_port) = node_port {
-            let addresses = node.node_port_addresses.iter().filter(of_family);
-            outside.extend(addresses.map(|address| (*address, node_port.get())));
+            let primary = node.primary_addresses();
+            let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
+            outside.extend(addresses.iter().filter(of_family).map(|address| (*address, node_port.get())));
         }
-        if inside.is_empty() && outside.is_empty() {
+        // A Service has node ports and external addresses only in the families it has a cluster IP of.
+        if inside.is_empty() {
             return;
         }
         for address in &inside {
@@ -109,7 +111,7 @@ impl<'a> Plan<'a> {
             self.outside(*destination, *external_policy, node.masquerade_all);
         }
         let uses = |policy| {
-            (!inside.is_empty() && *internal_policy == policy)
+            *internal_policy == policy
                 || (!outside.is_empty() && (policy == TrafficPolicy::Cluster || *external_policy == policy))
         };
         for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {

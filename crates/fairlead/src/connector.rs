@@ -32,19 +32,11 @@ pub struct LabConnector {
 
 impl LabConnector {
     /// `namespace` is where nodes are reached; `None` is where this process is.
-    pub fn new(pki: &Pki, namespace: Option<Netns>) -> anyhow::Result<LabConnector> {
+    pub fn new(namespace: Option<Netns>, pki: &Pki) -> anyhow::Result<LabConnector> {
         let (chain, key) = pki.client_certificate(KUBELET_CLIENT, &["system:masters"], LEAF_LIFE)?;
         let identity = CertifiedKey::from_pem(chain.as_bytes(), key.as_bytes())?;
-        LabConnector::with_identity(identity, pki.ca_pem(), namespace)
-    }
-
-    pub fn with_identity(
-        identity: CertifiedKey,
-        ca_pem: &str,
-        namespace: Option<Netns>,
-    ) -> anyhow::Result<LabConnector> {
         let mut roots = RootCertStore::empty();
-        for authority in pki::certificates(ca_pem.as_bytes())? {
+        for authority in pki::certificates(pki.ca_pem().as_bytes())? {
             roots.add(authority).context("the certificate authority cannot be used for TLS")?;
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -54,8 +46,7 @@ impl LabConnector {
         Ok(LabConnector { namespace, verifier, identity })
     }
 
-    /// A TCP connection in the namespace, for whatever else the server reaches there (webhooks, pods, Services).
-    pub async fn tcp(&self, address: SocketAddr) -> io::Result<TcpStream> {
+    async fn tcp(&self, address: SocketAddr) -> io::Result<TcpStream> {
         let connect = async {
             match &self.namespace {
                 Some(namespace) => namespace.tcp_connect(address).await.map_err(io::Error::other),
@@ -142,16 +133,16 @@ impl ServerCertVerifier for NodeVerifier {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pki::San;
     use crate::pki::tests::Scratch;
-    use crate::pki::{Rotating, San};
-    use crate::serve::tls_config;
+    use crate::serve::api_tls;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
     use tokio_rustls::TlsAcceptor;
 
     /// A kubelet that tells the caller the common name in the certificate it has shown.
     async fn kubelet(pki: &Pki, certificate: &CertifiedKey) -> SocketAddr {
-        let tls = tls_config(Rotating::new(certificate).expect("a pair"), pki.ca_pem()).expect("TLS");
+        let tls = api_tls(certificate, pki.ca_pem()).expect("TLS");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = listener.local_addr().expect("an address");
         tokio::spawn(async move {
@@ -171,7 +162,7 @@ mod tests {
     async fn a_kubelet_is_known_by_its_address_or_its_name_and_knows_us() {
         let scratch = Scratch::new();
         let pki = Pki::open_or_create(&scratch.0).expect("an authority");
-        let connector = LabConnector::new(&pki, None).expect("a connector");
+        let connector = LabConnector::new(None, &pki).expect("a connector");
         let by_address = pki.kubelet_certificate("other", &["127.0.0.1".parse().expect("an address")]).expect("a pair");
         let by_name = pki.kubelet_certificate("node-1", &[]).expect("a pair");
         for certificate in [by_address, by_name] {
@@ -188,7 +179,7 @@ mod tests {
         let (scratch, elsewhere) = (Scratch::new(), Scratch::new());
         let pki = Pki::open_or_create(&scratch.0).expect("an authority");
         let foreign = Pki::open_or_create(&elsewhere.0).expect("another");
-        let connector = LabConnector::new(&pki, None).expect("a connector");
+        let connector = LabConnector::new(None, &pki).expect("a connector");
         let other_node = pki.kubelet_certificate("node-2", &[]).expect("a pair");
         let address = kubelet(&pki, &other_node).await;
         assert!(connector.kubelet("node-1", address).await.is_err(), "another node's certificate");

@@ -236,10 +236,6 @@ impl Pki {
         &self.authority_pem
     }
 
-    pub fn ca_der(&self) -> &CertificateDer<'static> {
-        &self.authority
-    }
-
     /// What an agent pins this authority by: `sha256:` and the digest of its public key.
     pub fn ca_hash(&self) -> String {
         public_key_hash(&self.authority).expect("the authority was parsed when it was opened")
@@ -263,7 +259,9 @@ impl Pki {
             return Ok(kept);
         }
         let wanted: Vec<San> = wanted.into_iter().collect();
-        let made = self.issue("kube-apiserver", &[], &wanted, &[ExtendedKeyUsagePurpose::ServerAuth], LEAF_LIFE)?;
+        let mut made = self.issue("kube-apiserver", &[], &wanted, &[ExtendedKeyUsagePurpose::ServerAuth], LEAF_LIFE)?;
+        // The authority goes along, so that an agent that knows only its digest gets to see it.
+        made.chain.push(self.authority.clone());
         write_private(&key_path, made.key_pem().as_bytes())?;
         write_private(&chain_path, made.chain_pem().as_bytes())?;
         Ok(made)
@@ -324,6 +322,16 @@ impl Pki {
         let certificate = params.signed_by(&asked.public_key, &self.issuer).context("sign the request")?;
         Ok(certificate.pem().into_bytes())
     }
+}
+
+/// A new key, and a request for its certificate: key and request, PEM.
+pub fn request(cn: &str, org: &str, sans: &[San]) -> anyhow::Result<(String, String)> {
+    let key = KeyPair::generate().context("make a private key")?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = subject(cn, &[org])?;
+    params.subject_alt_names = sans.iter().map(San::to_rcgen).collect::<anyhow::Result<_>>()?;
+    let request = params.serialize_request(&key).context("make a certificate signing request")?;
+    Ok((key.serialize_pem(), request.pem().context("write a certificate signing request")?))
 }
 
 /// What a certificate signing request asks for, in the words of a decision about it.
@@ -580,15 +588,6 @@ pub(crate) mod tests {
         }
     }
 
-    fn request(cn: &str, org: &str, sans: &[San]) -> (KeyPair, String) {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.distinguished_name = subject(cn, &[org]).expect("a subject");
-        params.subject_alt_names = sans.iter().map(|s| s.to_rcgen().expect("a name")).collect();
-        let pem = params.serialize_request(&key).expect("a request").pem().expect("PEM");
-        (key, pem)
-    }
-
     #[test]
     fn the_authority_is_made_once_and_its_files_are_private() {
         let scratch = Scratch::new();
@@ -651,10 +650,10 @@ pub(crate) mod tests {
         let scratch = Scratch::new();
         let pki = Pki::open_or_create(&scratch.0).expect("an authority");
         let sans = [San::from("node-1"), San::from("192.168.49.2")];
-        let (key, pem) = request("system:node:node-1", "system:nodes", &sans);
+        let (key, pem) = request("system:node:node-1", "system:nodes", &sans).expect("a request");
         let usages = ["digital signature".to_string(), "server auth".to_string()];
         let signed = pki.sign_csr(pem.as_bytes(), &usages, DAY).expect("signed");
-        let pair = CertifiedKey::from_pem(&signed, key.serialize_pem().as_bytes()).expect("the request's own key");
+        let pair = CertifiedKey::from_pem(&signed, key.as_bytes()).expect("the request's own key");
         assert!(pair.is_signed_by(pki.ca_pem()));
         assert_eq!(pair.sans(), sans.iter().cloned().collect());
         let identity = apiserver::auth::authenticate::from_certificate(&pair.chain[0]).expect("an identity");
@@ -670,7 +669,7 @@ pub(crate) mod tests {
     fn a_request_that_was_changed_is_refused() {
         let scratch = Scratch::new();
         let pki = Pki::open_or_create(&scratch.0).expect("an authority");
-        let (_, pem) = request("system:node:node-1", "system:nodes", &[]);
+        let (_, pem) = request("system:node:node-1", "system:nodes", &[]).expect("a request");
         let mut der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).expect("DER").to_vec();
         let at = der.windows(6).position(|w| w == b"node-1").expect("the name");
         der[at + 5] = b'2';

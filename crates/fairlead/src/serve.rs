@@ -22,7 +22,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::RootCertStore;
-use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
+use rustls::server::WebPkiClientVerifier;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -31,7 +31,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::pki;
+use crate::pki::{self, CertifiedKey, Rotating};
 
 /// How long a client may take for its handshake, and for the head of a request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,8 +44,13 @@ const MAX_CONNECTIONS: usize = 8192;
 /// How much of a body that nobody wants is read, so that its sender gets to see the answer.
 const MAX_DISCARD: u64 = 256 * 1024 * 1024;
 
+/// TLS for a listener with one certificate.
+pub fn api_tls(certificate: &CertifiedKey, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+    rotating_tls(Rotating::new(certificate)?, ca_pem)
+}
+
 /// TLS for a listener: the certificate as it is at each handshake; clients may show one that `ca_pem` signed, and need not.
-pub fn tls_config(certificate: Arc<dyn ResolvesServerCert>, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+pub fn rotating_tls(certificate: Arc<Rotating>, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
     for authority in pki::certificates(ca_pem.as_bytes())? {

@@ -152,7 +152,7 @@ pub async fn join(
         None => {
             // The name is the node's from the first day; addresses follow when the Node object has them.
             let asker = connect(server_url, &ca_pem, &user(&client))?;
-            let new = obtain(&asker, node, KUBELET_SERVING, &[San::from(node)]).await?;
+            let new = obtain(&asker, node, KUBELET_SERVING, &[San::Name(node.to_string())]).await?;
             save(&files.serving, &new)?;
             new
         }
@@ -190,7 +190,7 @@ impl NodeIdentity {
         let current = Arc::new(Mutex::new(self.client(server_url)?));
         let client = switching(current.clone());
         let serving = Rotating::new(&self.serving)?;
-        let mut sans = vec![San::from(self.node.as_str())];
+        let mut sans = vec![San::Name(self.node.clone())];
         sans.extend(self.addresses.iter().copied().map(San::from));
         let keeper = Keeper {
             node: self.node.clone(),

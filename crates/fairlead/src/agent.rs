@@ -1,7 +1,7 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join::{self, NodeIdentity};
-use crate::{cli, local, serve, server};
+use crate::join;
+use crate::{cli, local, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -218,15 +218,14 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if let Some(problem) = api::names::dns_subdomain(&name).first() {
         bail!("node name {name:?}: {problem}; give another with --node-name");
     }
-    let ca = match (&args.ca_cert, &args.ca_hash) {
-        (Some(path), _) => {
-            join::Trust::Pem(std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?)
-        }
-        (None, Some(hash)) => join::Trust::Hash(hash.clone()),
-        (None, None) => bail!("say whom to trust: --ca-hash as the server printed it, or --ca-cert FILE"),
+    let pem = match &args.ca_cert {
+        Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?),
+        None => None,
     };
-    let identity = join::join(&args.server, ca, &args.token, &name, &args.node_ip, &dir).await?;
-    let node_client = identity.client(&args.server)?;
+    let trust = join::Trust::choose(pem, args.ca_hash.as_deref())?;
+    let identity = join::join(&args.server, &trust, &args.token, &name, &dir.join("pki")).await?;
+    let kept = identity.keep_renewed(&args.server, &args.node_ip, &dir.join("pki"), token.clone())?;
+    let node_client = kept.client.clone();
     let cluster = cluster(&node_client).await?;
     let mut labels = json!({"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"});
     for label in &args.label {
@@ -237,7 +236,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     // Pod network.
     let outer = args.outer_netns.as_deref().map(Netns::open).transpose()?;
-    let podnet_client = join::component_client(&node_client, &args.server, &identity, "fairlead-podnet").await?;
+    let podnet_client = identity.component_client(&node_client, &args.server, "fairlead-podnet").await?;
     let (peers, peers_seen) = watch::channel(Vec::<PeerNode>::new());
     let overlay = match args.overlay {
         Overlay::HostGw => OverlayKind::HostGateway,
@@ -253,10 +252,10 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         mtu: None,
     };
     let mut tasks = tokio::task::JoinSet::new();
-    let network = podnet::run(net_config, cluster.service_cidrs.clone(), peers_seen, token.clone(), &mut tasks).await?;
+    let network = podnet::run(net_config, cluster.service_cidrs.clone(), peers_seen, token.clone()).await?;
 
     // Proxy and DNS over one service table.
-    let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
+    let proxy_client = identity.component_client(&node_client, &args.server, "fairlead-proxy").await?;
     let mode = args.proxy_mode;
     let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
@@ -278,7 +277,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     });
     let nodes: Cache<Node> = {
         let own = name.clone();
-        reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after| {
+        reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after: Option<&Arc<Node>>| {
             if let Some(node) = after.filter(|n| n.metadata.name == own) {
                 views.send_if_modified(|view| {
                     let zone = node.zone();
@@ -315,9 +314,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let dns_server = dns::Server::bind(dns_config, feed.table.clone()).await.context("start cluster DNS")?;
     let dns_token = token.clone();
     tasks.spawn(async move {
-        if let Err(error) = dns_server.run(dns_token).await {
-            warn!(%error, "cluster DNS ended");
-        }
+        dns_server.run(dns_token).await;
     });
 
     // Runtime and kubelet.
@@ -340,7 +337,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                 certificate_authorities: None,
             },
         },
-        network.clone(),
+        network.podnet.clone(),
     )
     .await?;
     let runtime = Arc::new(builtin);
@@ -363,7 +360,14 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         port: KUBELET_PORT,
         version: "v1.33.0".into(),
     };
-    kubelet_tasks(&mut tasks, kubelet_config, &identity, node_client.clone(), runtime.clone(), &token).await?;
+    {
+        let (client, runtime, token) = (node_client.clone(), runtime.clone(), token.clone());
+        tasks.spawn(async move {
+            if let Err(error) = kubelet::run(kubelet_config, client, runtime.clone(), runtime, token).await {
+                warn!(%error, "the kubelet ended");
+            }
+        });
+    }
 
     // The local socket.
     let state = Arc::new(Local {
@@ -377,6 +381,12 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     });
     let socket = dir.join("agent.sock");
     tasks.spawn(serve_local(bind_local(&socket)?, state, token.clone()));
+    let mut network_tasks = network.tasks;
+    tasks.spawn(async move { while network_tasks.join_next().await.is_some() {} });
+    tasks.spawn(async move {
+        // Its end is the token's.
+        kept.task.await.ok();
+    });
 
     nodes.synced().await;
     let mut synced = proxy_seen;
@@ -442,23 +452,6 @@ fn outer_dialer(outer: Netns) -> runtime::image::Dialer {
             Err(last)
         }) as BoxFuture<'static, _>
     })
-}
-
-async fn kubelet_tasks(
-    tasks: &mut tokio::task::JoinSet<()>,
-    config: KubeletConfig,
-    _identity: &NodeIdentity,
-    client: kube::Client,
-    runtime: Arc<Builtin>,
-    token: &CancellationToken,
-) -> anyhow::Result<()> {
-    let token = token.clone();
-    tasks.spawn(async move {
-        if let Err(error) = kubelet::run(config, client, runtime.clone(), runtime, token).await {
-            warn!(%error, "the kubelet ended");
-        }
-    });
-    Ok(())
 }
 
 /// What local commands may ask.
@@ -532,7 +525,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;
-            Ok(json!(images.iter().map(|i| json!({"id": i.id, "names": i.names, "size": i.size})).collect::<Vec<_>>()).to_string())
+            Ok(json!(images.iter().map(|i| json!({"id": i.id, "names": i.repo_tags, "size": i.size})).collect::<Vec<_>>()).to_string())
         }
         (&Method::POST, "/images") => {
             let archive = PathBuf::from(String::from_utf8(body.to_vec())?);
@@ -542,7 +535,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
                 Ok::<_, anyhow::Error>(store.import(file, None)?)
             })
             .await??;
-            Ok(json!(imported.iter().map(|i| i.status().names).collect::<Vec<_>>()).to_string())
+            Ok(json!(imported.iter().map(|i| i.status().repo_tags).collect::<Vec<_>>()).to_string())
         }
         (&Method::DELETE, "/images") => {
             state.images.remove_image(std::str::from_utf8(&body)?).await?;
@@ -550,11 +543,4 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         _ => bail!("the agent has no {method} {path}"),
     }
-}
-
-/// TLS of the kubelet's own server.
-#[expect(dead_code, reason = "wired with the kubelet's server")]
-fn kubelet_tls(identity: &NodeIdentity) -> anyhow::Result<Arc<rustls::ServerConfig>> {
-    let certificate = crate::pki::Rotating::new(&identity.serving)?;
-    serve::tls_config(certificate, &identity.ca_pem)
 }

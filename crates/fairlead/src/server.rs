@@ -122,8 +122,8 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     let switch: Vec<IpAddr> =
         lab.as_ref().map(|l| l.plan().switch.iter().map(IpNet::addr).collect()).unwrap_or_default();
     let connector: Arc<dyn Connector> = match &lab {
-        Some(lab) => Arc::new(LabConnector::new(&pki, Some(lab.switch()?))?),
-        None => Arc::new(LabConnector::new(&pki, None)?),
+        Some(lab) => Arc::new(LabConnector::new(Some(lab.switch()?), &pki)?),
+        None => Arc::new(LabConnector::new(None, &pki)?),
     };
     let advertised: Vec<IpAddr> = if !switch.is_empty() {
         switch.clone()
@@ -162,8 +162,7 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     for cidr in &args.service_cidr {
         sans.push(San::from(nth(cidr, 1)?));
     }
-    let certificate = crate::pki::Rotating::new(&pki.server_certificate(&sans)?)?;
-    let tls = serve::tls_config(certificate, pki.ca_pem())?;
+    let tls = serve::api_tls(&pki.server_certificate(&sans)?, pki.ca_pem())?;
     let mut tasks = tokio::task::JoinSet::new();
     let mut first: Option<SocketAddr> = None;
     let mut port = API_PORT;
@@ -205,11 +204,9 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     let (cert, key) = pki.client_certificate("kubernetes-admin", &["system:masters"], YEAR)?;
     kubeconfig::write(
         &dir.join("kubeconfig"),
-        "fairlead",
         &url,
         pki.ca_pem(),
-        "kubernetes-admin",
-        kubeconfig::Credentials::Certificate { chain_pem: &cert, key_pem: &key },
+        &kubeconfig::Credentials::Certificate { cert_pem: cert, key_pem: key },
     )?;
 
     // Controllers, scheduler and signer: clients like any other, without a socket.

@@ -5,14 +5,24 @@
 
 pub mod conditions;
 pub mod deployment;
+pub mod discovery;
 pub mod endpoints;
 pub mod endpointslice;
+pub mod endpointslicemirroring;
 pub mod expectations;
+pub mod garbagecollector;
+pub mod namespace;
+pub mod nodelifecycle;
+pub mod nodes;
 pub mod owners;
+pub mod plain;
 pub mod plan;
+pub mod podgc;
 pub mod pods;
 pub mod replicaset;
+pub mod rootca;
 pub mod service;
+pub mod serviceaccount;
 pub mod template;
 
 use api::Resource;
@@ -40,8 +50,19 @@ pub struct Context {
 }
 
 /// Every controller there is.
-pub const ALL: &[Descriptor] =
-    &[deployment::DESCRIPTOR, replicaset::DESCRIPTOR, endpoints::DESCRIPTOR, endpointslice::DESCRIPTOR];
+pub const ALL: &[Descriptor] = &[
+    namespace::DESCRIPTOR,
+    serviceaccount::DESCRIPTOR,
+    rootca::DESCRIPTOR,
+    deployment::DESCRIPTOR,
+    replicaset::DESCRIPTOR,
+    endpoints::DESCRIPTOR,
+    endpointslice::DESCRIPTOR,
+    endpointslicemirroring::DESCRIPTOR,
+    nodelifecycle::DESCRIPTOR,
+    podgc::DESCRIPTOR,
+    garbagecollector::DESCRIPTOR,
+];
 
 /// Why a key could not be worked on; it is tried again.
 #[derive(Debug, thiserror::Error)]

@@ -170,7 +170,10 @@ pub fn tcp(from: &Namespace, to: &str) -> Result<(usize, IpAddr), std::io::Error
 pub fn udp(from: &Namespace, to: &str, port: u16) -> Result<(usize, IpAddr), std::io::ErrorKind> {
     let to: SocketAddr = to.parse().expect("address");
     from.run(move || {
-        let socket = UdpSocket::bind(("0.0.0.0", port)).expect("bind");
+        // A tool that another thread starts just now holds a copy of the last socket until it has begun.
+        let bind = || UdpSocket::bind(("0.0.0.0", port));
+        let socket = (0..50).find_map(|_| bind().map_err(|_| std::thread::sleep(Duration::from_millis(10))).ok());
+        let socket = socket.expect("bind");
         socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout");
         socket.connect(to).map_err(|error| error.kind())?;
         socket.send(b"hello").map_err(|error| error.kind())?;

@@ -134,7 +134,10 @@ impl FakeApi {
                 Some(object) => answer(200, object),
                 None if is_collection(path) => {
                     let version = self.state.lock().expect("no panic").version.to_string();
-                    answer(200, json!({"kind": "List", "metadata": {"resourceVersion": version}, "items": self.all(path)}))
+                    answer(
+                        200,
+                        json!({"kind": "List", "metadata": {"resourceVersion": version}, "items": self.all(path)}),
+                    )
                 }
                 None => missing(path),
             },
@@ -201,7 +204,8 @@ fn is_collection(path: &str) -> bool {
 fn is_in(path: &str, collection: &str) -> bool {
     let Some((parent, _)) = path.rsplit_once('/') else { return false };
     let (root, plural) = collection.rsplit_once('/').unwrap_or(("", collection));
-    parent == collection || parent.starts_with(&format!("{root}/namespaces/")) && parent.ends_with(&format!("/{plural}"))
+    parent == collection
+        || parent.starts_with(&format!("{root}/namespaces/")) && parent.ends_with(&format!("/{plural}"))
 }
 
 fn merge(target: &mut Value, patch: &Value) {

@@ -272,7 +272,8 @@ async fn volumes(lab: Arc<Lab>) -> Result<()> {
         ]}),
     );
     let status = lab.until("pod-v", "failed", |s| s["phase"] == "Failed").await?;
-    let expected = "value\nx\ns3cret\na-token\napp=\"pod-v\"\nvalue pod-v s3cret 127.0.0.1\n1\nhi\n2\n1\n127.0.0.1\tpod-v\n";
+    let expected =
+        "value\nx\ns3cret\na-token\napp=\"pod-v\"\nvalue pod-v s3cret 127.0.0.1\n1\nhi\n2\n1\n127.0.0.1\tpod-v\n";
     let log = lab.log("pod-v", "main");
     ensure!(log == expected, "{log}");
     let ended = &status["containerStatuses"][0]["state"]["terminated"];
@@ -346,16 +347,22 @@ async fn phases(lab: Arc<Lab>) -> Result<()> {
     ensure!(lab.log("init", "main") == "first\n");
     ensure!(status["initContainerStatuses"][0]["state"]["terminated"]["reason"] == "Completed", "{status}");
     lab.until("init", "without its sidecar", |s| s["initContainerStatuses"][1]["state"]["running"].is_null()).await?;
-    lab.pod("initfail", json!({
-        "restartPolicy": "Never", "initContainers": [named("i", "exit 4")], "containers": [shell("true")]
-    }));
+    lab.pod(
+        "initfail",
+        json!({
+            "restartPolicy": "Never", "initContainers": [named("i", "exit 4")], "containers": [shell("true")]
+        }),
+    );
     let status = lab.until("initfail", "failed", |s| s["phase"] == "Failed").await?;
     ensure!(status["containerStatuses"][0]["state"]["waiting"]["reason"] == "PodInitializing", "{status}");
-    lab.pod("onfail", json!({
-        "restartPolicy": "OnFailure", "volumes": [{"name": "v", "emptyDir": {}}],
-        "containers": [{"name": "main", "image": "busybox:test", "volumeMounts": [{"name": "v", "mountPath": "/v"}],
-                        "command": ["sh", "-c", "test -f /v/f && exit 0; touch /v/f; exit 1"]}],
-    }));
+    lab.pod(
+        "onfail",
+        json!({
+            "restartPolicy": "OnFailure", "volumes": [{"name": "v", "emptyDir": {}}],
+            "containers": [{"name": "main", "image": "busybox:test", "volumeMounts": [{"name": "v", "mountPath": "/v"}],
+                            "command": ["sh", "-c", "test -f /v/f && exit 0; touch /v/f; exit 1"]}],
+        }),
+    );
     let status = lab.until("onfail", "succeeded", |s| s["phase"] == "Succeeded").await?;
     ensure!(status["containerStatuses"][0]["restartCount"] == 1, "{status}");
     Ok(())
@@ -372,8 +379,13 @@ async fn probes(lab: Arc<Lab>) -> Result<()> {
     let status = lab.until("probed", "ready", is_ready).await?;
     let id = status["containerStatuses"][0]["containerID"].as_str().unwrap_or_default().replace("fairlead://", "");
     use runtime::RuntimeService;
-    lab.runtime.exec_sync(&id, vec!["sh".into(), "-c".into(), "echo >/dev/null; busybox rm /tmp/live".into()],
-        Duration::from_secs(5)).await?;
+    lab.runtime
+        .exec_sync(
+            &id,
+            vec!["sh".into(), "-c".into(), "echo >/dev/null; busybox rm /tmp/live".into()],
+            Duration::from_secs(5),
+        )
+        .await?;
     let status =
         lab.until("probed", "restarted", |s| s["containerStatuses"][0]["restartCount"] == 1 && is_ready(s)).await?;
     ensure!(status["containerStatuses"][0]["lastState"]["terminated"].is_object());
@@ -382,7 +394,8 @@ async fn probes(lab: Arc<Lab>) -> Result<()> {
     let mut http = shell("echo ok >/tmp/index.html; httpd -f -p 8081 -h /tmp");
     http["ports"] = json!([{"name": "web", "containerPort": 8081}]);
     // Nothing listens in the node's own namespace: the probe of this isolated pod cannot succeed.
-    http["readinessProbe"] = json!({"httpGet": {"path": "/", "port": "web"}, "periodSeconds": 1, "failureThreshold": 1});
+    http["readinessProbe"] =
+        json!({"httpGet": {"path": "/", "port": "web"}, "periodSeconds": 1, "failureThreshold": 1});
     lab.pod("http", json!({"containers": [http]}));
     while !lab.reasons("http").iter().any(|r| r == "Unhealthy") {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -467,7 +480,8 @@ async fn kubectl(lab: Arc<Lab>) -> Result<()> {
         lab.until(&pod, "ready", is_ready).await?;
         let mut forward = run(&["port-forward", &pod, ":7777"]);
         let mut child = forward.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
-        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().context("out")?));
+        let mut lines =
+            tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().context("out")?));
         let line = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await.context("forward")??;
         let port: u16 = line
             .as_deref()

@@ -32,7 +32,7 @@ pub fn run(args: ImageArgs) -> anyhow::Result<ExitCode> {
         ImageCommand::Import { archive } => {
             let file = std::fs::File::open(&archive).with_context(|| format!("open {}", archive.display()))?;
             for image in store.import(file, None)? {
-                for name in image.status().names {
+                for name in image.status().repo_tags {
                     println!("{name}");
                 }
             }
@@ -41,7 +41,7 @@ pub fn run(args: ImageArgs) -> anyhow::Result<ExitCode> {
             println!("{:<60} {:>10}  ID", "IMAGE", "SIZE");
             for image in store.list()? {
                 let status = image.status();
-                for name in &status.names {
+                for name in &status.repo_tags {
                     println!("{name:<60} {:>7} MB  {}", status.size / 1_000_000, status.id);
                 }
             }

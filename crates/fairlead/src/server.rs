@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use store::{EtcdOptions, EtcdTls, EtcdStore, LogOptions, LogStore, Store};
+use store::{EtcdOptions, EtcdStore, EtcdTls, LogOptions, LogStore, Store};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -122,8 +122,8 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     let switch: Vec<IpAddr> =
         lab.as_ref().map(|l| l.plan().switch.iter().map(IpNet::addr).collect()).unwrap_or_default();
     let connector: Arc<dyn Connector> = match &lab {
-        Some(lab) => Arc::new(LabConnector::new(&pki, Some(lab.switch()?))?),
-        None => Arc::new(LabConnector::new(&pki, None)?),
+        Some(lab) => Arc::new(LabConnector::new(Some(lab.switch()?), &pki)?),
+        None => Arc::new(LabConnector::new(None, &pki)?),
     };
     let advertised: Vec<IpAddr> = if !switch.is_empty() {
         switch.clone()
@@ -151,7 +151,8 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     bootstrap::run(&api, &components::all()).await.map_err(fail)?;
 
     // Listeners, and the certificate that names them all.
-    let mut sans: Vec<San> = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(San::from).to_vec();
+    let mut sans: Vec<San> =
+        ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(San::from).to_vec();
     sans.push(San::from(format!("kubernetes.default.svc.{DOMAIN}").as_str()));
     sans.extend(["127.0.0.1", "::1"].iter().filter_map(|t| t.parse::<IpAddr>().ok()).map(San::from));
     sans.extend(advertised.iter().copied().map(San::from));
@@ -162,8 +163,7 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     for cidr in &args.service_cidr {
         sans.push(San::from(nth(cidr, 1)?));
     }
-    let certificate = crate::pki::Rotating::new(&pki.server_certificate(&sans)?)?;
-    let tls = serve::tls_config(certificate, pki.ca_pem())?;
+    let tls = serve::api_tls(&pki.server_certificate(&sans)?, pki.ca_pem())?;
     let mut tasks = tokio::task::JoinSet::new();
     let mut first: Option<SocketAddr> = None;
     let mut port = API_PORT;
@@ -190,7 +190,13 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
             let listener = tokio::net::TcpListener::bind(published.listen)
                 .await
                 .with_context(|| format!("listen on {} for --publish; choose another port", published.listen))?;
-            tasks.spawn(publish::forward(listener, namespace.clone(), nodes.clone(), published.node_port, token.clone()));
+            tasks.spawn(publish::forward(
+                listener,
+                namespace.clone(),
+                nodes.clone(),
+                published.node_port,
+                token.clone(),
+            ));
         }
     }
     let service_addresses = args.service_cidr.iter().map(|c| nth(c, 1)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -205,11 +211,9 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     let (cert, key) = pki.client_certificate("kubernetes-admin", &["system:masters"], YEAR)?;
     kubeconfig::write(
         &dir.join("kubeconfig"),
-        "fairlead",
         &url,
         pki.ca_pem(),
-        "kubernetes-admin",
-        kubeconfig::Credentials::Certificate { chain_pem: &cert, key_pem: &key },
+        &kubeconfig::Credentials::Certificate { cert_pem: cert, key_pem: key },
     )?;
 
     // Controllers, scheduler and signer: clients like any other, without a socket.
@@ -281,7 +285,9 @@ async fn cluster_objects(api: &ApiServer, args: &ServerArgs, dir: &Path) -> anyh
         "metadata": {"name": format!("bootstrap-token-{id}"), "namespace": "kube-system"},
         "data": {"token-id": encode(id), "token-secret": encode(secret), "usage-bootstrap-authentication": encode("true")},
     });
-    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/secrets", &bootstrap_secret, true).await.map_err(fail)?;
+    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/secrets", &bootstrap_secret, true)
+        .await
+        .map_err(fail)?;
     let join = |list: &[IpNet]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let dns = dns_addresses(&args.service_cidr)?;
     let dns_text = dns.iter().map(ToString::to_string).collect::<Vec<_>>();

@@ -10,6 +10,8 @@ pub enum Error {
     Nft(#[from] linux::nft::Error),
     #[error(transparent)]
     Iptables(#[from] linux::iptables::Error),
+    #[error(transparent)]
+    Conntrack(#[from] linux::conntrack::Error),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

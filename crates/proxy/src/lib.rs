@@ -9,6 +9,7 @@ mod mode;
 mod node;
 mod run;
 mod scope;
+mod stale;
 
 pub use error::Error;
 pub use mode::Mode;

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
+use crate::stale::{self, Answerers};
 use crate::{Error, Mode, NodeView};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -67,15 +69,17 @@ pub async fn run(
     status: watch::Sender<Status>,
     token: CancellationToken,
 ) -> Result<(), Error> {
+    let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
+    let conntrack = Box::new(conntrack::Socket::open(namespace())?);
     match config.mode {
         Mode::Nftables => {
-            let nft = Socket::open(config.namespace.as_ref().map(|namespace| namespace.as_fd()))?;
-            Loop::new(Nftables::new(nft), config, feed, status).run(token).await
+            let nft = Socket::open(namespace())?;
+            Loop::new(Nftables::new(nft), conntrack, config, feed, status).run(token).await
         }
         Mode::Iptables => {
             let namespace = config.namespace.as_ref().map(OwnedFd::try_clone).transpose();
             let tools = Tools::open(namespace.map_err(Error::Namespace)?)?;
-            Loop::new(Iptables::new(tools), config, feed, status).run(token).await
+            Loop::new(Iptables::new(tools), conntrack, config, feed, status).run(token).await
         }
     }
 }
@@ -109,7 +113,7 @@ fn dump_of<D: Dataplane>(table: &ServiceTable, node: &NodeView) -> String {
 
 struct Loop<D> {
     /// `None` only while a commit runs.
-    dataplane: Option<D>,
+    dataplane: Option<(D, Box<dyn Conntrack>)>,
     config: Config,
     feed: Feed,
     status: watch::Sender<Status>,
@@ -132,9 +136,15 @@ enum Attempt {
 }
 
 impl<D: Dataplane> Loop<D> {
-    fn new(dataplane: D, config: Config, feed: Feed, status: watch::Sender<Status>) -> Self {
+    fn new(
+        dataplane: D,
+        conntrack: Box<dyn Conntrack>,
+        config: Config,
+        feed: Feed,
+        status: watch::Sender<Status>,
+    ) -> Self {
         Loop {
-            dataplane: Some(dataplane),
+            dataplane: Some((dataplane, conntrack)),
             config,
             feed,
             status,
@@ -145,7 +155,7 @@ impl<D: Dataplane> Loop<D> {
     }
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
-        if let Some(dataplane) = &self.dataplane {
+        if let Some((dataplane, _)) = &self.dataplane {
             let about = dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
@@ -234,22 +244,23 @@ impl<D: Dataplane> Loop<D> {
             })
             .filter(|change| whole || change.before != change.after)
             .collect();
+        let mut answerers = Answerers::new();
+        for (id, after) in &after {
+            stale::answerers(self.committed.get(id), after.as_ref(), &node, &mut answerers);
+        }
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
-        let mut dataplane = self.dataplane.take().expect("a commit gives it back");
+        let (mut dataplane, mut conntrack) = self.dataplane.take().expect("a commit gives it back");
         let (dataplane, result) = tokio::task::spawn_blocking(move || {
-            let result = (|| {
-                if whole {
-                    dataplane.read()?;
+            let result = commit(&mut dataplane, whole, apart, base.as_ref(), &changes).and_then(|()| {
+                // Only now: before, the old rules would have made the same flows again.
+                let deleted = stale::sweep(&mut *conntrack, &answerers)?;
+                if deleted > 0 {
+                    tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
                 }
-                if apart {
-                    // The first error is told; the others have had their chance.
-                    let results: Vec<_> = changes.chunks(1).map(|change| dataplane.commit(None, change)).collect();
-                    return results.into_iter().collect();
-                }
-                dataplane.commit(base.as_ref(), &changes)
-            })();
-            (dataplane, result)
+                Ok(())
+            });
+            ((dataplane, conntrack), result)
         })
         .await
         .map_err(Error::Commit)?;
@@ -272,6 +283,24 @@ impl<D: Dataplane> Loop<D> {
         });
         Ok(())
     }
+}
+
+fn commit<D: Dataplane>(
+    dataplane: &mut D,
+    whole: bool,
+    apart: bool,
+    base: Option<&D::Base>,
+    changes: &[Change<D::Entries>],
+) -> Result<(), Error> {
+    if whole {
+        dataplane.read()?;
+    }
+    if apart {
+        // The first error is told; the others have had their chance.
+        let results: Vec<_> = changes.chunks(1).map(|change| dataplane.commit(None, change)).collect();
+        return results.into_iter().collect();
+    }
+    dataplane.commit(base, changes)
 }
 
 fn next_attempt(failed: Attempt) -> Attempt {

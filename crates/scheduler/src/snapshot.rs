@@ -77,7 +77,8 @@ impl Snapshot {
     }
 
     pub fn set_node(&mut self, node: Arc<Node>) {
-        self.nodes.entry(node.metadata.name.clone()).or_default().node = Some(node);
+        let name = node.metadata.name.clone();
+        self.nodes.entry(name).or_default().node = Some(node);
     }
 
     pub fn remove_node(&mut self, name: &str) {

@@ -16,12 +16,13 @@ pub fn service(name: &str, spec: Value) -> Vec<u8> {
 
 /// A slice of `default/SERVICE` with endpoints `(address, node)`.
 pub fn slice(service: &str, port: u16, protocol: &str, endpoints: &[(&str, &str)]) -> Vec<u8> {
+    let family = if endpoints.iter().any(|(address, _)| address.contains(':')) { "IPv6" } else { "IPv4" };
     let endpoints: Vec<Value> =
         endpoints.iter().map(|(address, node)| json!({"addresses": [address], "nodeName": node})).collect();
     json!({
         "metadata": {"name": format!("{service}-1"), "namespace": "default",
             "labels": {"kubernetes.io/service-name": service}},
-        "addressType": "IPv4",
+        "addressType": family,
         "ports": [{"port": port, "protocol": protocol}],
         "endpoints": endpoints,
     })

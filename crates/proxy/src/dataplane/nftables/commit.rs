@@ -1,7 +1,8 @@
 //! Turns changed frontends into one transaction.
 //!
 //! Frontends can share elements (a cluster IP has several ports, a pod several Services), and may claim the same address
-//! although they should not. So each element has claims: the first is in the kernel, the next follows when it goes.
+//! although they should not. So each element has claims: that of the oldest frontend is in the kernel, the next follows
+//! when it goes.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -89,11 +90,12 @@ impl Touched<'_> {
         let claims = self.claims(slot);
         if let Some(claim) = claims.iter_mut().find(|(held, _)| *held == Some(owner)) {
             claim.1 = data.clone();
-        } else if let Some(found) = claims.iter_mut().find(|(held, _)| held.is_none()) {
-            *found = (Some(owner), data.clone());
-        } else {
-            claims.push((Some(owner), data.clone()));
+            return;
         }
+        // What was found in the kernel makes way for whoever wants it.
+        claims.retain(|(held, _)| held.is_some());
+        let at = claims.partition_point(|(held, _)| *held < Some(owner));
+        claims.insert(at, (Some(owner), data.clone()));
     }
 }
 

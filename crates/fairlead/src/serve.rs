@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use apiserver::ApiServer;
 use apiserver::auth::authenticate::PeerCertificate;
 use bytes::Bytes;
-use http::{Request, Response, Version};
+use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
@@ -207,18 +207,12 @@ async fn answer(
     if let Some(peer) = peer {
         request.extensions_mut().insert(peer);
     }
-    // HTTP/2 refuses the rest of one body by itself. In HTTP/1.1 only reading it keeps the connection whole.
-    let discards = request.version() < Version::HTTP_2;
-    let request = request.map(|body| Received { body: Some(body), discards });
-    Ok(server.handle(request).await)
+    Ok(server.handle(request.map(|body| Received(Some(body)))).await)
 }
 
-/// A request's body. One that is dropped half read is read to its end and thrown away: closing the connection under a
-/// client that still sends would reset it, and the answer (413, say) would be lost.
-struct Received {
-    body: Option<Incoming>,
-    discards: bool,
-}
+/// A request's body. One that is dropped half read is read to its end and thrown away: resetting the connection, or the
+/// stream, under a client that still sends would lose the answer (413, say), even where HTTP/2 calls that reset no error.
+struct Received(Option<Incoming>);
 
 impl HttpBody for Received {
     type Data = Bytes;
@@ -228,24 +222,24 @@ impl HttpBody for Received {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.body.as_mut() {
+        match self.0.as_mut() {
             Some(body) => Pin::new(body).poll_frame(context),
             None => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+        self.0.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.as_ref().map_or_else(SizeHint::default, HttpBody::size_hint)
+        self.0.as_ref().map_or_else(SizeHint::default, HttpBody::size_hint)
     }
 }
 
 impl Drop for Received {
     fn drop(&mut self) {
-        let Some(mut body) = self.body.take().filter(|body| self.discards && !body.is_end_stream()) else { return };
+        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         runtime.spawn(async move {
             let mut left = MAX_DISCARD;

@@ -84,33 +84,6 @@ pub async fn run(
     }
 }
 
-/// The table and what this node makes of it, as text.
-pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
-    match mode {
-        Mode::Nftables => dump_of::<Nftables<Socket>>(table, node),
-        Mode::Iptables => dump_of::<Iptables<Tools>>(table, node),
-    }
-}
-
-fn dump_of<D: Dataplane>(table: &ServiceTable, node: &NodeView) -> String {
-    let mut text = format!("{}\n", D::base(node));
-    for frontend in table.frontends() {
-        text += &format!("# {} {} id {}\n", frontend.name, frontend.name.protocol, frontend.id.0);
-        for endpoint in &frontend.endpoints {
-            let state = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
-                (true, _, _) => "ready",
-                (false, true, true) => "terminating, still serving",
-                (false, _, true) => "terminating",
-                (false, _, false) => "not ready",
-            };
-            let node = endpoint.node.as_deref().unwrap_or("an unknown node");
-            text += &format!("#   {} on {node}, {state}\n", endpoint.address);
-        }
-        text += &format!("{}\n", D::entries(frontend, node));
-    }
-    text
-}
-
 struct Loop<D> {
     /// `None` only while a commit runs.
     dataplane: Option<(D, Box<dyn Conntrack>)>,

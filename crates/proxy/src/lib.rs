@@ -6,6 +6,7 @@
 pub mod dataplane;
 mod error;
 mod explain;
+mod leftovers;
 mod mode;
 mod node;
 mod run;

@@ -53,6 +53,11 @@ impl Fake {
             Target::Jump(to) if !chains.contains_key(to) => Err(refused(format!("-A {chain} {rule}"))),
             _ => Ok(()),
         };
+        for (chain, rule) in &input.removes {
+            let rules = chains.get_mut(chain).ok_or_else(|| refused(format!("-D {chain}")))?;
+            let at = rules.iter().position(|held| held == rule);
+            rules.remove(at.ok_or_else(|| refused(format!("-D {chain} {rule}")))?);
+        }
         for (chain, rule) in &input.inserts {
             check(chains, chain, rule)?;
             chains.get_mut(chain).ok_or_else(|| refused(format!("-I {chain}")))?.insert(0, rule.clone());

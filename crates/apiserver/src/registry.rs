@@ -15,6 +15,8 @@ pub struct Allocation {
     /// One or two, of different families; the first is the primary family.
     pub service_cidrs: Vec<IpNet>,
     pub node_ports: RangeInclusive<u16>,
+    /// The cluster's pod ranges, of which each node gets a share.
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 pub struct Registry {

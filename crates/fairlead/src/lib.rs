@@ -1,1 +1,55 @@
-//! Kubernetes in one binary, built around its Service network.
+//! Kubernetes in one binary, built around its Service network: flags, certificates, wiring, drain.
+//!
+//! Two hidden subcommands run before any thread exists: `enter` moves into a node and becomes another program, `pod-helper`
+//! holds a pod.
+
+mod agent;
+mod cli;
+mod client;
+mod components;
+mod config;
+mod connector;
+mod down;
+mod image;
+mod join;
+mod kubeconfig;
+mod local;
+mod node;
+mod pki;
+mod publish;
+mod serve;
+mod server;
+mod signer;
+mod status;
+mod up;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    arguments.next();
+    match arguments.next().as_deref().and_then(|a| a.to_str()) {
+        Some("enter") => match linux::enter::main(arguments) {
+            Ok(never) => match never {},
+            Err(error) => {
+                eprintln!("fairlead: {error}");
+                return ExitCode::from(127);
+            }
+        },
+        Some("pod-helper") => {
+            let arguments: Vec<String> = arguments.map(|a| a.to_string_lossy().into_owned()).collect();
+            runtime::helper::main(&arguments);
+        }
+        _ => {}
+    }
+    let cli = cli::Cli::parse();
+    match cli.run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fairlead: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,2 +1,5 @@
-//! The binary: flags, certificates, wiring, drain.
-fn main() {}
+//! The binary.
+
+fn main() -> std::process::ExitCode {
+    fairlead::main()
+}

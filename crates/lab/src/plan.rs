@@ -44,7 +44,7 @@ pub struct LabConfig {
 impl LabConfig {
     /// Dual stack, with the address plan that every document and test of the project uses.
     pub fn new(data_dir: impl Into<PathBuf>, nodes: u32) -> Self {
-        let nets = |texts: [&str; 2]| texts.iter().map(|text| text.parse().expect("a literal range")).collect();
+        let nets = |texts: [&str; 2]| texts.map(|text| text.parse::<IpNet>().expect("a literal range")).to_vec();
         Self {
             data_dir: data_dir.into(),
             nodes,
@@ -86,7 +86,7 @@ impl Plan {
         }
         let outside: Vec<IpNet> = OUTSIDE
             .iter()
-            .map(|text| text.parse().expect("a literal range"))
+            .map(|text| text.parse::<IpNet>().expect("a literal range"))
             .filter(|range| config.node_cidrs.iter().any(|cidr| same_family(cidr, range)))
             .collect();
         check_families(config)?;

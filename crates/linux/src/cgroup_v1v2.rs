@@ -121,7 +121,7 @@ impl CgroupTree {
     pub fn kill(&self) -> Result<(), TreeError> {
         let me = std::process::id();
         // Each round may find children that were forked while the last one killed.
-        for _ in 0..100 {
+        for _ in 0..20 {
             let pids = self.pids()?;
             if pids.is_empty() {
                 return Ok(());
@@ -138,7 +138,7 @@ impl CgroupTree {
                 self.io(process.kill())?;
             }
             for process in doomed.iter().filter(|process| still.contains(&process.pid)) {
-                self.io(process.wait(5_000))?;
+                self.io(process.wait(1_000))?;
             }
         }
         Err(TreeError::Stuck { path: self.path.clone(), pids: self.pids()? })

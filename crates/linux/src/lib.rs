@@ -6,12 +6,13 @@
 
 pub mod cgroup;
 pub mod cgroup_v1v2;
+pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
+pub mod iptables;
 pub mod link;
 pub mod mntns;
 pub mod mount;
 pub mod netns;
 pub mod nft;
 pub mod process;
-

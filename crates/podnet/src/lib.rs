@@ -13,6 +13,8 @@ mod ipam;
 mod overlay;
 mod plan;
 mod pod;
+pub mod rules;
+mod run;
 
 use std::io;
 use std::net::IpAddr;
@@ -25,6 +27,7 @@ use linux::netns::NetnsError;
 pub use ipam::{Holding, Ipam};
 pub use overlay::{HostGateway, Overlay, OverlayKind, PeerNode, Vxlan, apply, run_overlay};
 pub use pod::{HostPort, Masquerade, PodNet};
+pub use run::{Running, run, run_in};
 
 /// The bridge that holds the gateway addresses and all pods' ports.
 pub const BRIDGE: &str = "fl-br0";
@@ -35,6 +38,8 @@ pub enum PodnetError {
     Namespace(#[from] NetnsError),
     #[error(transparent)]
     Link(#[from] LinkError),
+    #[error(transparent)]
+    Nft(#[from] linux::nft::Error),
     #[error("pod range {cidr} of this node has no free address; delete pods here or give nodes larger ranges")]
     Exhausted { cidr: IpNet },
     #[error("{}: {source}; addresses in use are written there, see to it that it can be read and written", .path.display())]

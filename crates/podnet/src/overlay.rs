@@ -246,10 +246,10 @@ mod tests {
         PeerNode {
             name: format!("node-{index}"),
             addresses: [format!("192.168.49.{}", index + 1), format!("fd00:c0a8:31::{}", index + 1)]
-                .map(|text| text.parse().expect("an address"))
+                .map(|text| text.parse::<IpAddr>().expect("an address"))
                 .into(),
             pod_cidrs: [format!("10.244.{}.0/24", index - 1), format!("fd00:10:244:{}::/64", index - 1)]
-                .map(|text| text.parse().expect("a range"))
+                .map(|text| text.parse::<IpNet>().expect("a range"))
                 .into(),
         }
     }

@@ -68,10 +68,13 @@ pub(crate) fn pod_settings(has_ipv6: bool) -> Vec<(&'static str, &'static str)> 
 
 /// The node's name for a sandbox's cable: it fits in the kernel's 15 characters and is the same after a restart.
 pub(crate) fn veth_name(sandbox: &str) -> String {
-    let hash = sandbox
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    format!("flv{:012x}", hash & 0xffff_ffff_ffff)
+    format!("flv{:012x}", hash(sandbox) & 0xffff_ffff_ffff)
+}
+
+/// The same for all time, so names may contain it (FNV-1a).
+pub(crate) fn hash(text: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, step)
 }
 
 /// The node's side of one pod.
@@ -128,8 +131,8 @@ mod tests {
 
     #[test]
     fn a_pod_has_single_addresses_and_sends_everything_to_its_gateway() {
-        let cidrs = ["10.244.1.0/24", "fd00:10:244:1::/64"].map(|text| text.parse().expect("a range"));
-        let addresses = ["10.244.1.5", "fd00:10:244:1::5"].map(|text| text.parse().expect("an address"));
+        let cidrs = ["10.244.1.0/24", "fd00:10:244:1::/64"].map(|text| text.parse::<IpNet>().expect("a range"));
+        let addresses = ["10.244.1.5", "fd00:10:244:1::5"].map(|text| text.parse::<IpAddr>().expect("an address"));
         assert_eq!(
             lines(&pod_items(&addresses, &cidrs)),
             [

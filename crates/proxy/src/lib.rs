@@ -1,1 +1,17 @@
-//! Service table to kernel.
+//! Service table to kernel: every packet to a Service finds an endpoint, and no code of ours is on its path.
+//!
+//! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
+//! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
+
+pub mod dataplane;
+mod error;
+mod mode;
+mod node;
+mod run;
+mod scope;
+mod stale;
+
+pub use error::Error;
+pub use mode::Mode;
+pub use node::NodeView;
+pub use run::{Config, Feed, Status, StatusHandle, dump, found, run};

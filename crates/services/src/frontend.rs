@@ -9,7 +9,8 @@ use ipnet::IpNet;
 
 use crate::Endpoint;
 
-/// Names a Service port for as long as it lives. Below 2^31, so that a data path can keep two lists per port.
+/// Names a Service port for as long as it lives. Below 2^30, so that a data path has bits left for what it
+/// keeps per port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendId(pub u32);
 

@@ -55,16 +55,49 @@ struct Entry {
     frontends: BTreeMap<PortName, Arc<Frontend>>,
 }
 
+/// Entries by namespace and name, so that a reader can ask without making a key.
+#[derive(Default)]
+struct Entries(HashMap<Arc<str>, HashMap<Arc<str>, Entry>>);
+
+impl Entries {
+    fn get(&self, namespace: &str, name: &str) -> Option<&Entry> {
+        self.0.get(namespace)?.get(name)
+    }
+
+    fn get_mut(&mut self, key: &ServiceKey) -> Option<&mut Entry> {
+        self.0.get_mut(&key.0)?.get_mut(&key.1)
+    }
+
+    fn get_or_add(&mut self, key: &ServiceKey) -> &mut Entry {
+        self.0.entry(key.0.clone()).or_default().entry(key.1.clone()).or_default()
+    }
+
+    fn remove(&mut self, key: &ServiceKey) -> Option<Entry> {
+        let names = self.0.get_mut(&key.0)?;
+        let removed = names.remove(&key.1);
+        if names.is_empty() {
+            self.0.remove(&key.0);
+        }
+        removed
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>, &Entry)> {
+        self.0.iter().flat_map(|(namespace, names)| names.iter().map(move |(name, entry)| (namespace, name, entry)))
+    }
+}
+
 /// Services joined with their endpoints. One task writes it; others read.
 #[derive(Default)]
 pub struct ServiceTable {
-    entries: HashMap<ServiceKey, Entry>,
+    entries: Entries,
     /// Which Service a slice was last seen to belong to.
     slice_owners: HashMap<ServiceKey, ServiceKey>,
     ids: BTreeMap<FrontendId, ServiceKey>,
     by_address: HashMap<IpAddr, Vec<ServiceKey>>,
     namespaces: BTreeMap<Arc<str>, usize>,
     names: HashSet<Arc<str>>,
+    /// How many names are kept before the unused ones are thrown away.
+    names_limit: usize,
     seed: Seed,
     next_id: u32,
     synced: bool,
@@ -85,19 +118,18 @@ impl ServiceTable {
     pub fn upsert_service(&mut self, json: &[u8]) -> Result<Changes, Error> {
         let service = Service::parse(json)?;
         let key = (self.intern(&service.namespace), self.intern(&service.name));
-        let entry = self.entries.entry(key.clone()).or_default();
+        let entry = self.entries.get_or_add(&key);
         if entry.service.as_deref() == Some(&service) {
             return Ok(Changes::default());
         }
-        let before = entry.service.replace(Arc::new(service));
+        let service = Arc::new(service);
+        let before = entry.service.replace(service.clone());
         match before {
             None => *self.namespaces.entry(key.0.clone()).or_default() += 1,
             Some(before) => self.forget_cluster_ips(&before, &key),
         }
-        if let Some(service) = self.entries[&key].service.clone() {
-            for address in cluster_ips(&service) {
-                self.by_address.entry(*address).or_default().push(key.clone());
-            }
+        for address in cluster_ips(&service) {
+            self.by_address.entry(*address).or_default().push(key.clone());
         }
         Ok(self.rebuild(key))
     }
@@ -132,7 +164,7 @@ impl ServiceTable {
             changes = self.delete_slice(&at.0, &at.1);
         }
         let Some(owner) = owner else { return Ok(changes) };
-        let entry = self.entries.entry(owner.clone()).or_default();
+        let entry = self.entries.get_or_add(&owner);
         if entry.slices.get(&slice.name) == Some(&slice) {
             return Ok(changes);
         }
@@ -161,8 +193,9 @@ impl ServiceTable {
 
     /// Deletes the Services that a fresh list no longer has.
     pub fn retain_services(&mut self, mut keep: impl FnMut(&str, &str) -> bool) -> Changes {
-        let listed = self.entries.iter().filter(|(_, entry)| entry.service.is_some()).map(|(key, _)| key);
-        let gone: Vec<ServiceKey> = listed.filter(|(namespace, name)| !keep(namespace, name)).cloned().collect();
+        let listed = self.entries.iter().filter(|(_, _, entry)| entry.service.is_some());
+        let gone = listed.filter(|(namespace, name, _)| !keep(namespace, name));
+        let gone: Vec<ServiceKey> = gone.map(|(namespace, name, _)| (namespace.clone(), name.clone())).collect();
         self.collect(gone, Self::delete_service)
     }
 
@@ -202,21 +235,22 @@ impl ServiceTable {
     }
 
     pub fn frontend(&self, id: FrontendId) -> Option<&Arc<Frontend>> {
-        self.entries.get(self.ids.get(&id)?)?.frontends.values().find(|frontend| frontend.id == id)
+        let (namespace, name) = self.ids.get(&id)?;
+        self.entries.get(namespace, name)?.frontends.values().find(|frontend| frontend.id == id)
     }
 
     /// A Service of any type.
     pub fn service(&self, namespace: &str, name: &str) -> Option<&Service> {
-        self.entries.get(&(namespace.into(), name.into()))?.service.as_deref()
+        self.entries.get(namespace, name)?.service.as_deref()
     }
 
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.entries.values().filter_map(|entry| entry.service.as_deref())
+        self.entries.iter().filter_map(|(_, _, entry)| entry.service.as_deref())
     }
 
     /// The slices of a Service; each endpoint of a slice has all ports of that slice.
     pub fn slices(&self, namespace: &str, name: &str) -> impl Iterator<Item = &Slice> {
-        self.entries.get(&(namespace.into(), name.into())).into_iter().flat_map(|entry| entry.slices.values())
+        self.entries.get(namespace, name).into_iter().flat_map(|entry| entry.slices.values())
     }
 
     /// The ready endpoints of a Service that have this hostname, or this address written with dashes.
@@ -230,7 +264,7 @@ impl ServiceTable {
     pub fn by_address(&self, address: IpAddr) -> Vec<Owner<'_>> {
         let mut owners = Vec::new();
         for key in self.by_address.get(&address).into_iter().flatten() {
-            let Some(entry) = self.entries.get(key) else { continue };
+            let Some(entry) = self.entries.get(&key.0, &key.1) else { continue };
             let Some(service) = entry.service.as_deref() else { continue };
             let mut found = Vec::new();
             if cluster_ips(service).contains(&address) {
@@ -253,10 +287,14 @@ impl ServiceTable {
         self.namespaces.contains_key(namespace)
     }
 
-    /// Node names, zones and Service names repeat in every endpoint: keep one copy.
+    /// Node names, zones and Service names repeat in every endpoint: keep one copy, while somebody uses it.
     fn intern(&mut self, name: &str) -> Arc<str> {
         if let Some(known) = self.names.get(name) {
             return known.clone();
+        }
+        if self.names.len() >= self.names_limit {
+            self.names.retain(|name| Arc::strong_count(name) > 1);
+            self.names_limit = (self.names.len() * 2).max(1024);
         }
         let name: Arc<str> = name.into();
         self.names.insert(name.clone());
@@ -350,7 +388,7 @@ impl ServiceTable {
             }
         }
         if entry.service.is_some() || !entry.slices.is_empty() {
-            self.entries.insert(key, entry);
+            *self.entries.get_or_add(&key) = entry;
         }
         changes
     }
@@ -361,8 +399,8 @@ impl ServiceTable {
             return *id;
         }
         let id = FrontendId(self.next_id);
-        // Two ports of a process's lifetime share an id only after two thousand million others.
-        self.next_id = (self.next_id + 1) & (u32::MAX >> 1);
+        // Two ports of a process's lifetime share an id only after a thousand million others.
+        self.next_id = (self.next_id + 1) & (u32::MAX >> 2);
         id
     }
 }

@@ -1,13 +1,73 @@
 //! Nodes: addresses of pods are given here, so that two nodes never share a pod CIDR.
 
 use super::Strategy;
-use api::{Cause, ObjectExt};
-use serde_json::Value;
+use crate::registry::{Claim, Claims, Registry};
+use api::{Cause, ObjectExt, Status};
+use ipnet::IpNet;
+use serde_json::{Value, json};
 
 pub struct Node;
 pub static NODE: Node = Node;
 
+/// A node's share of a cluster's pod range.
+const MASK_V4: u8 = 24;
+const MASK_V6: u8 = 64;
+
+fn key(cidr: &IpNet) -> String {
+    format!("claims/podcidr/{}", cidr.trunc())
+}
+
+fn cidrs(object: &Value) -> Vec<IpNet> {
+    let list = object.pointer("/spec/podCIDRs").and_then(Value::as_array);
+    list.into_iter().flatten().filter_map(Value::as_str).filter_map(|c| c.parse().ok()).collect()
+}
+
+fn free(registry: &Registry, range: &IpNet) -> Option<IpNet> {
+    let mask = if range.addr().is_ipv4() { MASK_V4 } else { MASK_V6 };
+    range.subnets(mask.max(range.prefix_len())).ok()?.find(|c| !registry.cache.is_claimed(&key(c)))
+}
+
 impl Strategy for Node {
+    fn claims(&self, registry: &Registry, object: &mut Value, old: Option<&Value>) -> Result<Claims, Status> {
+        let held: Vec<String> = old.map(cidrs).unwrap_or_default().iter().map(key).collect();
+        let mut wanted = cidrs(object);
+        if wanted.is_empty() {
+            for range in &registry.allocation.pod_cidrs {
+                wanted.push(free(registry, range).ok_or_else(|| {
+                    Status::internal(format!(
+                        "pod range {range} has no share left for another node; give a larger --pod-cidr"
+                    ))
+                })?);
+            }
+            let texts: Vec<String> = wanted.iter().map(ToString::to_string).collect();
+            if let (Some(first), Some(map)) = (texts.first().cloned(), object.as_object_mut()) {
+                let spec = map.entry("spec").or_insert_with(|| json!({}));
+                spec["podCIDR"] = json!(first);
+                spec["podCIDRs"] = json!(texts);
+            }
+        }
+        let holder = object.name().to_string();
+        let mut claims = Claims::default();
+        for cidr in &wanted {
+            let key = key(cidr);
+            if held.contains(&key) {
+                continue;
+            }
+            if registry.cache.is_claimed(&key) {
+                let cause = Cause::invalid("spec.podCIDRs", cidr, "another node has this range");
+                return Err(Status::invalid("", "Node", &holder, vec![cause]));
+            }
+            claims.take.push(Claim { key, holder: holder.clone() });
+        }
+        let keep: Vec<String> = wanted.iter().map(key).collect();
+        claims.release = held.into_iter().filter(|k| !keep.contains(k)).collect();
+        Ok(claims)
+    }
+
+    fn released(&self, object: &Value) -> Vec<String> {
+        cidrs(object).iter().map(key).collect()
+    }
+
     fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
         let mut causes = Vec::new();
         if let Some(old) = old {

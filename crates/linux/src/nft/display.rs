@@ -168,7 +168,7 @@ impl Display for Value {
             Value::Random { modulus } => write!(f, "numgen random mod {modulus}"),
             Value::Const(datum) => write!(f, "{datum}"),
             Value::Lookup { key, map } => write!(f, "{} map @{map}", Joined(key, " . ")),
-            Value::Chosen => f.write_str("$chosen"),
+            Value::Chosen { .. } => f.write_str("$chosen"),
         }
     }
 }
@@ -196,9 +196,13 @@ impl Display for Statement {
             Statement::In { key, set } => write!(f, "{} @{set}", Joined(key, " . ")),
             Statement::NotIn { key, set } => write!(f, "{} != @{set}", Joined(key, " . ")),
             Statement::VerdictMap { key, map } => write!(f, "{} vmap @{map}", Joined(key, " . ")),
-            Statement::Choose { value, .. } => write!(f, "$chosen = {value}"),
-            Statement::Update { map, key, timeout_seconds } => {
-                write!(f, "update @{map} {{ {} timeout {timeout_seconds}s : $chosen }}", Joined(key, " . "))
+            Statement::Choose(value) => write!(f, "$chosen = {value}"),
+            Statement::Forget { map, key, data } => {
+                write!(f, "delete @{map} {{ {} : {} }}", Joined(key, " . "), Joined(data, " . "))
+            }
+            Statement::Update { map, key, data, timeout_seconds } => {
+                let (key, data) = (Joined(key, " . "), Joined(data, " . "));
+                write!(f, "update @{map} {{ {key} timeout {timeout_seconds}s : {data} }}")
             }
             Statement::Dnat { v6 } => write!(f, "dnat {} to $chosen", header(*v6)),
             Statement::Masquerade { fully_random: true } => f.write_str("masquerade fully-random"),

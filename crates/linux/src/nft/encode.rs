@@ -39,6 +39,7 @@ pub(crate) const SET_NAME: u16 = 2;
 const LIST_ELEM: u16 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
+const TYPE_INTEGER: u32 = 4;
 const DATA_TYPE_VERDICT: u32 = 0xffff_ff00;
 
 const SET_FLAG_INTERVAL: u32 = 4;
@@ -51,6 +52,8 @@ const SET_FLAG_CONCAT: u32 = 0x80;
 const ELEMENTS_BYTES: usize = 48 << 10;
 /// The word where the chosen address starts.
 const CHOSEN: u32 = 11;
+/// The word where the data of a dynamic element is put together: after a number and its filler were chosen.
+const DYNSET_DATA: u32 = 13;
 
 /// A batch, and which operation each of its messages came from.
 pub(crate) struct Batch {
@@ -272,7 +275,9 @@ fn add_set(writer: &mut Writer, table: &str, set: &Set, id: u32) {
             writer.u32(7, 16);
         }
         SetData::Value(types) => {
-            writer.u32(6, type_number(types));
+            // An `update` of a map whose data is a concatenation makes `nft list` abort; one big integer does not.
+            let number = if set.dynamic && types.len() > 1 { TYPE_INTEGER } else { type_number(types) };
+            writer.u32(6, number);
             writer.u32(7, key_len(types));
         }
     }
@@ -428,12 +433,17 @@ fn register(word: u32) -> u32 {
 /// Words that a value takes.
 fn words(value: &Value) -> u32 {
     match value {
+        Value::Chosen { words } => *words,
         Value::SourceIp { v6: true } | Value::DestinationIp { v6: true } => 4,
         Value::OriginalDestinationIp { v6: true } => 4,
         Value::Const(datum) => datum.data_type().len().div_ceil(4),
         // Only a lookup as part of a key is asked: those give one number.
         _ => 1,
     }
+}
+
+fn is_from_map(value: &Value) -> bool {
+    matches!(value, Value::Lookup { .. } | Value::Chosen { .. })
 }
 
 struct Expressions<'a> {
@@ -536,31 +546,34 @@ impl Expressions<'_> {
                 self.immediate(&bytes, to);
             }
             Value::Lookup { key, map } => {
-                let from = self.key(key, scratch);
-                self.lookup(map, from, Some(register(to)), false);
+                self.key(key, scratch);
+                self.lookup(map, scratch, Some(register(to)), false);
             }
-            // It is where it is; `key` has arranged the rest before it.
-            Value::Chosen => {}
+            Value::Chosen { words } => self.copy(CHOSEN, to, *words),
         }
     }
 
-    /// Loads a key; the word where it starts.
-    fn key(&mut self, key: &[Value], at: u32) -> u32 {
-        if let [before @ .., Value::Chosen] = key {
-            let mut word = CHOSEN - before.iter().map(words).sum::<u32>();
-            let start = word;
-            for value in before {
-                self.load(value, word, 0);
-                word += words(value);
-            }
-            return start;
-        }
+    /// Loads the parts of a key or of an element's data one after the other.
+    ///
+    /// `nft` before 1.0.7 does not know how wide what comes out of a map is, and aborts when it lists a rule whose key
+    /// contains it. So such a part has a constant before it, which is loaded wide enough to lie under both: `nft` then
+    /// prints the constant and does not look at what overwrote its end.
+    fn key(&mut self, key: &[Value], at: u32) {
         let mut word = at;
-        for value in key {
-            self.load(value, word, word);
+        for (index, value) in key.iter().enumerate() {
+            let covered = key[index + 1..].iter().take_while(|next| is_from_map(next)).map(words).sum::<u32>();
+            match value {
+                Value::Const(constant) if covered > 0 => {
+                    let mut bytes = Vec::new();
+                    datum(&mut bytes, *constant);
+                    bytes.resize(bytes.len().next_multiple_of(4) + covered as usize * 4, 0);
+                    self.immediate(&bytes, word);
+                }
+                Value::Chosen { words } => self.copy(CHOSEN, word, *words),
+                _ => self.load(value, word, word),
+            }
             word += words(value);
         }
-        at
     }
 
     fn compare(&mut self, from: u32, equal: bool, bytes: &[u8]) {
@@ -573,10 +586,32 @@ impl Expressions<'_> {
         });
     }
 
+    fn dynset(&mut self, operation: u32, map: &str, key: &[Value], data: &[Value], timeout_ms: Option<u64>) {
+        self.key(data, DYNSET_DATA);
+        self.key(key, 0);
+        self.expression("dynset", |w| {
+            w.string(1, map);
+            w.u32(3, operation);
+            w.u32(4, register(0));
+            w.u32(5, register(DYNSET_DATA));
+            if let Some(timeout) = timeout_ms {
+                w.u64(6, timeout);
+            }
+        });
+    }
+
+    fn copy(&mut self, from: u32, to: u32, words: u32) {
+        self.bitwise(from, to, &vec![0xff; words as usize * 4]);
+    }
+
     fn mask(&mut self, mask: &[u8]) {
+        self.bitwise(0, 0, mask);
+    }
+
+    fn bitwise(&mut self, from: u32, to: u32, mask: &[u8]) {
         self.expression("bitwise", |w| {
-            w.u32(1, register(0));
-            w.u32(2, register(0));
+            w.u32(1, register(from));
+            w.u32(2, register(to));
             w.u32(3, mask.len() as u32);
             let data = w.nest(4);
             w.bytes(DATA_VALUE, mask);
@@ -619,28 +654,23 @@ impl Expressions<'_> {
                 self.compare(0, false, &[0; 4]);
             }
             Statement::In { key, set } => {
-                let from = self.key(key, 0);
-                self.lookup(set, from, None, false);
+                self.key(key, 0);
+                self.lookup(set, 0, None, false);
             }
             Statement::NotIn { key, set } => {
-                let from = self.key(key, 0);
-                self.lookup(set, from, None, true);
+                self.key(key, 0);
+                self.lookup(set, 0, None, true);
             }
             Statement::VerdictMap { key, map } => {
-                let from = self.key(key, 0);
-                self.lookup(map, from, Some(0), false);
+                self.key(key, 0);
+                self.lookup(map, 0, Some(0), false);
             }
-            Statement::Choose { value, .. } => self.load(value, CHOSEN, 0),
-            Statement::Update { map, key, timeout_seconds } => {
-                let from = self.key(key, 0);
-                self.expression("dynset", |w| {
-                    w.string(1, map);
-                    w.u32(3, 1);
-                    w.u32(4, register(from));
-                    w.u32(5, register(CHOSEN));
-                    w.u64(6, u64::from(*timeout_seconds) * 1000);
-                });
+            Statement::Choose(value) => self.load(value, CHOSEN, 0),
+            Statement::Update { map, key, data, timeout_seconds } => {
+                self.dynset(1, map, key, data, Some(u64::from(*timeout_seconds) * 1000));
             }
+            // Of a map the kernel wants the data named, although the key decides.
+            Statement::Forget { map, key, data } => self.dynset(2, map, key, data, None),
             Statement::Dnat { v6 } => {
                 let family = if *v6 { Family::Ip6 } else { Family::Ip };
                 let port = CHOSEN + if *v6 { 4 } else { 1 };

@@ -344,19 +344,24 @@ impl Walk<'_, '_> {
                     ElementData::Verdict(verdict) => return Some(verdict),
                     _ => false,
                 },
-                Statement::Choose { value, .. } => {
+                Statement::Choose(value) => {
                     chosen = Some(self.value(value, &chosen)?);
                     true
                 }
-                Statement::Update { map, key, .. } => {
+                Statement::Update { map, key, data, .. } => {
                     let key = self.key(key, &chosen)?;
-                    let data = ElementData::Value(Key::new(chosen.clone()?));
+                    let data = ElementData::Value(self.key(data, &chosen)?);
                     let (set, held) = self.table.sets.get_mut(map)?;
                     let full = set.size.is_some_and(|size| held.len() >= size as usize) && !held.contains_key(&key);
                     if !full {
-                        held.insert(key.clone(), Element { key, end: None, data });
+                        held.entry(key.clone()).or_insert(Element { key, end: None, data });
                     }
                     !full
+                }
+                Statement::Forget { map, key, .. } => {
+                    let key = self.key(key, &chosen)?;
+                    self.table.sets.get_mut(map)?.1.remove(&key);
+                    true
                 }
                 Statement::Dnat { .. } => {
                     let [address, Datum::Port(port)] = chosen.as_deref()? else { return None };
@@ -434,7 +439,7 @@ impl Walk<'_, '_> {
             Value::FibDestinationType => kind(self.packet.to.ip(), self.locals),
             Value::Random { modulus } => Datum::Mark((self.random)(*modulus)),
             Value::Const(datum) => *datum,
-            Value::Chosen => return chosen.clone(),
+            Value::Chosen { .. } => return chosen.clone(),
             Value::Lookup { key, map } => match self.find(key, map, chosen)??.data {
                 ElementData::Value(value) => return Some(value.0.to_vec()),
                 _ => return None,

@@ -35,13 +35,17 @@ pub enum Value {
         modulus: u32,
     },
     Const(Datum),
-    /// What the map holds under the key; the rule ends here if it holds nothing.
+    /// What the map holds under the key; the rule ends here if it holds nothing. Inside another key it is a number, and
+    /// a `Const` must stand before it (see the encoder's `key`).
     Lookup {
         key: Vec<Value>,
         map: Box<str>,
     },
-    /// What `Statement::Choose` chose earlier in the same rule.
-    Chosen,
+    /// What `Statement::Choose` chose earlier in the same rule: that many numbers. Inside a key, a `Const` must stand
+    /// before it.
+    Chosen {
+        words: u32,
+    },
 }
 
 impl Value {
@@ -80,18 +84,23 @@ pub enum Statement {
         key: Vec<Value>,
         map: Box<str>,
     },
-    /// Computes an address and port once, for the statements after this one. `v6` is the family of the address.
-    Choose {
-        v6: bool,
-        value: Value,
-    },
-    /// Writes key → what was chosen into a dynamic map, with a fresh timeout. The rule ends here if the map is full.
+    /// Computes a value once, for the statements after this one: a number, or an address and port.
+    Choose(Value),
+    /// Writes key → data into a dynamic map. The rule ends here if the map is full. A key that is there already keeps its
+    /// data and only gets a fresh timeout.
     Update {
         map: Box<str>,
         key: Vec<Value>,
+        data: Vec<Value>,
         timeout_seconds: u32,
     },
-    /// Sends the connection to what was chosen.
+    /// Removes a key from a dynamic map, whatever its data; the kernel still wants data of the right type.
+    Forget {
+        map: Box<str>,
+        key: Vec<Value>,
+        data: Vec<Value>,
+    },
+    /// Sends the connection to the address and port chosen; `v6` is their family.
     Dnat {
         v6: bool,
     },

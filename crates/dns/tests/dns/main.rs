@@ -1,0 +1,5 @@
+//! Cluster DNS: case files (objects in, question, answer out), and the server over real loopback sockets.
+
+mod cases;
+mod server;
+mod zone;

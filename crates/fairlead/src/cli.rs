@@ -1,0 +1,88 @@
+//! The command line.
+
+use crate::{agent, client, down, image, node, server, status, up};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Kubernetes in one binary, built around its Service network.
+///
+/// `fairlead up` starts a whole cluster on this machine. `fairlead server` and `fairlead agent` are the same roles as
+/// single processes on real hosts. Use kubectl with the kubeconfig in the data directory, or `fairlead get`.
+#[derive(Parser)]
+#[command(name = "fairlead", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where a cluster lives.
+#[derive(Args, Debug, Clone)]
+pub struct DataDir {
+    /// The cluster's directory: certificates, objects, images, kubeconfig.
+    #[arg(long, env = "FAIRLEAD_DATA_DIR", default_value = "/var/lib/fairlead")]
+    pub data_dir: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a whole cluster on this machine, each node in namespaces of its own.
+    Up(up::UpArgs),
+    /// End a cluster and leave nothing behind but its data directory.
+    Down(down::DownArgs),
+    /// Say what runs where and what is wrong.
+    Status(status::StatusArgs),
+    /// Run commands in a node, or play its death and return.
+    Node(node::NodeArgs),
+    /// Import, list and remove images.
+    Image(image::ImageArgs),
+    /// Run the control plane on this host.
+    Server(server::ServerArgs),
+    /// Run a node on this host and join it to a server.
+    Agent(agent::AgentArgs),
+    /// Create or change objects from files (server-side apply).
+    Apply(client::ApplyArgs),
+    /// Show objects.
+    Get(client::GetArgs),
+    /// Delete objects.
+    Delete(client::DeleteArgs),
+    /// Show a container's output.
+    Logs(client::LogsArgs),
+    /// Print a completion script for a shell.
+    Completions { shell: clap_complete::Shell },
+}
+
+impl Cli {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Up(args) => up::run(args),
+            Command::Down(args) => down::run(&args),
+            Command::Status(args) => status::run(&args),
+            Command::Node(args) => node::run(args),
+            Command::Image(args) => image::run(args),
+            Command::Server(args) => server::run(args),
+            Command::Agent(args) => agent::run(args),
+            Command::Apply(args) => blocking(args.run()),
+            Command::Get(args) => blocking(args.run()),
+            Command::Delete(args) => blocking(args.run()),
+            Command::Logs(args) => blocking(args.run()),
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Cli::command(), "fairlead", &mut std::io::stdout());
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    }
+}
+
+/// Runs a command that waits for the network, on one thread.
+fn blocking(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+/// Log lines go to standard error; `RUST_LOG` chooses them.
+pub fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // A second call finds the first subscriber in place, which is as good.
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init().ok();
+}

@@ -1,0 +1,89 @@
+//! The identity and the role of each of our own components.
+
+use apiserver::bootstrap::Component;
+use serde_json::{Value, json};
+
+const READ: [&str; 3] = ["get", "list", "watch"];
+const WRITE: [&str; 5] = ["create", "update", "patch", "delete", "get"];
+
+fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
+    json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
+}
+
+fn events() -> Value {
+    rule("", &["events"], &["create", "patch", "update"])
+}
+
+/// Service accounts in `kube-system`, each with what it needs and no more.
+pub fn all() -> Vec<Component> {
+    let component =
+        |account: &str, rules: Vec<Value>| Component { account: account.into(), rules: Value::Array(rules) };
+    let mut all = vec![
+        component(
+            "fairlead-proxy",
+            vec![
+                rule("", &["services", "nodes"], &READ),
+                rule("discovery.k8s.io", &["endpointslices"], &READ),
+                rule("coordination.k8s.io", &["leases"], &["create", "get", "update", "patch"]),
+                events(),
+            ],
+        ),
+        component(
+            "fairlead-dns",
+            vec![rule("", &["services", "namespaces"], &READ), rule("discovery.k8s.io", &["endpointslices"], &READ)],
+        ),
+        component("fairlead-podnet", vec![rule("", &["nodes"], &READ)]),
+        component(
+            "fairlead-scheduler",
+            vec![
+                rule("", &["nodes", "namespaces"], &READ),
+                rule("", &["pods", "services", "replicationcontrollers"], &READ),
+                rule("apps", &["replicasets", "statefulsets"], &READ),
+                rule("", &["pods/binding"], &["create"]),
+                rule("", &["pods/status"], &["patch", "update"]),
+                events(),
+            ],
+        ),
+        component(
+            "fairlead-signer",
+            vec![
+                rule("certificates.k8s.io", &["certificatesigningrequests"], &READ),
+                rule(
+                    "certificates.k8s.io",
+                    &["certificatesigningrequests/approval", "certificatesigningrequests/status"],
+                    &["update", "patch"],
+                ),
+                rule("", &["nodes"], &READ),
+                events(),
+            ],
+        ),
+    ];
+    for controller in controllers::ALL {
+        all.push(component(&format!("{}-controller", controller.name), controller_rules(controller)));
+    }
+    all
+}
+
+/// A controller's role follows from its descriptor: it reads what it watches and writes what it writes.
+fn controller_rules(controller: &controllers::Descriptor) -> Vec<Value> {
+    let mut rules: Vec<Value> = controller.watches.iter().map(|r| rule(r.group, &[r.plural], &READ)).collect();
+    for resource in controller.writes {
+        let parts = [
+            resource.plural.to_string(),
+            format!("{}/status", resource.plural),
+            format!("{}/finalizers", resource.plural),
+        ];
+        let mut parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        if resource.plural == "namespaces" {
+            parts.push("namespaces/finalize");
+        }
+        rules.push(rule(resource.group, &parts, &WRITE));
+    }
+    rules.push(events());
+    if matches!(controller.name, "namespace" | "garbagecollector" | "garbage-collector" | "generic-garbage-collector") {
+        // These two act on every kind there is or will be.
+        rules.push(rule("*", &["*"], &["get", "list", "watch", "delete", "deletecollection", "patch", "update"]));
+        rules.push(json!({"nonResourceURLs": ["*"], "verbs": ["get"]}));
+    }
+    rules
+}

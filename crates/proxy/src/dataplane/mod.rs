@@ -1,0 +1,44 @@
+//! What a proxy mode provides. A new one is a folder here and an arm in `run`; the case files, the packet tracer and the
+//! namespace tests then run for it too.
+
+use std::fmt::Display;
+
+use services::{Frontend, FrontendId, Seed};
+
+use crate::{Error, NodeView};
+
+pub mod iptables;
+pub mod nftables;
+
+/// The entries of one frontend before and after.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change<E> {
+    pub id: FrontendId,
+    pub before: Option<E>,
+    pub after: Option<E>,
+}
+
+/// A way to make the kernel send a Service's packets to its endpoints.
+pub trait Dataplane: Send + 'static {
+    /// What is there without any Service.
+    type Base: Display + PartialEq + Send;
+    /// What one frontend adds. A plan is the ordered collection of these; only tests and `explain` build one.
+    type Entries: Display + PartialEq + Send;
+
+    fn base(node: &NodeView) -> Self::Base;
+    fn entries(frontend: &Frontend, node: &NodeView) -> Self::Entries;
+
+    /// Whether this node can be served at all; asked before anything is committed.
+    fn check(_node: &NodeView) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What holds the rules, and how a person looks at them.
+    fn about(&self) -> String;
+
+    /// Reads what the kernel holds, so that the next commit changes only what differs.
+    fn read(&mut self) -> Result<Seed, Error>;
+
+    /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
+    fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+}

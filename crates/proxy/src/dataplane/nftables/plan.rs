@@ -1,0 +1,246 @@
+//! A frontend's elements.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{Display, Formatter};
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use linux::nft::{Datum, ElementData, Key, Verdict};
+use services::{Endpoint, Frontend, TrafficPolicy};
+use sha2::{Digest, Sha256};
+
+use super::class::{Class, Ids, Pick};
+use super::layout::{MASQUERADE_ALWAYS, MASQUERADE_HOST, Map, REFUSE, masquerade_outside};
+use crate::NodeView;
+use crate::scope::{Scopes, scopes};
+
+/// Where an element lies.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot {
+    pub map: Map,
+    pub v6: bool,
+    pub key: Key,
+    pub end: Option<Key>,
+}
+
+/// All elements of one frontend.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Entries(pub BTreeMap<Slot, ElementData>);
+
+impl Display for Entries {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        for (slot, data) in &self.0 {
+            let element = linux::nft::Element { key: slot.key.clone(), end: slot.end.clone(), data: data.clone() };
+            writeln!(f, "{} {{ {element} }}", slot.map.name(slot.v6))?;
+        }
+        Ok(())
+    }
+}
+
+/// Which list of a frontend's endpoints: two for each id.
+fn list(frontend: &Frontend, policy: TrafficPolicy) -> u32 {
+    frontend.id.0 << 1 | u32::from(policy == TrafficPolicy::Local)
+}
+
+/// A number by which affinity remembers an endpoint, whatever slot it has: a hash of its address, the next free one if
+/// two share it.
+fn number(endpoint: SocketAddr, taken: &mut BTreeSet<u32>) -> u32 {
+    let hash = Sha256::digest(endpoint.to_string());
+    let mut number = u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]);
+    while !taken.insert(number) {
+        number = number.wrapping_add(1);
+    }
+    number
+}
+
+/// One family of one frontend, while its elements are gathered.
+struct Plan<'a> {
+    frontend: &'a Frontend,
+    v6: bool,
+    entries: &'a mut Entries,
+    scopes: Scopes<'a>,
+}
+
+pub fn entries(frontend: &Frontend, node: &NodeView) -> Entries {
+    let mut entries = Entries::default();
+    for v6 in [false, true] {
+        let scopes = scopes(frontend, node, v6);
+        Plan { frontend, v6, entries: &mut entries, scopes }.gather(node);
+    }
+    entries
+}
+
+impl<'a> Plan<'a> {
+    fn gather(mut self, node: &NodeView) {
+        // Fully, so that a new field asks for a decision here.
+        let Frontend {
+            id: _,
+            name: _,
+            app_protocol: _,
+            port,
+            cluster_ips,
+            external_ips,
+            load_balancer_ips,
+            node_port,
+            internal_policy,
+            external_policy,
+            affinity: _,
+            source_ranges,
+            health_check_node_port: _,
+            endpoints: _,
+        } = self.frontend;
+        let v6 = self.v6;
+        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
+        let inside: Vec<IpAddr> = cluster_ips.iter().filter(of_family).copied().collect();
+        let mut outside: Vec<(IpAddr, u16)> =
+            external_ips.iter().chain(load_balancer_ips).filter(of_family).map(|address| (*address, *port)).collect();
+        if let Some(node_port) = node_port {
+            let primary = node.primary_addresses();
+            let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
+            outside.extend(addresses.iter().filter(of_family).map(|address| (*address, node_port.get())));
+        }
+        // A Service has node ports and external addresses only in the families it has a cluster IP of.
+        if inside.is_empty() {
+            return;
+        }
+        for address in &inside {
+            self.element(Map::ClusterIps, [(*address).into()], ElementData::None);
+            self.inside((*address, *port), *internal_policy, node.masquerade_all);
+        }
+        for destination in &outside {
+            self.outside(*destination, *external_policy, node.masquerade_all);
+        }
+        let uses = |policy| {
+            *internal_policy == policy
+                || (!outside.is_empty() && (policy == TrafficPolicy::Cluster || *external_policy == policy))
+        };
+        for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {
+            if uses(policy) {
+                self.list(policy, node);
+            }
+        }
+        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
+        if !ranges.is_empty() {
+            let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
+            let node_may = node.addresses.iter().any(mine);
+            for address in load_balancer_ips.iter().filter(of_family) {
+                self.firewall((*address, *port), &ranges, node_may);
+            }
+        }
+    }
+
+    fn element(&mut self, map: Map, key: impl IntoIterator<Item = Datum>, data: ElementData) {
+        let slot = Slot { map, v6: self.v6, key: Key::new(key), end: None };
+        self.entries.0.insert(slot, data);
+    }
+
+    fn destination(&self, (address, port): (IpAddr, u16)) -> [Datum; 3] {
+        [address.into(), Datum::Proto(self.frontend.name.protocol.number()), Datum::Port(port)]
+    }
+
+    fn goto(&mut self, map: Map, at: (IpAddr, u16), chain: &str) {
+        let key = self.destination(at);
+        self.element(map, key, ElementData::Verdict(Verdict::Goto(chain.into())));
+    }
+
+    fn id(&mut self, map: Map, at: (IpAddr, u16), policy: TrafficPolicy) {
+        let key = self.destination(at);
+        let id = list(self.frontend, policy);
+        self.element(map, key, ElementData::Value(Key::new([Datum::Mark(id)])));
+    }
+
+    fn scope(&self, policy: TrafficPolicy) -> &[&'a Endpoint] {
+        match policy {
+            TrafficPolicy::Cluster => &self.scopes.cluster,
+            TrafficPolicy::Local => &self.scopes.local,
+        }
+    }
+
+    fn pick(&self, policy: TrafficPolicy, ids: Ids) -> Option<Pick> {
+        let affinity = self.frontend.affinity.map(|affinity| affinity.timeout_seconds);
+        match self.scope(policy).len() as u32 {
+            0 => None,
+            count => Some(Pick { v6: self.v6, ids, count, affinity }),
+        }
+    }
+
+    /// Nobody to send to: refuse, or be silent where somebody else has endpoints.
+    fn unserved(&mut self, at: (IpAddr, u16)) {
+        let key = self.destination(at);
+        let verdict = if self.scopes.any { Verdict::Drop } else { Verdict::Goto(REFUSE.into()) };
+        self.element(Map::Unserved, key, ElementData::Verdict(verdict));
+    }
+
+    fn inside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy, masquerade_all: bool) {
+        let Some(pick) = self.pick(policy, Ids::Main) else { return self.unserved(at) };
+        self.goto(Map::Frontends, at, &Class::Pick(pick).name());
+        self.id(Map::Ids, at, policy);
+        if masquerade_all {
+            self.goto(Map::Masquerade, at, MASQUERADE_ALWAYS);
+        } else {
+            self.goto(Map::Masquerade, at, &masquerade_outside(self.v6));
+        }
+    }
+
+    fn outside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy, masquerade_all: bool) {
+        let Some(anywhere) = self.pick(TrafficPolicy::Cluster, Ids::Main) else { return self.unserved(at) };
+        self.id(Map::Ids, at, TrafficPolicy::Cluster);
+        match policy {
+            TrafficPolicy::Cluster => {
+                self.goto(Map::Frontends, at, &Class::Pick(anywhere).name());
+                // The reply must come back through this node, whose address the client talks to.
+                self.goto(Map::Masquerade, at, MASQUERADE_ALWAYS);
+            }
+            TrafficPolicy::Local => {
+                let here = self.pick(TrafficPolicy::Local, Ids::Local);
+                if here.is_some() {
+                    self.id(Map::LocalIds, at, TrafficPolicy::Local);
+                }
+                self.goto(Map::Frontends, at, &Class::External { anywhere, here }.name());
+                let chain = if masquerade_all { MASQUERADE_ALWAYS } else { MASQUERADE_HOST };
+                self.goto(Map::Masquerade, at, chain);
+            }
+        }
+    }
+
+    /// The endpoints of one scope.
+    fn list(&mut self, policy: TrafficPolicy, node: &NodeView) {
+        let zero = Datum::Mark(0);
+        let list = Datum::Mark(list(self.frontend, policy));
+        let mut numbers = BTreeSet::new();
+        let endpoints: Vec<&Endpoint> = self.scope(policy).to_vec();
+        for (slot, endpoint) in endpoints.into_iter().enumerate() {
+            let (address, port) = (endpoint.address.ip(), Datum::Port(endpoint.address.port()));
+            let at = Key::new([address.into(), port]);
+            let slot = Datum::Mark(slot as u32);
+            self.element(Map::Slots, [zero, list, slot], ElementData::Value(at.clone()));
+            if self.frontend.affinity.is_some() {
+                let number = number(endpoint.address, &mut numbers);
+                let value = ElementData::Value(Key::new([Datum::Mark(number)]));
+                self.element(Map::Numbers, [zero, list, slot], value);
+                self.element(Map::Endpoints, [zero, list, zero, Datum::Mark(number)], ElementData::Value(at));
+            }
+            // Only an endpoint of this node can call itself through us; one without a node may be here.
+            if endpoint.node.is_none() || endpoint.node.as_ref() == Some(&node.place.node) {
+                self.element(Map::Hairpin, [address.into(), address.into()], ElementData::None);
+            }
+        }
+    }
+
+    fn firewall(&mut self, at: (IpAddr, u16), ranges: &[IpNet], node_may: bool) {
+        let key = self.destination(at);
+        self.element(Map::Firewalled, key, ElementData::None);
+        let mut ranges = ranges.to_vec();
+        // A node in the ranges may loop its own packets through the load balancer, which then come from that address.
+        if node_may {
+            ranges.push(at.0.into());
+        }
+        // The kernel refuses ranges that overlap.
+        for net in IpNet::aggregate(&ranges) {
+            let whole = |source: IpAddr| Key::new(key.into_iter().chain([source.into()]));
+            let (first, last) = (net.network(), net.broadcast());
+            let slot = Slot { map: Map::Allowed, v6: self.v6, key: whole(first), end: Some(whole(last)) };
+            self.entries.0.insert(slot, ElementData::None);
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! What can go wrong between the table and the kernel.
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("--proxy-mode={0} does not exist yet; use nftables or iptables")]
+    LaterMode(&'static str),
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables or iptables")]
+    UnknownMode(String),
+    #[error(transparent)]
+    Nft(#[from] linux::nft::Error),
+    #[error(transparent)]
+    Iptables(#[from] linux::iptables::Error),
+    #[error(transparent)]
+    Conntrack(#[from] linux::conntrack::Error),
+    #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
+    PodCidrs(String),
+    #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
+    Namespace(std::io::Error),
+    #[error("the thread of a commit died: {0}; the commit is repeated")]
+    Commit(tokio::task::JoinError),
+}

@@ -1,0 +1,38 @@
+//! The data paths there are, and those there will be.
+
+use std::fmt::{Display, Formatter};
+use std::str::FromStr;
+
+use crate::Error;
+
+/// How Services reach the kernel, as `--proxy-mode` names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    #[default]
+    Nftables,
+    Iptables,
+}
+
+impl FromStr for Mode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "nftables" => Ok(Mode::Nftables),
+            "iptables" => Ok(Mode::Iptables),
+            "ipvs" => Err(Error::LaterMode("ipvs")),
+            "ebpf" => Err(Error::LaterMode("ebpf")),
+            "userspace" => Err(Error::LaterMode("userspace")),
+            other => Err(Error::UnknownMode(other.to_owned())),
+        }
+    }
+}
+
+impl Display for Mode {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Mode::Nftables => "nftables",
+            Mode::Iptables => "iptables",
+        })
+    }
+}

@@ -1,0 +1,42 @@
+//! What the data path knows of the node it works on.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use services::{Place, Protocol};
+
+/// One node, as its data path sees it. A change of it renders every frontend anew.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NodeView {
+    pub place: Place,
+    /// The node's own addresses, the primary of each family first.
+    pub addresses: Vec<IpAddr>,
+    /// Where node ports listen. `None` is each mode's own default: the primary address of each family in nftables, every
+    /// address of the node, 127.0.0.1 included, in iptables.
+    pub node_port_addresses: Option<Vec<IpAddr>>,
+    /// All pods of the cluster: what does not come from here is outside, and masqueraded on its way to a cluster IP.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Where cluster IPs are allocated: packets to one that nobody has are dropped before they loop.
+    pub service_cidrs: Vec<IpNet>,
+    /// Masquerade everything that is sent to a Service.
+    pub masquerade_all: bool,
+    /// Endpoints that are known not to answer. They are avoided as long as another one is left.
+    pub ejected: BTreeSet<(SocketAddr, Protocol)>,
+}
+
+impl NodeView {
+    /// A node whose node ports listen where the mode has them by default.
+    pub fn new(place: Place, addresses: Vec<IpAddr>, pod_cidrs: Vec<IpNet>, service_cidrs: Vec<IpNet>) -> Self {
+        NodeView { place, addresses, pod_cidrs, service_cidrs, ..NodeView::default() }
+    }
+
+    pub(crate) fn primary_addresses(&self) -> Vec<IpAddr> {
+        let primary = |v6: bool| self.addresses.iter().find(|address| address.is_ipv6() == v6).copied();
+        [primary(false), primary(true)].into_iter().flatten().collect()
+    }
+
+    pub(crate) fn pod_cidrs(&self, v6: bool) -> impl Iterator<Item = &IpNet> {
+        self.pod_cidrs.iter().filter(move |cidr| cidr.addr().is_ipv6() == v6)
+    }
+}

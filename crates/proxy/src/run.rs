@@ -1,0 +1,312 @@
+//! The loop that keeps the kernel true to the table.
+
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use linux::conntrack::{self, Conntrack};
+use linux::iptables::Tools;
+use linux::nft::Socket;
+use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::dataplane::iptables::Iptables;
+use crate::dataplane::nftables::Nftables;
+use crate::dataplane::{Change, Dataplane};
+use crate::stale::{self, Answerers};
+use crate::{Error, Mode, NodeView};
+
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LAST_RETRY: Duration = Duration::from_secs(10);
+
+/// What a node's proxy needs.
+pub struct Config {
+    pub mode: Mode,
+    /// The node as it is now; a change renders everything anew.
+    pub node: watch::Receiver<Arc<NodeView>>,
+    /// The network namespace to work in; `None`: the caller's.
+    pub namespace: Option<OwnedFd>,
+}
+
+/// The service table and what happens to it. Subscribe before the table's first list is complete.
+pub struct Feed {
+    pub table: Arc<RwLock<ServiceTable>>,
+    pub changes: broadcast::Receiver<Arc<Changes>>,
+}
+
+/// How the proxy is doing.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// The kernel has held a whole plan since the start.
+    pub synced: bool,
+    pub commits: u64,
+    /// Frontends whose last change is not in the kernel yet.
+    pub pending: usize,
+    /// Why the last commit failed; `None` after one that did not.
+    pub error: Option<String>,
+    /// What holds the rules, and how to look at them.
+    pub about: String,
+}
+
+pub type StatusHandle = watch::Receiver<Status>;
+
+/// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+    match mode {
+        Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
+        Mode::Iptables => Ok(Seed::default()),
+    }
+}
+
+/// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
+/// Services go on answering. An error is returned only if the mode cannot start at all.
+pub async fn run(
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<(), Error> {
+    let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
+    let conntrack = Box::new(conntrack::Socket::open(namespace())?);
+    match config.mode {
+        Mode::Nftables => {
+            let nft = Socket::open(namespace())?;
+            Loop::new(Nftables::new(nft), conntrack, config, feed, status).run(token).await
+        }
+        Mode::Iptables => {
+            let namespace = config.namespace.as_ref().map(OwnedFd::try_clone).transpose();
+            let tools = Tools::open(namespace.map_err(Error::Namespace)?)?;
+            Loop::new(Iptables::new(tools), conntrack, config, feed, status).run(token).await
+        }
+    }
+}
+
+/// The table and what this node makes of it, as text.
+pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
+    match mode {
+        Mode::Nftables => dump_of::<Nftables<Socket>>(table, node),
+        Mode::Iptables => dump_of::<Iptables<Tools>>(table, node),
+    }
+}
+
+fn dump_of<D: Dataplane>(table: &ServiceTable, node: &NodeView) -> String {
+    let mut text = format!("{}\n", D::base(node));
+    for frontend in table.frontends() {
+        text += &format!("# {} {} id {}\n", frontend.name, frontend.name.protocol, frontend.id.0);
+        for endpoint in &frontend.endpoints {
+            let state = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
+                (true, _, _) => "ready",
+                (false, true, true) => "terminating, still serving",
+                (false, _, true) => "terminating",
+                (false, _, false) => "not ready",
+            };
+            let node = endpoint.node.as_deref().unwrap_or("an unknown node");
+            text += &format!("#   {} on {node}, {state}\n", endpoint.address);
+        }
+        text += &format!("{}\n", D::entries(frontend, node));
+    }
+    text
+}
+
+struct Loop<D> {
+    /// `None` only while a commit runs.
+    dataplane: Option<(D, Box<dyn Conntrack>)>,
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    /// What the kernel holds.
+    committed: HashMap<FrontendId, Arc<Frontend>>,
+    /// For which node `committed` was rendered.
+    node: Option<Arc<NodeView>>,
+    pending: BTreeSet<FrontendId>,
+}
+
+/// How the next commit is made.
+#[derive(Clone, Copy, PartialEq)]
+enum Attempt {
+    /// Read the kernel, commit everything.
+    Whole,
+    /// What changed, in one transaction.
+    Together,
+    /// What changed, one transaction each, so that one bad frontend holds up nobody else.
+    Apart,
+}
+
+impl<D: Dataplane> Loop<D> {
+    fn new(
+        dataplane: D,
+        conntrack: Box<dyn Conntrack>,
+        config: Config,
+        feed: Feed,
+        status: watch::Sender<Status>,
+    ) -> Self {
+        Loop {
+            dataplane: Some((dataplane, conntrack)),
+            config,
+            feed,
+            status,
+            committed: HashMap::new(),
+            node: None,
+            pending: BTreeSet::new(),
+        }
+    }
+
+    async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
+        if let Some((dataplane, _)) = &self.dataplane {
+            let about = dataplane.about();
+            self.status.send_modify(|status| status.about = about);
+        }
+        let mut attempt = Attempt::Whole;
+        let mut back_off = FIRST_RETRY;
+        let mut retry_at: Option<Instant> = None;
+        let mut changes_open = true;
+        let mut node_open = true;
+        loop {
+            let work = attempt == Attempt::Whole || !self.pending.is_empty();
+            if work && retry_at.is_none() && self.read_table().is_synced() {
+                match self.commit(attempt).await {
+                    Ok(()) => {
+                        attempt = Attempt::Together;
+                        back_off = FIRST_RETRY;
+                    }
+                    // A commit that panicked took the data path with it.
+                    Err(error) if self.dataplane.is_none() => return Err(error),
+                    Err(error) => {
+                        tracing::warn!("proxy: {error}");
+                        self.status.send_modify(|status| status.error = Some(error.to_string()));
+                        attempt = next_attempt(attempt);
+                        retry_at = Some(Instant::now() + back_off);
+                        back_off = (back_off * 2).min(LAST_RETRY);
+                    }
+                }
+            }
+            tokio::select! {
+                biased;
+                () = token.cancelled() => return Ok(()),
+                changed = self.config.node.changed(), if node_open => {
+                    node_open = changed.is_ok();
+                    attempt = Attempt::Whole;
+                }
+                received = self.feed.changes.recv(), if changes_open => match received {
+                    Ok(changes) => self.notice(&changes),
+                    Err(broadcast::error::RecvError::Lagged(_)) => attempt = Attempt::Whole,
+                    Err(broadcast::error::RecvError::Closed) => changes_open = false,
+                },
+                () = async { sleep_until(retry_at.unwrap_or_else(Instant::now)).await }, if retry_at.is_some() => {
+                    retry_at = None;
+                }
+            }
+            // Whatever else has happened meanwhile goes into the same commit.
+            while let Ok(changes) = self.feed.changes.try_recv() {
+                self.notice(&changes);
+            }
+            let pending = self.pending.len();
+            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+        }
+    }
+
+    fn notice(&mut self, changes: &Changes) {
+        self.pending.extend(changes.frontends.iter().map(|change| change.id));
+    }
+
+    fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
+        // A writer that panicked left a table that is whole: each event is applied in one call.
+        self.feed.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn commit(&mut self, attempt: Attempt) -> Result<(), Error> {
+        let node = self.config.node.borrow_and_update().clone();
+        D::check(&node)?;
+        let whole = attempt == Attempt::Whole;
+        let ids: BTreeSet<FrontendId> = if whole {
+            let table = self.read_table();
+            table.frontends().map(|frontend| frontend.id).chain(self.committed.keys().copied()).collect()
+        } else {
+            self.pending.clone()
+        };
+        let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
+            let table = self.read_table();
+            ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
+        };
+        // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
+        let before_node = if whole { None } else { self.node.clone() };
+        let changes: Vec<Change<D::Entries>> = after
+            .iter()
+            .map(|(id, after)| Change {
+                id: *id,
+                before: before_node
+                    .as_ref()
+                    .and_then(|node| self.committed.get(id).map(|before| D::entries(before, node))),
+                after: after.as_ref().map(|after| D::entries(after, &node)),
+            })
+            .filter(|change| whole || change.before != change.after)
+            .collect();
+        let mut answerers = Answerers::new();
+        for (id, after) in &after {
+            stale::answerers(self.committed.get(id), after.as_ref(), &node, &mut answerers);
+        }
+        let base = whole.then(|| D::base(&node));
+        let apart = attempt == Attempt::Apart;
+        let (mut dataplane, mut conntrack) = self.dataplane.take().expect("a commit gives it back");
+        let (dataplane, result) = tokio::task::spawn_blocking(move || {
+            let result = commit(&mut dataplane, whole, apart, base.as_ref(), &changes).and_then(|()| {
+                // Only now: before, the old rules would have made the same flows again.
+                let deleted = stale::sweep(&mut *conntrack, &answerers)?;
+                if deleted > 0 {
+                    tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
+                }
+                Ok(())
+            });
+            ((dataplane, conntrack), result)
+        })
+        .await
+        .map_err(Error::Commit)?;
+        self.dataplane = Some(dataplane);
+        result?;
+        for (id, after) in after {
+            self.pending.remove(&id);
+            match after {
+                Some(after) => drop(self.committed.insert(id, after)),
+                None => drop(self.committed.remove(&id)),
+            }
+        }
+        self.node = Some(node);
+        let pending = self.pending.len();
+        self.status.send_modify(|status| {
+            status.synced = true;
+            status.commits += 1;
+            status.pending = pending;
+            status.error = None;
+        });
+        Ok(())
+    }
+}
+
+fn commit<D: Dataplane>(
+    dataplane: &mut D,
+    whole: bool,
+    apart: bool,
+    base: Option<&D::Base>,
+    changes: &[Change<D::Entries>],
+) -> Result<(), Error> {
+    if whole {
+        dataplane.read()?;
+    }
+    if apart {
+        // The first error is told; the others have had their chance.
+        let results: Vec<_> = changes.chunks(1).map(|change| dataplane.commit(None, change)).collect();
+        return results.into_iter().collect();
+    }
+    dataplane.commit(base, changes)
+}
+
+fn next_attempt(failed: Attempt) -> Attempt {
+    match failed {
+        Attempt::Together => Attempt::Apart,
+        // Perhaps the kernel does not hold what we think: somebody may have flushed it.
+        Attempt::Apart | Attempt::Whole => Attempt::Whole,
+    }
+}

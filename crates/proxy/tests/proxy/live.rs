@@ -1,0 +1,119 @@
+//! The loop itself, with real packets: objects change while clients talk.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use proxy::{Config, Feed, Mode, Status};
+use services::{Changes, ServiceTable};
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::net::{World, node_view, tcp, udp};
+use crate::objects::{service, slice};
+use serde_json::json;
+
+struct Running {
+    table: Arc<RwLock<ServiceTable>>,
+    changes: broadcast::Sender<Arc<Changes>>,
+    status: watch::Receiver<Status>,
+    token: CancellationToken,
+    runtime: tokio::runtime::Runtime,
+    task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
+    /// Kept, or the loop would see it close.
+    _node: watch::Sender<Arc<proxy::NodeView>>,
+}
+
+impl Running {
+    fn start(world: &World, mode: Mode) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
+        let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
+        let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
+        let (changes, receiver) = broadcast::channel(16);
+        let (sender, status) = watch::channel(Status::default());
+        let (node, node_receiver) = watch::channel(Arc::new(node_view()));
+        let token = CancellationToken::new();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace) };
+        let feed = Feed { table: table.clone(), changes: receiver };
+        let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
+        Running { table, changes, status, token, runtime, task, _node: node }
+    }
+
+    /// Changes the table and waits until the kernel has it.
+    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+        let commits = self.status.borrow().commits;
+        let changes = change(&mut self.table.write().expect("table"));
+        self.changes.send(Arc::new(changes)).expect("the loop listens");
+        let status = &mut self.status;
+        self.runtime.block_on(async {
+            let done = status.wait_for(|status| status.commits > commits && status.pending == 0);
+            tokio::time::timeout(Duration::from_secs(10), done).await.expect("in time").expect("alive");
+        });
+    }
+
+    fn stop(self) {
+        self.token.cancel();
+        self.runtime.block_on(self.task).expect("joined").expect("no error");
+    }
+}
+
+fn endpoints_change_while_clients_talk(mode: Mode) {
+    let world = World::new();
+    let mut running = Running::start(&world, mode);
+    let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
+    let (first, second) = (("10.244.0.11", "node-1"), ("10.244.0.12", "node-1"));
+    // Nothing is committed before the lists are complete.
+    running
+        .table
+        .write()
+        .expect("table")
+        .upsert_service(&service(
+            "names",
+            json!({"clusterIPs": ["10.96.0.12"],
+        "type": "NodePort", "ports": [{"port": 80, "nodePort": 30012, "protocol": "UDP"}]}),
+        ))
+        .expect("service");
+    running.change(|table| table.set_synced());
+    assert!(udp(&world.client, "192.168.49.2:30012", 5353).is_err());
+    running.change(|table| table.upsert_slice(&dns(&[first])).expect("slice"));
+    // One client that never changes its port: each answer must come from whoever is there now.
+    for (endpoints, expected) in [(&[first][..], 0), (&[second][..], 1), (&[first][..], 0)] {
+        running.change(|table| {
+            table.delete_slice("default", "names-1");
+            table.upsert_slice(&dns(endpoints)).expect("slice")
+        });
+        for _ in 0..3 {
+            assert_eq!(udp(&world.client, "192.168.49.2:30012", 5353).expect("answer").0, expected);
+            assert_eq!(udp(&world.pods[1], "10.96.0.12:80", 5353).expect("answer").0, expected);
+        }
+    }
+    // A flow to an endpoint that stays is left alone; one to nobody is refused.
+    running.change(|table| table.upsert_slice(&dns(&[first, second])).expect("slice"));
+    assert_eq!(udp(&world.client, "192.168.49.2:30012", 5353).expect("answer").0, 0);
+    running.change(|table| table.upsert_slice(&dns(&[])).expect("slice"));
+    assert!(udp(&world.client, "192.168.49.2:30012", 5353).is_err());
+    // The proxy stops; Services go on, and a new start finds them.
+    running.change(|table| table.upsert_service(&service("web", json!({}))).expect("service"));
+    running.change(|table| table.upsert_slice(&slice("web", 8080, "TCP", &[first])).expect("slice"));
+    running.stop();
+    assert_eq!(tcp(&world.pods[1], "10.96.0.10:80").expect("answer").0, 0);
+    let mut running = Running::start(&world, mode);
+    running.table.write().expect("table").upsert_service(&service("web", json!({}))).expect("service");
+    running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &[second])).expect("slice");
+    running.change(|table| table.set_synced());
+    assert_eq!(tcp(&world.pods[0], "10.96.0.10:80").expect("answer").0, 1);
+    assert!(running.status.borrow().about.contains("table") || running.status.borrow().about.contains("-save"));
+    running.stop();
+}
+
+#[test]
+fn nftables_follows_endpoints() {
+    endpoints_change_while_clients_talk(Mode::Nftables);
+}
+
+#[test]
+fn iptables_follows_endpoints() {
+    endpoints_change_while_clients_talk(Mode::Iptables);
+}

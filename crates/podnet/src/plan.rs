@@ -73,7 +73,7 @@ pub(crate) fn veth_name(sandbox: &str) -> String {
 
 /// The same for all time, so names may contain it (FNV-1a).
 pub(crate) fn hash(text: &str) -> u64 {
-    let step = |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, step)
 }
 

@@ -1,7 +1,7 @@
 //! What leaves a node with the node's address, and ports of nodes that lead to pods: real packets of both families.
 
-use std::future::Future;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -177,7 +177,12 @@ async fn a_port_of_the_node_leads_to_its_pod_until_the_pod_goes() {
 
     let podnet = Arc::clone(&agent.running.podnet);
     agent.change(podnet.remove(&a.sandbox)).await.expect("removed");
-    assert!(connect_to(&far, target, &a.netns, bound).is_err());
+    let alone = far.run(|| TcpStream::connect_timeout(&target, Duration::from_secs(3))).expect("inside");
+    assert_eq!(
+        alone.map_err(|error| error.kind()).err(),
+        Some(ErrorKind::ConnectionRefused),
+        "the node answers itself"
+    );
     assert!(!table(&namespace).contains("8081"));
     agent.end().await;
     other.end().await;

@@ -52,6 +52,7 @@ impl Cluster {
         let config = Config {
             store: store.clone(),
             allocation: Allocation {
+                pod_cidrs: vec!["10.244.0.0/16".parse().expect("a range")],
                 service_cidrs: options.service_cidrs.iter().map(|c| c.parse().expect("a CIDR")).collect(),
                 node_ports: options.node_ports,
             },

@@ -129,7 +129,7 @@ impl FakeApi {
                     {"name": "pods", "singularName": "pod", "namespaced": true, "kind": "Pod", "verbs": ["get", "list"]}
                 ]}),
             ),
-            (Method::GET, path) if query.contains("watch=true") => self.watch(path),
+            (Method::GET, path) if query.contains("watch=true") => self.watch(path, &query),
             (Method::GET, path) => match self.get(path) {
                 Some(object) => answer(200, object),
                 None if is_collection(path) => {
@@ -175,20 +175,28 @@ impl FakeApi {
         }
     }
 
-    fn watch(&self, collection: &str) -> Response<Body> {
-        let (events, collection) = (self.events.subscribe(), collection.to_owned());
-        let lines = futures::stream::unfold(events, move |mut events| {
+    /// What has changed since the version that the client knows, then what changes from now on.
+    fn watch(&self, collection: &str, query: &str) -> Response<Body> {
+        let events = self.events.subscribe();
+        let since = query.split('&').find_map(|p| p.strip_prefix("resourceVersion=")?.parse::<u64>().ok()).unwrap_or(0);
+        let version = |o: &Value| o["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse::<u64>().ok());
+        let missed = self.all(collection).into_iter().filter(|o| version(o) > Some(since));
+        let missed: Vec<Value> = missed.map(|object| json!({"type": "MODIFIED", "object": object})).collect();
+        let collection = collection.to_owned();
+        let later = futures::stream::unfold(events, move |mut events| {
             let collection = collection.clone();
             async move {
                 loop {
                     let (path, event) = events.recv().await.ok()?;
                     if is_in(&path, &collection) {
-                        return Some((Ok(Frame::data(Bytes::from(format!("{event}\n")))), events));
+                        return Some((event, events));
                     }
                 }
             }
         });
-        Response::new(StreamBody::new(lines.boxed()).boxed_unsync())
+        let lines = futures::stream::iter(missed).chain(later);
+        let frames = lines.map(|event| Ok(Frame::data(Bytes::from(format!("{event}\n")))));
+        Response::new(StreamBody::new(frames.boxed()).boxed_unsync())
     }
 }
 

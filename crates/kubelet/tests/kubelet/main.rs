@@ -31,6 +31,9 @@ const CASES: &[(&str, Case)] = &[
 ];
 
 fn main() {
+    if std::env::var_os("LOG").is_some() {
+        tracing_subscriber::fmt().with_env_filter("info,kubelet=debug,runtime=debug").init();
+    }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some(("pod-helper", rest)) = arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         runtime::helper::main(rest);
@@ -74,6 +77,7 @@ struct Lab {
     runtime: Builtin,
     client: kube::Client,
     token: std::sync::Mutex<CancellationToken>,
+    kubelets: tokio::sync::Mutex<tokio::task::JoinSet<()>>,
 }
 
 async fn run_case(case: Case) -> Result<()> {
@@ -89,11 +93,14 @@ async fn run_case(case: Case) -> Result<()> {
         let archive = image::busybox("busybox:test")?;
         runtime.images().import(&archive[..], None)?;
         let client = kube::Client::try_from(kube::Config::new(format!("http://{address}").parse()?))?;
-        let token = std::sync::Mutex::default();
-        let lab = Arc::new(Lab { root: root.clone(), cgroup: cgroup.clone(), api, address, runtime, client, token });
-        lab.start_kubelet(lab.runtime.clone());
+        let (token, kubelets) = Default::default();
+        let (r, c) = (root.clone(), cgroup.clone());
+        let lab = Arc::new(Lab { root: r, cgroup: c, api, address, runtime, client, token, kubelets });
+        lab.start_kubelet(lab.runtime.clone()).await;
         let result = tokio::time::timeout(Duration::from_secs(100), case(lab.clone())).await;
         lab.token.lock().expect("no panic").cancel();
+        // Its workers finish what they have begun.
+        while lab.kubelets.lock().await.join_next().await.is_some() {}
         result.context("the case took too long")?
     }
     .await;
@@ -133,7 +140,7 @@ async fn open(root: &Path, cgroup: &Path) -> Result<Builtin> {
 }
 
 impl Lab {
-    fn start_kubelet(&self, runtime: Builtin) {
+    async fn start_kubelet(&self, runtime: Builtin) {
         let token = CancellationToken::new();
         *self.token.lock().expect("no panic") = token.clone();
         let config = KubeletConfig {
@@ -152,7 +159,12 @@ impl Lab {
         };
         self.api.set_kubelet(kubelet::Server::new(Arc::new(runtime.clone()), self.root.join("logs")));
         let images = Arc::new(runtime.clone());
-        tokio::spawn(kubelet::run(config, self.client.clone(), Arc::new(runtime), images, token));
+        let run = kubelet::run(config, self.client.clone(), Arc::new(runtime), images, token);
+        self.kubelets.lock().await.spawn(async move {
+            if let Err(e) = run.await {
+                println!("     the kubelet failed: {e}");
+            }
+        });
     }
 
     fn pod(&self, name: &str, spec: Value) {
@@ -188,10 +200,19 @@ impl Lab {
         text.lines().filter_map(|l| l.splitn(4, ' ').nth(3)).map(|l| format!("{l}\n")).collect()
     }
 
-    fn reasons(&self, name: &str) -> Vec<String> {
-        let events = self.api.all("/api/v1/namespaces/default/events");
-        let about = events.iter().filter(|e| e["involvedObject"]["name"] == name);
-        about.filter_map(|e| e["reason"].as_str().map(str::to_owned)).collect()
+    /// Waits for an event about a pod: they are written beside everything else.
+    async fn event(&self, name: &str, reason: &str) -> Result<()> {
+        let mut reasons = Vec::new();
+        for _ in 0..500 {
+            let events = self.api.all("/api/v1/namespaces/default/events");
+            let about = events.iter().filter(|e| e["involvedObject"]["name"] == name);
+            reasons = about.filter_map(|e| e["reason"].as_str().map(str::to_owned)).collect();
+            if reasons.iter().any(|r| r == reason) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        anyhow::bail!("no event {reason} about {name} in {reasons:?}")
     }
 }
 
@@ -218,9 +239,8 @@ async fn life(lab: Arc<Lab>) -> Result<()> {
     let container = &status["containerStatuses"][0];
     ensure!(container["state"]["running"]["startedAt"].is_string() && container["restartCount"] == 0, "{container}");
     ensure!(container["containerID"].as_str().is_some_and(|id| id.starts_with("fairlead://")));
-    let reasons = lab.reasons("web");
     for reason in ["Pulled", "Created", "Started"] {
-        ensure!(reasons.iter().any(|r| r == reason), "no event {reason} in {reasons:?}");
+        lab.event("web", reason).await?;
     }
     lab.delete("web");
     lab.api.until(&path("web"), "gone", |pod| pod.is_none()).await?;
@@ -307,14 +327,13 @@ async fn failures(lab: Arc<Lab>) -> Result<()> {
     let message = &status["containerStatuses"][0]["state"]["waiting"]["message"];
     ensure!(message == "configmap \"missing\" not found", "{message}");
     lab.pod("volume", json!({"containers": [shell("true")], "volumes": [{"name": "v", "configMap": {"name": "no"}}]}));
-    while !lab.reasons("volume").iter().any(|r| r == "FailedMount") {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    lab.event("volume", "FailedMount").await?;
     lab.pod("crash", json!({"containers": [shell("exit 7")]}));
     let status = lab.until("crash", "CrashLoopBackOff", waiting("CrashLoopBackOff")).await?;
     let container = &status["containerStatuses"][0];
     ensure!(container["restartCount"] == 1 && container["lastState"]["terminated"]["exitCode"] == 7, "{container}");
-    ensure!(status["phase"] == "Running" && lab.reasons("crash").iter().any(|r| r == "BackOff"));
+    ensure!(status["phase"] == "Running", "{status}");
+    lab.event("crash", "BackOff").await?;
     let mut hungry = shell("exec tail /dev/zero");
     hungry["resources"] = json!({"limits": {"memory": "16Mi"}});
     lab.pod("hungry", json!({"restartPolicy": "Never", "containers": [hungry]}));
@@ -389,18 +408,15 @@ async fn probes(lab: Arc<Lab>) -> Result<()> {
     let status =
         lab.until("probed", "restarted", |s| s["containerStatuses"][0]["restartCount"] == 1 && is_ready(s)).await?;
     ensure!(status["containerStatuses"][0]["lastState"]["terminated"].is_object());
-    let reasons = lab.reasons("probed");
-    ensure!(reasons.iter().any(|r| r == "Unhealthy") && reasons.iter().any(|r| r == "Killing"), "{reasons:?}");
+    lab.event("probed", "Unhealthy").await?;
+    lab.event("probed", "Killing").await?;
     let mut http = shell("echo ok >/tmp/index.html; httpd -f -p 8081 -h /tmp");
     http["ports"] = json!([{"name": "web", "containerPort": 8081}]);
     // Nothing listens in the node's own namespace: the probe of this isolated pod cannot succeed.
     http["readinessProbe"] =
         json!({"httpGet": {"path": "/", "port": "web"}, "periodSeconds": 1, "failureThreshold": 1});
     lab.pod("http", json!({"containers": [http]}));
-    while !lab.reasons("http").iter().any(|r| r == "Unhealthy") {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
+    lab.event("http", "Unhealthy").await
 }
 
 async fn restart(lab: Arc<Lab>) -> Result<()> {
@@ -410,7 +426,7 @@ async fn restart(lab: Arc<Lab>) -> Result<()> {
     // A pod is deleted while no kubelet is here, another comes.
     lab.pod("new", json!({"containers": [shell("sleep 1000")]}));
     let second = open(&lab.root, &lab.cgroup).await?;
-    lab.start_kubelet(second.clone());
+    lab.start_kubelet(second.clone()).await;
     lab.until("new", "ready", is_ready).await?;
     let after = lab.api.get(&path("keep")).context("there")?["status"].clone();
     ensure!(before["containerStatuses"] == after["containerStatuses"], "{before:#} became {after:#}");
@@ -437,8 +453,10 @@ async fn node(lab: Arc<Lab>) -> Result<()> {
 }
 
 async fn kubectl(lab: Arc<Lab>) -> Result<()> {
-    let script = "echo line; echo inside | nc -l -p 7777; echo served; sleep 1000";
-    lab.pod("p", json!({"containers": [shell(script)]}));
+    let script = "echo line; echo inside >/tmp/index.html; httpd -p 7777 -h /tmp; while read x; do echo got $x; done";
+    let mut container = shell(script);
+    container["stdin"] = json!(true);
+    lab.pod("p", json!({"containers": [container]}));
     lab.until("p", "ready", is_ready).await?;
     let binaries = binaries();
     if binaries.is_empty() {
@@ -472,13 +490,38 @@ async fn kubectl(lab: Arc<Lab>) -> Result<()> {
         let out = tokio::time::timeout(Duration::from_secs(20), child.wait_with_output()).await.context("cat")??;
         writing.await??;
         ensure!(out.stdout == big.as_bytes(), "{name} exec -i: {} bytes came back", out.stdout.len());
-        if number > 0 {
-            let script = "busybox timeout 5 nc -l -p 7777 -e busybox echo inside";
-            lab.pod(&format!("f{number}"), json!({"containers": [shell(script)]}));
+        let pty = format!(
+            "{} --server http://{} exec -it p -- sh -c 'test -t 0 && echo is a terminal && exit 4'",
+            kubectl.display(),
+            lab.address
+        );
+        let mut script = tokio::process::Command::new("script");
+        script.args(["-qec", &pty, "/dev/null"]).env("KUBECONFIG", "/dev/null").stdin(std::process::Stdio::null());
+        let out = tokio::time::timeout(Duration::from_secs(10), script.output()).await.context("exec -it")??;
+        let text = String::from_utf8_lossy(&out.stdout);
+        ensure!(out.status.code() == Some(4) && text.contains("is a terminal\r\n"), "{name} -it: {text}");
+        let follow = run(&["logs", "-f", "--tail=1", "p"]).stdout(std::process::Stdio::piped()).spawn()?;
+        let mut attach = run(&["attach", "-i", "p"]);
+        attach.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut attached = attach.spawn()?;
+        let mut stdin = attached.stdin.take().context("stdin")?;
+        tokio::io::AsyncWriteExt::write_all(&mut stdin, format!("word{number}\n").as_bytes()).await?;
+        let word = format!("got word{number}");
+        for (what, mut child) in [("attach", attached), ("logs -f", follow)] {
+            let output = tokio::io::BufReader::new(child.stdout.take().context("stdout")?);
+            let mut lines = tokio::io::AsyncBufReadExt::lines(output);
+            let seen = async {
+                while let Some(line) = lines.next_line().await? {
+                    if line == word {
+                        return Ok(());
+                    }
+                }
+                anyhow::bail!("{name} {what} ended without {word}")
+            };
+            tokio::time::timeout(Duration::from_secs(10), seen).await.with_context(|| format!("{name} {what}"))??;
+            child.kill().await?;
         }
-        let pod = if number == 0 { "p".to_owned() } else { format!("f{number}") };
-        lab.until(&pod, "ready", is_ready).await?;
-        let mut forward = run(&["port-forward", &pod, ":7777"]);
+        let mut forward = run(&["port-forward", "p", ":7777"]);
         let mut child = forward.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn()?;
         let mut lines =
             tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().context("out")?));
@@ -489,11 +532,12 @@ async fn kubectl(lab: Arc<Lab>) -> Result<()> {
             .with_context(|| format!("{name} said {line:?}"))?;
         let mut text = String::new();
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET / HTTP/1.0\r\n\r\n").await?;
         let read = tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text);
         tokio::time::timeout(Duration::from_secs(10), read).await.context("reading a forwarded port")??;
-        ensure!(text == "inside\n", "{name} port-forward: {text:?}");
+        ensure!(text.ends_with("inside\n"), "{name} port-forward: {text:?}");
         child.kill().await?;
-        println!("     {name}: logs, exec, exec -i, port-forward");
+        println!("     {name}: logs, logs -f, exec, exec -i, exec -it, attach, port-forward");
     }
     Ok(())
 }

@@ -6,14 +6,24 @@
 pub mod clusterdns;
 pub mod conditions;
 pub mod deployment;
+pub mod discovery;
 pub mod endpoints;
 pub mod endpointslice;
+pub mod endpointslicemirroring;
 pub mod expectations;
+pub mod garbagecollector;
+pub mod namespace;
+pub mod nodelifecycle;
+pub mod nodes;
 pub mod owners;
+pub mod plain;
 pub mod plan;
+pub mod podgc;
 pub mod pods;
 pub mod replicaset;
+pub mod rootca;
 pub mod service;
+pub mod serviceaccount;
 pub mod template;
 
 use api::Resource;
@@ -43,10 +53,17 @@ pub struct Context {
 /// Every controller there is.
 pub const ALL: &[Descriptor] = &[
     clusterdns::DESCRIPTOR,
+    namespace::DESCRIPTOR,
+    serviceaccount::DESCRIPTOR,
+    rootca::DESCRIPTOR,
     deployment::DESCRIPTOR,
     replicaset::DESCRIPTOR,
     endpoints::DESCRIPTOR,
     endpointslice::DESCRIPTOR,
+    endpointslicemirroring::DESCRIPTOR,
+    nodelifecycle::DESCRIPTOR,
+    podgc::DESCRIPTOR,
+    garbagecollector::DESCRIPTOR,
 ];
 
 /// Why a key could not be worked on; it is tried again.

@@ -1,8 +1,9 @@
 //! What a controller decided to do, as values, and the one place that does it.
 
+use crate::Error;
 use api::object::Key;
 use api::{ObjectExt, Resource};
-use reconcile::{Api, ApiError, Client, DeleteOptions, Patch};
+use reconcile::{Api, ApiError, Client, DeleteOptions, Outcome, Patch};
 use serde_json::{Value, json};
 
 /// One write.
@@ -94,6 +95,15 @@ pub fn count(number: i64) -> Value {
 pub fn is_namespace_terminating(error: &ApiError) -> bool {
     let ApiError::Status(status) = error else { return false };
     status.details.iter().flat_map(|d| &d.causes).any(|c| c.reason == "NamespaceTerminating")
+}
+
+/// Creating what is there already, or what is going away with its namespace, is no failure.
+pub fn settled(result: Result<Value, ApiError>) -> Result<Outcome, Error> {
+    match result {
+        Ok(_) => Ok(Outcome::Done),
+        Err(error) if error.is_already_exists() || is_namespace_terminating(&error) => Ok(Outcome::Done),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
 use crate::join;
-use crate::{cli, local, server};
+use crate::{cli, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
+use apiserver::Identity;
+use apiserver::auth::authenticate;
 use clap::{Args, ValueEnum};
 use dns::{DnsConfig, Listen, SocketMaker, Upstreams};
 use futures::future::BoxFuture;
@@ -175,8 +177,16 @@ struct Cluster {
 }
 
 async fn cluster(node: &kube::Client) -> anyhow::Result<Cluster> {
-    let settings = Api::new(node, &CONFIG_MAPS).get("kube-system", "fairlead").await.context("read the cluster's settings")?;
-    let list = |key: &str| settings.text(&format!("/data/{key}")).split(',').filter(|t| !t.is_empty()).map(str::to_string).collect::<Vec<_>>();
+    let settings =
+        Api::new(node, &CONFIG_MAPS).get("kube-system", "fairlead").await.context("read the cluster's settings")?;
+    let list = |key: &str| {
+        settings
+            .text(&format!("/data/{key}"))
+            .split(',')
+            .filter(|t| !t.is_empty())
+            .map(str::to_string)
+            .collect::<Vec<_>>()
+    };
     let nets = |key: &str| list(key).iter().map(|t| t.parse::<IpNet>()).collect::<Result<Vec<_>, _>>();
     Ok(Cluster {
         pod_cidrs: nets("podCIDRs")?,
@@ -191,7 +201,8 @@ async fn cluster(node: &kube::Client) -> anyhow::Result<Cluster> {
 /// Makes sure the Node exists, and returns its share of the pod ranges.
 async fn register(node: &kube::Client, name: &str, wanted: &[IpNet], labels: &Value) -> anyhow::Result<Vec<IpNet>> {
     let nodes = Api::new(node, &NODES);
-    let mut object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": {}});
+    let mut object =
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": {}});
     if let Some(first) = wanted.first() {
         object["spec"] = json!({"podCIDR": first, "podCIDRs": wanted});
     }
@@ -218,16 +229,19 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if let Some(problem) = api::names::dns_subdomain(&name).first() {
         bail!("node name {name:?}: {problem}; give another with --node-name");
     }
-    let pem = match &args.ca_cert {
-        Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?),
-        None => None,
+    let trust = match (&args.ca_cert, &args.ca_hash) {
+        (Some(path), _) => {
+            join::Trust::Pem(std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?)
+        }
+        (None, Some(hash)) => join::Trust::Hash(hash.clone()),
+        (None, None) => bail!("say whom to trust: --ca-hash as the server printed it, or --ca-cert FILE"),
     };
-    let trust = join::Trust::choose(pem, args.ca_hash.as_deref())?;
-    let identity = join::join(&args.server, &trust, &args.token, &name, &dir.join("pki")).await?;
-    let kept = identity.keep_renewed(&args.server, &args.node_ip, &dir.join("pki"), token.clone())?;
+    let identity = join::join(&args.server, trust, &args.token, &name, &args.node_ip, &dir.join("pki")).await?;
+    let kept = identity.keep_renewed(&args.server, token.clone())?;
     let node_client = kept.client.clone();
     let cluster = cluster(&node_client).await?;
-    let mut labels = json!({"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"});
+    let mut labels =
+        json!({"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"});
     for label in &args.label {
         let (key, value) = label.split_once('=').with_context(|| format!("--label {label:?} is not KEY=VALUE"))?;
         labels[key] = json!(value);
@@ -236,7 +250,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     // Pod network.
     let outer = args.outer_netns.as_deref().map(Netns::open).transpose()?;
-    let podnet_client = identity.component_client(&node_client, &args.server, "fairlead-podnet").await?;
+    let podnet_client = join::component_client(&node_client, &args.server, &identity, "fairlead-podnet").await?;
     let (peers, peers_seen) = watch::channel(Vec::<PeerNode>::new());
     let overlay = match args.overlay {
         Overlay::HostGw => OverlayKind::HostGateway,
@@ -255,7 +269,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let network = podnet::run(net_config, cluster.service_cidrs.clone(), peers_seen, token.clone()).await?;
 
     // Proxy and DNS over one service table.
-    let proxy_client = identity.component_client(&node_client, &args.server, "fairlead-proxy").await?;
+    let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
     let mode = args.proxy_mode;
     let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
@@ -298,7 +312,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         let changed = reconcile::watch::<Value>(&podnet_client, &NODES, Scope::all());
         tasks.spawn(follow_peers(nodes, changed, peers, token));
     }
-    let mut dns_config = DnsConfig::new(args.node_ip.iter().map(|ip| Listen::Address(SocketAddr::new(*ip, server::DNS_PORT))).collect());
+    let mut dns_config =
+        DnsConfig::new(args.node_ip.iter().map(|ip| Listen::Address(SocketAddr::new(*ip, server::DNS_PORT))).collect());
     dns_config.zone = cluster.dns.domain.clone();
     dns_config.reverse = cluster.service_cidrs.iter().chain(&cluster.pod_cidrs).copied().collect();
     dns_config.upstreams = Upstreams::ResolvConf("/etc/resolv.conf".into());
@@ -369,6 +384,17 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         });
     }
 
+    // Logs, exec and port-forward, for the API server.
+    let kubelet_server = kubelet::Server::new(runtime.clone(), dir.join("pods"));
+    let tls = serve::tls_config(kept.serving.clone(), &identity.ca_pem)?;
+    for ip in &args.node_ip {
+        let listener = tokio::net::TcpListener::bind(SocketAddr::new(*ip, KUBELET_PORT))
+            .await
+            .with_context(|| format!("listen on {ip} port {KUBELET_PORT}; is another kubelet running?"))?;
+        let config = kubelet::ServerConfig { listener, tls: tls.clone(), authorize: authorize() };
+        tasks.spawn(kubelet::serve(config, kubelet_server.clone(), token.clone()));
+    }
+
     // The local socket.
     let state = Arc::new(Local {
         name: name.clone(),
@@ -398,7 +424,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     local::wait_for_end().await?;
     info!("ending; pods go on");
     token.cancel();
-    let drained = tokio::time::timeout(std::time::Duration::from_secs(5), async { while tasks.join_next().await.is_some() {} });
+    let drained =
+        tokio::time::timeout(std::time::Duration::from_secs(5), async { while tasks.join_next().await.is_some() {} });
     if drained.await.is_err() {
         warn!("some tasks did not end in time");
     }
@@ -437,7 +464,9 @@ fn outer_dialer(outer: Netns) -> runtime::image::Dialer {
             // Names are looked up with the host's resolv.conf, in the host's namespace.
             let place = outer.clone();
             let found = tokio::task::spawn_blocking(move || {
-                place.run(|| std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), port)).map(Iterator::collect::<Vec<_>>))
+                place.run(|| {
+                    std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), port)).map(Iterator::collect::<Vec<_>>)
+                })
             })
             .await
             .map_err(std::io::Error::other)?
@@ -451,6 +480,23 @@ fn outer_dialer(outer: Netns) -> runtime::image::Dialer {
             }
             Err(last)
         }) as BoxFuture<'static, _>
+    })
+}
+
+/// Only the API server, and administrators with a certificate, may ask a kubelet; the API server has authorized its own
+/// callers already.
+fn authorize() -> kubelet::Authorize {
+    Arc::new(|caller, _, path| {
+        let identity = caller.certificates.first().and_then(|c| authenticate::from_certificate(c));
+        let allowed = identity.as_ref().is_some_and(Identity::is_master);
+        let who = identity.map_or("an unknown caller".to_string(), |i| i.user);
+        Box::pin(async move {
+            if allowed {
+                Ok(())
+            } else {
+                Err((403, format!("{who} may not ask this kubelet for {path}; ask the API server")))
+            }
+        })
     })
 }
 
@@ -468,8 +514,9 @@ struct Local {
 fn bind_local(path: &std::path::Path) -> anyhow::Result<tokio::net::UnixListener> {
     // A socket file outlives its process; nobody answers on an old one.
     std::fs::remove_file(path).ok();
-    let listener = tokio::net::UnixListener::bind(path)
-        .with_context(|| format!("listen on {}; a socket's path has at most 107 bytes, choose a shorter --data-dir", path.display()))?;
+    let listener = tokio::net::UnixListener::bind(path).with_context(|| {
+        format!("listen on {}; a socket's path has at most 107 bytes, choose a shorter --data-dir", path.display())
+    })?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     Ok(listener)
 }
@@ -525,7 +572,10 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;
-            Ok(json!(images.iter().map(|i| json!({"id": i.id, "names": i.repo_tags, "size": i.size})).collect::<Vec<_>>()).to_string())
+            Ok(json!(
+                images.iter().map(|i| json!({"id": i.id, "names": i.repo_tags, "size": i.size})).collect::<Vec<_>>()
+            )
+            .to_string())
         }
         (&Method::POST, "/images") => {
             let archive = PathBuf::from(String::from_utf8(body.to_vec())?);

@@ -16,7 +16,8 @@ fn events() -> Value {
 
 /// Service accounts in `kube-system`, each with what it needs and no more.
 pub fn all() -> Vec<Component> {
-    let component = |account: &str, rules: Vec<Value>| Component { account: account.into(), rules: Value::Array(rules) };
+    let component =
+        |account: &str, rules: Vec<Value>| Component { account: account.into(), rules: Value::Array(rules) };
     let mut all = vec![
         component(
             "fairlead-proxy",
@@ -29,10 +30,7 @@ pub fn all() -> Vec<Component> {
         ),
         component(
             "fairlead-dns",
-            vec![
-                rule("", &["services", "namespaces"], &READ),
-                rule("discovery.k8s.io", &["endpointslices"], &READ),
-            ],
+            vec![rule("", &["services", "namespaces"], &READ), rule("discovery.k8s.io", &["endpointslices"], &READ)],
         ),
         component("fairlead-podnet", vec![rule("", &["nodes"], &READ)]),
         component(
@@ -70,7 +68,11 @@ pub fn all() -> Vec<Component> {
 fn controller_rules(controller: &controllers::Descriptor) -> Vec<Value> {
     let mut rules: Vec<Value> = controller.watches.iter().map(|r| rule(r.group, &[r.plural], &READ)).collect();
     for resource in controller.writes {
-        let parts = [resource.plural.to_string(), format!("{}/status", resource.plural), format!("{}/finalizers", resource.plural)];
+        let parts = [
+            resource.plural.to_string(),
+            format!("{}/status", resource.plural),
+            format!("{}/finalizers", resource.plural),
+        ];
         let mut parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         if resource.plural == "namespaces" {
             parts.push("namespaces/finalize");

@@ -50,14 +50,14 @@ pub enum Trust {
 }
 
 impl Trust {
-    /// From `--ca-cert` (the file's text) and `--ca-hash`.
-    pub fn choose(ca_pem: Option<String>, ca_hash: Option<&str>) -> anyhow::Result<Trust> {
-        match (ca_pem, ca_hash) {
-            (Some(pem), None) => {
+    /// The same, known to be usable.
+    fn checked(self) -> anyhow::Result<Trust> {
+        match self {
+            Trust::Pem(pem) => {
                 pki::certificates(pem.as_bytes()).context("--ca-cert")?;
                 Ok(Trust::Pem(pem))
             }
-            (None, Some(hash)) => {
+            Trust::Hash(hash) => {
                 let digest = hash.strip_prefix("sha256:").unwrap_or_default();
                 ensure!(
                     digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()),
@@ -65,24 +65,21 @@ impl Trust {
                 );
                 Ok(Trust::Hash(hash.to_ascii_lowercase()))
             }
-            (Some(_), Some(_)) => bail!("give either --ca-cert or --ca-hash"),
-            (None, None) => {
-                bail!(
-                    "a server must be known before it is given a token: give --ca-cert FILE or --ca-hash sha256:…, which the server prints"
-                )
-            }
         }
     }
 }
 
 /// What a node is known by.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct NodeIdentity {
     pub node: String,
     pub client_cert_pem: String,
     pub client_key_pem: String,
     pub ca_pem: String,
+    /// At first for the node's name only.
     pub serving: CertifiedKey,
+    addresses: Vec<IpAddr>,
+    dir: PathBuf,
 }
 
 /// The files of an identity; a certificate and its key share one, so that they change together.
@@ -105,16 +102,18 @@ impl Files {
 /// Gives this machine its identity as `node`: the one kept in `dir` while it is good, else a new one.
 pub async fn join(
     server_url: &str,
-    trust: &Trust,
+    trust: Trust,
     token: &str,
     node: &str,
+    addresses: &[IpAddr],
     dir: &Path,
 ) -> anyhow::Result<NodeIdentity> {
+    let trust = trust.checked()?;
     pki::private_directory(dir)?;
     let files = Files::of(dir);
     let now = SystemTime::now();
     let stored_ca = pki::read(&files.ca)?;
-    let ca_pem = match (trust, &stored_ca) {
+    let ca_pem = match (&trust, &stored_ca) {
         (Trust::Pem(pem), _) => pem.clone(),
         (Trust::Hash(hash), Some(pem)) if hash_of(pem).as_ref() == Some(hash) => pem.clone(),
         (Trust::Hash(hash), _) => discover(server_url, hash).await?,
@@ -153,7 +152,7 @@ pub async fn join(
         None => {
             // The name is the node's from the first day; addresses follow when the Node object has them.
             let asker = connect(server_url, &ca_pem, &user(&client))?;
-            let new = obtain(&asker, node, KUBELET_SERVING, &[San::from(node)]).await?;
+            let new = obtain(&asker, node, KUBELET_SERVING, &[San::Name(node.to_string())]).await?;
             save(&files.serving, &new)?;
             new
         }
@@ -164,6 +163,8 @@ pub async fn join(
         client_key_pem: client.key_pem(),
         ca_pem,
         serving,
+        addresses: addresses.to_vec(),
+        dir: dir.to_path_buf(),
     })
 }
 
@@ -183,56 +184,19 @@ impl NodeIdentity {
         connect(server_url, &self.ca_pem, &user)
     }
 
-    /// A client for one of the components that run beside the kubelet: with short tokens of `kube-system/ACCOUNT`, which
-    /// `node`, a client with the node's identity, may ask for.
-    pub async fn component_client(
-        &self,
-        node: &kube::Client,
-        server_url: &str,
-        account: &str,
-    ) -> anyhow::Result<kube::Client> {
-        // No credentials of its own: who the caller is stands in the header alone.
-        let plain = connect_with(server_url, &self.ca_pem, &json!({}))?;
-        let tokens = Arc::new(AccountTokens {
-            accounts: Api::new(node, &kinds::SERVICE_ACCOUNTS),
-            account: account.to_string(),
-            held: tokio::sync::Mutex::new(None),
-        });
-        tokens.header().await?;
-        let service = tower::service_fn(move |mut request: http::Request<Body>| {
-            let (plain, tokens) = (plain.clone(), tokens.clone());
-            async move {
-                let header = tokens.header().await?;
-                request.headers_mut().insert(AUTHORIZATION, header.clone());
-                let response = plain.send(request).await?;
-                if response.status() == StatusCode::UNAUTHORIZED {
-                    tokens.forget(&header).await;
-                }
-                Ok::<_, tower::BoxError>(response)
-            }
-        });
-        Ok(kube::Client::new(service, "default"))
-    }
-
-    /// Renews the node's certificates at four fifths of their lives, and asks for a serving certificate with `addresses`
-    /// once the Node object has them.
-    pub fn keep_renewed(
-        &self,
-        server_url: &str,
-        addresses: &[IpAddr],
-        dir: &Path,
-        token: CancellationToken,
-    ) -> anyhow::Result<Kept> {
+    /// Renews the node's certificates at four fifths of their lives, and asks for a serving certificate with the node's
+    /// addresses once the Node object has them.
+    pub fn keep_renewed(&self, server_url: &str, token: CancellationToken) -> anyhow::Result<Kept> {
         let current = Arc::new(Mutex::new(self.client(server_url)?));
         let client = switching(current.clone());
         let serving = Rotating::new(&self.serving)?;
-        let mut sans = vec![San::from(self.node.as_str())];
-        sans.extend(addresses.iter().copied().map(San::from));
+        let mut sans = vec![San::Name(self.node.clone())];
+        sans.extend(self.addresses.iter().copied().map(San::from));
         let keeper = Keeper {
             node: self.node.clone(),
             server_url: server_url.to_string(),
             ca_pem: self.ca_pem.clone(),
-            files: Files::of(dir),
+            files: Files::of(&self.dir),
             sans,
             current,
             client: client.clone(),
@@ -248,6 +212,37 @@ impl NodeIdentity {
         });
         Ok(Kept { client, serving, task })
     }
+}
+
+/// A client for one of the components that run beside the kubelet: with short tokens of `kube-system/ACCOUNT`, which
+/// `node`, a client with the node's identity, may ask for.
+pub async fn component_client(
+    node: &kube::Client,
+    server_url: &str,
+    identity: &NodeIdentity,
+    account: &str,
+) -> anyhow::Result<kube::Client> {
+    // No credentials of its own: who the caller is stands in the header alone.
+    let plain = connect_with(server_url, &identity.ca_pem, &json!({}))?;
+    let tokens = Arc::new(AccountTokens {
+        accounts: Api::new(node, &kinds::SERVICE_ACCOUNTS),
+        account: account.to_string(),
+        held: tokio::sync::Mutex::new(None),
+    });
+    tokens.header().await?;
+    let service = tower::service_fn(move |mut request: http::Request<Body>| {
+        let (plain, tokens) = (plain.clone(), tokens.clone());
+        async move {
+            let header = tokens.header().await?;
+            request.headers_mut().insert(AUTHORIZATION, header.clone());
+            let response = plain.send(request).await?;
+            if response.status() == StatusCode::UNAUTHORIZED {
+                tokens.forget(&header).await;
+            }
+            Ok::<_, tower::BoxError>(response)
+        }
+    });
+    Ok(kube::Client::new(service, "default"))
 }
 
 /// A client whose inner client may be replaced under it.
@@ -670,11 +665,12 @@ mod tests {
     use tokio_rustls::TlsAcceptor;
 
     #[test]
-    fn a_server_is_known_by_its_authority_or_its_digest_and_never_by_nothing() {
-        let hash = format!("sha256:{}", "0a".repeat(32));
-        assert_eq!(Trust::choose(None, Some(&hash)).expect("a digest"), Trust::Hash(hash.clone()));
-        for (pem, hash) in [(None, None), (None, Some("sha256:12")), (Some("x".to_string()), None)] {
-            assert!(Trust::choose(pem, hash).is_err());
+    fn a_server_is_known_by_its_authority_or_its_digest_and_nothing_less() {
+        let hash = format!("sha256:{}", "0A".repeat(32));
+        let good = Trust::Hash(hash.clone()).checked().expect("a digest");
+        assert_eq!(good, Trust::Hash(hash.to_ascii_lowercase()));
+        for bad in [Trust::Hash(String::new()), Trust::Hash("sha256:12".into()), Trust::Pem("x".into())] {
+            assert!(bad.checked().is_err());
         }
     }
 

@@ -36,11 +36,8 @@ pub async fn ask(socket: &Path, method: &str, path: &str, body: Vec<u8>) -> anyh
         .with_context(|| format!("the agent at {} does not answer; `fairlead status` tells", socket.display()))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
-    let request = http::Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "agent")
-        .body(Full::new(Bytes::from(body)))?;
+    let request =
+        http::Request::builder().method(method).uri(path).header("host", "agent").body(Full::new(Bytes::from(body)))?;
     let response = sender.send_request(request).await?;
     let good = response.status().is_success();
     let text = String::from_utf8_lossy(&response.into_body().collect().await?.to_bytes()).into_owned();

@@ -50,7 +50,8 @@ enum NodeCommand {
 /// The lab of a data directory.
 pub fn open(data: &cli::DataDir) -> anyhow::Result<Lab> {
     let id = lab::id_of(&data.data_dir)?;
-    Lab::open(&id).with_context(|| format!("no cluster runs from {}; `fairlead up` starts one", data.data_dir.display()))
+    Lab::open(&id)
+        .with_context(|| format!("no cluster runs from {}; `fairlead up` starts one", data.data_dir.display()))
 }
 
 pub fn run(args: NodeArgs) -> anyhow::Result<ExitCode> {

@@ -267,13 +267,27 @@ impl Pki {
         Ok(made)
     }
 
+    /// The names and loopback addresses of the API server, which are nobody else's.
+    pub fn server_names(&self) -> BTreeSet<San> {
+        let chain = read(&self.dir.join("apiserver.crt")).ok().flatten().unwrap_or_default();
+        let leaf = CertificateDer::from_pem_slice(chain.as_bytes());
+        let mut names = leaf.map(|leaf| sans(&leaf)).unwrap_or_default();
+        // Other addresses may be a node's too, where the server runs on one.
+        names.retain(|san| match san {
+            San::Name(_) => true,
+            San::Address(address) => address.is_loopback(),
+        });
+        names
+    }
+
     /// A certificate for a client: the common name is the user, the organizations are its groups.
     pub fn client_certificate(&self, cn: &str, orgs: &[&str], valid: Duration) -> anyhow::Result<(String, String)> {
         let made = self.issue(cn, orgs, &[], &[ExtendedKeyUsagePurpose::ClientAuth], valid)?;
         Ok((made.chain_pem(), made.key_pem()))
     }
 
-    /// A kubelet's certificate, with which it serves and asks.
+    /// A kubelet's certificate without a signing request, for tests.
+    #[cfg(test)]
     pub fn kubelet_certificate(&self, node: &str, addresses: &[IpAddr]) -> anyhow::Result<CertifiedKey> {
         let mut sans = vec![San::Name(node.to_string())];
         sans.extend(addresses.iter().copied().map(San::Address));

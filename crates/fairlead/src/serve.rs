@@ -46,11 +46,11 @@ const MAX_DISCARD: u64 = 256 * 1024 * 1024;
 
 /// TLS for a listener with one certificate.
 pub fn api_tls(certificate: &CertifiedKey, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
-    rotating_tls(Rotating::new(certificate)?, ca_pem)
+    tls_config(Rotating::new(certificate)?, ca_pem)
 }
 
 /// TLS for a listener: the certificate as it is at each handshake; clients may show one that `ca_pem` signed, and need not.
-pub fn rotating_tls(certificate: Arc<Rotating>, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+pub fn tls_config(certificate: Arc<Rotating>, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
     for authority in pki::certificates(ca_pem.as_bytes())? {

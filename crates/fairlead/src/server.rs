@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use store::{EtcdOptions, EtcdTls, EtcdStore, LogOptions, LogStore, Store};
+use store::{EtcdOptions, EtcdStore, EtcdTls, LogOptions, LogStore, Store};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -100,9 +100,16 @@ async fn open_store(args: &ServerArgs) -> anyhow::Result<Arc<dyn Store>> {
     Ok(Arc::new(EtcdStore::connect(options).await?))
 }
 
-/// The `n`th address of a range.
+/// The `n`th address of a range, counted from its network address.
 fn nth(cidr: &IpNet, n: u32) -> anyhow::Result<IpAddr> {
-    cidr.hosts().nth(n as usize - 1).with_context(|| format!("range {cidr} has no {n}th address; give a larger one"))
+    let address = match cidr {
+        IpNet::V4(net) => IpAddr::from((u32::from(net.network()).wrapping_add(n)).to_be_bytes()),
+        IpNet::V6(net) => IpAddr::from((u128::from(net.network()).wrapping_add(n.into())).to_be_bytes()),
+    };
+    if !cidr.contains(&address) {
+        bail!("range {cidr} has no {n}th address; give a larger one");
+    }
+    Ok(address)
 }
 
 pub fn dns_addresses(service_cidrs: &[IpNet]) -> anyhow::Result<Vec<IpAddr>> {
@@ -151,7 +158,8 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
     bootstrap::run(&api, &components::all()).await.map_err(fail)?;
 
     // Listeners, and the certificate that names them all.
-    let mut sans: Vec<San> = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(San::from).to_vec();
+    let mut sans: Vec<San> =
+        ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(San::from).to_vec();
     sans.push(San::from(format!("kubernetes.default.svc.{DOMAIN}").as_str()));
     sans.extend(["127.0.0.1", "::1"].iter().filter_map(|t| t.parse::<IpAddr>().ok()).map(San::from));
     sans.extend(advertised.iter().copied().map(San::from));
@@ -189,7 +197,13 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
             let listener = tokio::net::TcpListener::bind(published.listen)
                 .await
                 .with_context(|| format!("listen on {} for --publish; choose another port", published.listen))?;
-            tasks.spawn(publish::forward(listener, namespace.clone(), nodes.clone(), published.node_port, token.clone()));
+            tasks.spawn(publish::forward(
+                listener,
+                namespace.clone(),
+                nodes.clone(),
+                published.node_port,
+                token.clone(),
+            ));
         }
     }
     let service_addresses = args.service_cidr.iter().map(|c| nth(c, 1)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -278,7 +292,9 @@ async fn cluster_objects(api: &ApiServer, args: &ServerArgs, dir: &Path) -> anyh
         "metadata": {"name": format!("bootstrap-token-{id}"), "namespace": "kube-system"},
         "data": {"token-id": encode(id), "token-secret": encode(secret), "usage-bootstrap-authentication": encode("true")},
     });
-    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/secrets", &bootstrap_secret, true).await.map_err(fail)?;
+    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/secrets", &bootstrap_secret, true)
+        .await
+        .map_err(fail)?;
     let join = |list: &[IpNet]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let dns = dns_addresses(&args.service_cidr)?;
     let dns_text = dns.iter().map(ToString::to_string).collect::<Vec<_>>();

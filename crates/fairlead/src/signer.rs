@@ -199,7 +199,7 @@ async fn work(client: &kube::Client, pki: &Pki, name: &str) -> Result<Outcome, A
             (Ok(request), KUBELET_SERVING) if !asked.is_approved => addresses(client, request).await?,
             _ => None,
         };
-        match decide(&asked, node.as_ref()) {
+        match decide(&asked, node.as_ref(), &pki.server_names()) {
             Verdict::Leave => return Ok(Outcome::Done),
             Verdict::Approve(message) => {
                 info!(request = name, user = asked.username, "approved");
@@ -222,7 +222,7 @@ async fn work(client: &kube::Client, pki: &Pki, name: &str) -> Result<Outcome, A
                 return Ok(Outcome::Done);
             }
             Verdict::Fail(message) => {
-                info!(request = name, user = asked.username, message, "will not be signed");
+                info!(request = name, user = asked.username, why = message, "will not be signed");
                 add_condition(&mut live, "Failed", "SignerValidationFailure", &message);
                 requests.replace_status(&live).await?;
                 return Ok(Outcome::Done);
@@ -273,8 +273,9 @@ fn add_condition(live: &mut Value, kind: &str, reason: &str, message: &str) {
     }
 }
 
-/// What becomes of a request that has neither certificate nor refusal. `node` is what its node has for addresses.
-fn decide(asked: &Asked, node: Option<&BTreeSet<San>>) -> Verdict {
+/// What becomes of a request that has neither certificate nor refusal. `node` is what its node has for addresses; a node
+/// that calls itself by one of the `reserved` names would be taken for the API server.
+fn decide(asked: &Asked, node: Option<&BTreeSet<San>>, reserved: &BTreeSet<San>) -> Verdict {
     let rule: fn(&Asked, &Request) -> Result<(), String> = match asked.signer.as_str() {
         CLIENT => client_rule,
         KUBELET_CLIENT => kubelet_client_rule,
@@ -299,9 +300,9 @@ fn decide(asked: &Asked, node: Option<&BTreeSet<San>>) -> Verdict {
         }
         KUBELET_CLIENT if is_the_node => Verdict::Approve("a node renews its own certificate"),
         KUBELET_SERVING if is_the_node => {
-            let name = request.common_name.strip_prefix("system:node:").map(San::from);
+            let name = request.common_name.strip_prefix("system:node:").map(|n| San::Name(n.to_ascii_lowercase()));
             let own = |san: &San| Some(san) == name.as_ref() || node.is_some_and(|addresses| addresses.contains(san));
-            if request.sans.iter().all(own) {
+            if request.sans.iter().all(|san| own(san) && !reserved.contains(san)) {
                 Verdict::Approve("a node serves under its own name and addresses")
             } else {
                 Verdict::Leave
@@ -376,6 +377,10 @@ mod tests {
 
     const NODE: &str = "system:node:node-1";
 
+    fn reserved() -> BTreeSet<San> {
+        [San::from("kubernetes.default"), San::from("127.0.0.1")].into()
+    }
+
     fn is_approved(verdict: &Verdict) -> bool {
         matches!(verdict, Verdict::Approve(_))
     }
@@ -383,34 +388,38 @@ mod tests {
     #[test]
     fn a_bootstrap_token_and_the_node_itself_may_have_its_identity_and_nobody_else() {
         let bootstrap = asked(KUBELET_CLIENT, "system:bootstrap:abcdef", "system:bootstrappers", NODE, &[]);
-        assert!(is_approved(&decide(&bootstrap, None)));
+        assert!(is_approved(&decide(&bootstrap, None, &reserved())));
         let renewal = asked(KUBELET_CLIENT, NODE, "system:nodes", NODE, &[]);
-        assert!(is_approved(&decide(&renewal, None)));
+        assert!(is_approved(&decide(&renewal, None, &reserved())));
         let other = asked(KUBELET_CLIENT, "system:node:node-2", "system:nodes", NODE, &[]);
-        assert_eq!(decide(&other, None), Verdict::Leave);
+        assert_eq!(decide(&other, None, &reserved()), Verdict::Leave);
         let stranger = asked(KUBELET_CLIENT, NODE, "dev", NODE, &[]);
-        assert_eq!(decide(&stranger, None), Verdict::Leave);
+        assert_eq!(decide(&stranger, None, &reserved()), Verdict::Leave);
         let approved = Asked { is_approved: true, ..other };
-        assert_eq!(decide(&approved, None), Verdict::Sign);
+        assert_eq!(decide(&approved, None, &reserved()), Verdict::Sign);
     }
 
     #[test]
     fn a_node_serves_under_its_own_name_and_addresses() {
         let addresses: BTreeSet<San> = [San::from("192.168.49.2"), San::from("node-1")].into();
         let own = asked(KUBELET_SERVING, NODE, "system:nodes", NODE, &["node-1", "192.168.49.2"]);
-        assert!(is_approved(&decide(&own, Some(&addresses))));
-        assert_eq!(decide(&own, None), Verdict::Leave, "the node has not said its address yet");
+        assert!(is_approved(&decide(&own, Some(&addresses), &reserved())));
+        assert_eq!(decide(&own, None, &reserved()), Verdict::Leave, "the node has not said its address yet");
         let by_name = asked(KUBELET_SERVING, NODE, "system:nodes", NODE, &["node-1"]);
-        assert!(is_approved(&decide(&by_name, None)));
+        assert!(is_approved(&decide(&by_name, None, &reserved())));
         let foreign = asked(KUBELET_SERVING, NODE, "system:nodes", NODE, &["kubernetes.default"]);
-        assert_eq!(decide(&foreign, Some(&addresses)), Verdict::Leave);
+        assert_eq!(decide(&foreign, Some(&addresses), &reserved()), Verdict::Leave);
+        let posing = "system:node:kubernetes.default";
+        let posing = asked(KUBELET_SERVING, posing, "system:nodes", posing, &["kubernetes.default"]);
+        assert_eq!(decide(&posing, None, &reserved()), Verdict::Leave, "the API server's name");
         let bootstrap = asked(KUBELET_SERVING, "system:bootstrap:a", "system:bootstrappers", NODE, &["node-1"]);
-        assert_eq!(decide(&bootstrap, Some(&addresses)), Verdict::Leave);
+        assert_eq!(decide(&bootstrap, Some(&addresses), &reserved()), Verdict::Leave);
     }
 
     #[test]
     fn what_cannot_be_signed_fails_even_when_approved() {
-        let fails = |asked: Asked| matches!(decide(&Asked { is_approved: true, ..asked }, None), Verdict::Fail(_));
+        let fails =
+            |asked: Asked| matches!(decide(&Asked { is_approved: true, ..asked }, None, &reserved()), Verdict::Fail(_));
         assert!(fails(asked(KUBELET_CLIENT, NODE, "system:nodes", "admin", &[])), "not a node's name");
         assert!(fails(asked(KUBELET_CLIENT, NODE, "system:nodes", NODE, &["x"])), "names in an identity");
         assert!(fails(asked(KUBELET_SERVING, NODE, "system:nodes", NODE, &[])), "nothing to serve under");
@@ -422,6 +431,6 @@ mod tests {
         master.request = Request::parse(pem.as_bytes()).map_err(|e| e.to_string());
         assert!(fails(master), "a certificate that nobody could take back");
         let unknown = asked("example.com/own", NODE, "system:nodes", NODE, &[]);
-        assert_eq!(decide(&unknown, None), Verdict::Leave);
+        assert_eq!(decide(&unknown, None, &reserved()), Verdict::Leave);
     }
 }

@@ -51,7 +51,8 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         };
         let server = state("server");
         wrong += i32::from(!server.starts_with("running"));
-        let port = config.as_ref().map_or(String::new(), |c| format!(", https://127.0.0.1:{}, store {}", c.api_port, c.store));
+        let port =
+            config.as_ref().map_or(String::new(), |c| format!(", https://127.0.0.1:{}, store {}", c.api_port, c.store));
         println!("  control plane  {server}{port}");
         for node in lab.nodes() {
             let addresses: Vec<String> = node.addresses().iter().map(ToString::to_string).collect();

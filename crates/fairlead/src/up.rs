@@ -89,7 +89,12 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         }
         return Err(error);
     }
-    println!("cluster is ready after {:.1} s: {} node(s), {} mode", started.elapsed().as_secs_f64(), nodes, args.proxy_mode);
+    println!(
+        "cluster is ready after {:.1} s: {} node(s), {} mode",
+        started.elapsed().as_secs_f64(),
+        nodes,
+        args.proxy_mode
+    );
     println!("export KUBECONFIG={}", dir.join("kubeconfig").display());
     if args.detach {
         return Ok(ExitCode::SUCCESS);
@@ -103,7 +108,10 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind(("127.0.0.1", 0)).context("find a free port for the API server")?.local_addr()?.port())
+    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))
+        .context("find a free port for the API server")?
+        .local_addr()?
+        .port())
 }
 
 /// A process that was started, and the pipe on which it says that it is ready.
@@ -163,7 +171,13 @@ fn server_arguments(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> Vec<Str
 }
 
 /// Starts one node's agent inside its namespaces; `node start` does the same.
-fn start_agent(lab: &Lab, name: &str, config: &ClusterConfig, token: &str, insecure: &[String]) -> anyhow::Result<Started> {
+fn start_agent(
+    lab: &Lab,
+    name: &str,
+    config: &ClusterConfig,
+    token: &str,
+    insecure: &[String],
+) -> anyhow::Result<Started> {
     let node = lab.node(name)?;
     let dir = &lab.config().data_dir;
     let switch = lab.plan().switch.first().context("the lab has no address")?.addr();
@@ -220,7 +234,11 @@ pub fn start_node(lab: &Lab, name: &str) -> anyhow::Result<()> {
 fn start(mut command: Command, role: &str, logs: &Path) -> anyhow::Result<Started> {
     crate::pki::private_directory(logs)?;
     let log = logs.join(format!("{role}.log"));
-    let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).with_context(|| format!("open {}", log.display()))?;
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .with_context(|| format!("open {}", log.display()))?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
     let child = command.spawn().with_context(|| format!("start {role}"))?;
     Ok(Started { role: role.into(), child: Some(child), log })
@@ -243,7 +261,12 @@ fn ready(mut started: Started, patience: Duration) -> anyhow::Result<()> {
             let code = child.wait().map(|s| s.to_string()).unwrap_or_default();
             bail!("{} ended ({code}): {}", started.role, last_lines(&started.log))
         }
-        Err(_) => bail!("{} is not ready after {patience:?}; its log is {}: {}", started.role, started.log.display(), last_lines(&started.log)),
+        Err(_) => bail!(
+            "{} is not ready after {patience:?}; its log is {}: {}",
+            started.role,
+            started.log.display(),
+            last_lines(&started.log)
+        ),
     }
 }
 

@@ -10,13 +10,16 @@ mod dns;
 mod docker;
 mod env;
 mod insecure;
+mod logs;
 mod node;
 mod payload;
 mod plan;
 mod pod;
 mod probe;
+mod server;
 mod services;
 mod status;
+mod streaming;
 mod volumes;
 mod worker;
 
@@ -36,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 pub use dns::ClusterDns;
 pub use plan::{Observed, Step, sync_pod};
 pub use pod::Pod;
+pub use server::{Authorize, Caller, Server, ServerConfig, serve};
 use volumes::Volumes;
 use worker::{Shared, Worker};
 

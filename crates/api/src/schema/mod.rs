@@ -165,7 +165,7 @@ fn load(text: &'static str) -> HashMap<&'static str, Message> {
     for line in text.lines().filter(|l| !l.starts_with('#')) {
         let mut words = line.split(' ');
         let first = words.next().unwrap_or("");
-        if first == "message" {
+        if first == "=" {
             raw.push((words.next().unwrap_or(""), Vec::new()));
             continue;
         }
@@ -269,6 +269,11 @@ mod tests {
         let ports = spec.field("ports").expect("ports is a field");
         assert_eq!(ports.map_keys, ["port", "protocol"]);
         assert_eq!(ports.merge_key, Some("port"));
+        let event = message("core.v1.Event").expect("Event is in the table");
+        assert!(
+            ["message", "type", "source"].iter().all(|f| event.field(f).is_some()),
+            "a field may be called message"
+        );
         let volume = message("core.v1.Volume").expect("Volume is in the table");
         assert!(volume.field("emptyDir").is_some_and(|f| f.pointer), "embedded fields are inline");
         assert!(for_kind("rbac.authorization.k8s.io", "v1", "Role").is_some());

@@ -20,8 +20,7 @@ use api::object::{Key, Metadata};
 use hints::Topology;
 use reconcile::{Cache, Client, Named, Outcome, Queue, Scope, feed, run_queue};
 use serde::Deserialize;
-use serde_json::{Value, json};
-use slice::{Conditions, Endpoint, EndpointSlice, MANAGED_BY, SERVICE_NAME, TargetRef};
+use slice::{Conditions, Endpoint, EndpointSlice, Head, MANAGED_BY, SERVICE_NAME, TargetRef};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -106,6 +105,13 @@ pub fn plan(seen: &Seen<'_>, mut name: impl FnMut() -> String) -> Vec<Change> {
         return Vec::new();
     }
     let families = if service.is_external_name() { Vec::new() } else { service.families() };
+    let head = Head {
+        namespace: service.metadata.namespace.clone(),
+        base: service.metadata.name.clone(),
+        labels: labels(service),
+        annotations: None,
+        owner: controller_of(&SERVICES, &service.metadata),
+    };
     let mut changes = Vec::new();
     for family in &families {
         let mut groups: BTreeMap<Vec<EndpointPort>, Vec<Endpoint>> = BTreeMap::new();
@@ -121,7 +127,7 @@ pub fn plan(seen: &Seen<'_>, mut name: impl FnMut() -> String) -> Vec<Change> {
         let of_family = seen.slices.iter().filter(|s| s.address_type == family.as_str() && !s.metadata.is_deleting());
         let existing: Vec<_> = of_family.cloned().collect();
         for packed in pack::pack(groups, &existing) {
-            changes.extend(write(service, *family, packed, &mut name));
+            changes.extend(slice::write(&head, *family, packed, &mut name));
         }
     }
     for slice in seen.slices {
@@ -143,46 +149,6 @@ fn labels(service: &Service) -> BTreeMap<String, String> {
         labels.remove(HEADLESS);
     }
     labels
-}
-
-fn write(service: &Service, family: Family, packed: pack::Packed, name: impl FnOnce() -> String) -> Option<Change> {
-    let pack::Packed { slice, ports, endpoints } = packed;
-    let Some(endpoints) = endpoints else {
-        let slice = slice?;
-        return Some(Change::delete(ENDPOINT_SLICES, slice.metadata.key(), &slice.metadata.uid));
-    };
-    let labels = labels(service);
-    if let Some(slice) = &slice {
-        let is_same = slice.endpoints() == endpoints.as_slice()
-            && slice.ports() == ports.as_slice()
-            && slice.metadata.labels == labels;
-        if is_same {
-            return None;
-        }
-    }
-    let mut object = json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "namespace": service.metadata.namespace, "generateName": format!("{}-", service.metadata.name),
-            "labels": labels, "ownerReferences": [controller_of(&SERVICES, &service.metadata)],
-        },
-        "addressType": family.as_str(), "endpoints": endpoints, "ports": ports,
-    });
-    match slice {
-        Some(slice) => {
-            let metadata = object.metadata_mut();
-            metadata.insert("name".into(), json!(slice.metadata.name));
-            metadata.insert("resourceVersion".into(), json!(slice.metadata.resource_version));
-            if !slice.metadata.annotations.is_empty() {
-                metadata.insert("annotations".into(), json!(slice.metadata.annotations));
-            }
-            Some(Change::Replace(ENDPOINT_SLICES, object))
-        }
-        None => {
-            object.metadata_mut().insert("name".into(), Value::from(name()));
-            Some(Change::Create(ENDPOINT_SLICES, object))
-        }
-    }
 }
 
 struct Controller {

@@ -1,9 +1,15 @@
 //! An EndpointSlice as the controllers that keep them read and write it.
 
-use crate::service::EndpointPort;
-use api::object::{Key, Metadata};
+use super::pack::Packed;
+use crate::plan::Change;
+use crate::service::{EndpointPort, Family};
+use api::ObjectExt;
+use api::kinds::ENDPOINT_SLICES;
+use api::object::{Key, Metadata, OwnerReference};
 use reconcile::Named;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::collections::BTreeMap;
 
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 pub const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
@@ -109,5 +115,59 @@ impl Endpoint {
 
     pub fn is_ready(&self) -> bool {
         self.conditions.ready != Some(false)
+    }
+}
+
+/// What all slices of one owner have in common.
+pub struct Head {
+    pub namespace: String,
+    /// The owner's name, which slices' names begin with.
+    pub base: String,
+    pub labels: BTreeMap<String, String>,
+    /// `None` leaves those that are there.
+    pub annotations: Option<BTreeMap<String, String>>,
+    pub owner: OwnerReference,
+}
+
+/// The write that makes a slice hold what was packed into it; none if it does. `name` gives a new slice its name.
+pub fn write(head: &Head, family: Family, packed: Packed, name: impl FnOnce() -> String) -> Option<Change> {
+    let Packed { slice, ports, endpoints } = packed;
+    let Some(endpoints) = endpoints else {
+        let slice = slice?;
+        return Some(Change::delete(ENDPOINT_SLICES, slice.metadata.key(), &slice.metadata.uid));
+    };
+    let held = slice.as_ref().map(|s| s.metadata.annotations.clone()).unwrap_or_default();
+    let annotations = head.annotations.clone().unwrap_or_else(|| held.clone());
+    if let Some(slice) = &slice {
+        let is_same = slice.endpoints() == endpoints.as_slice()
+            && slice.ports() == ports.as_slice()
+            && slice.metadata.labels == head.labels
+            && held == annotations;
+        if is_same {
+            return None;
+        }
+    }
+    let mut object = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "namespace": head.namespace, "generateName": format!("{}-", head.base),
+            "labels": head.labels, "ownerReferences": [head.owner],
+        },
+        "addressType": family.as_str(), "endpoints": endpoints, "ports": ports,
+    });
+    let metadata = object.metadata_mut();
+    if !annotations.is_empty() {
+        metadata.insert("annotations".into(), json!(annotations));
+    }
+    match slice {
+        Some(slice) => {
+            metadata.insert("name".into(), json!(slice.metadata.name));
+            metadata.insert("resourceVersion".into(), json!(slice.metadata.resource_version));
+            Some(Change::Replace(ENDPOINT_SLICES, object))
+        }
+        None => {
+            metadata.insert("name".into(), json!(name()));
+            Some(Change::Create(ENDPOINT_SLICES, object))
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Slices as data: Service, pods and slices in, writes out.
 
 use super::*;
+use serde_json::{Value, json};
 
 fn service(spec: Value, annotations: Value) -> Service {
     let mut value = json!({

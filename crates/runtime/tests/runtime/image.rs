@@ -22,6 +22,7 @@ pub fn busybox(name: &str) -> Result<Vec<u8>> {
 }
 
 /// As an OCI image layout, with a gzipped layer.
+#[allow(dead_code, reason = "the kubelet's tests share this file and need one kind only")]
 pub fn oci_layout(name: &str) -> Result<Vec<u8>> {
     let (layer, config) = parts()?;
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());

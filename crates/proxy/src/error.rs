@@ -12,6 +12,10 @@ pub enum Error {
     Iptables(#[from] linux::iptables::Error),
     #[error(transparent)]
     Conntrack(#[from] linux::conntrack::Error),
+    #[error(
+        "the frontend classes {0} and {1} have the same number; please report this, --proxy-mode=iptables has no numbers"
+    )]
+    ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

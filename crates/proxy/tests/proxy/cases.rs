@@ -271,10 +271,11 @@ fn a_packet_is_explained_by_the_rules_it_meets() {
     let explain = |mode| proxy::explain(mode, &table, &node(), packet.clone(), &mut |_| 0).expect("a plan");
     let text = explain(proxy::Mode::Nftables);
     for part in [
-        "prerouting: meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @frontends4",
-        "@frontends4 { 192.168.49.2 . tcp . 30007 : goto pick4_1 }",
+        "prerouting: meta nfproto ipv4 0x00000000 . ip daddr . meta l4proto . th dport map @frontends4 vmap @classes4",
+        "@frontends4 { 192.168.49.2 . tcp . 30007 : 0x",
+        ": goto pick4_1 }",
         "@slots4 { 0x00000000 . 0x00000000 . 0x00000000 : 10.244.1.5 . 80 }",
-        "masquerade_always: masquerade fully-random",
+        "@masquerade4 masquerade fully-random",
         "sent to 10.244.1.5:80, masqueraded",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use linux::iptables::Tools;
-use linux::nft::Socket;
+use linux::nft::{self, Nft, Socket};
 use proxy::NodeView;
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
@@ -426,4 +426,35 @@ fn nftables_takes_thousands_of_services() {
     println!("read back in {:?}", start.elapsed());
     assert_eq!((seed.ids.len(), seed.slots.len()), (5_020, 5_020));
     assert!(seed.slots.values().all(|slots| slots.len() == 2));
+}
+
+/// The kernel refuses a batch because of one element: the error names that one, and nothing was applied.
+#[test]
+fn a_refusal_names_the_element() {
+    let namespace = Namespace::new();
+    let file = std::fs::File::open(&namespace.path).expect("namespace");
+    let mut nft = Socket::open(Some(file.as_fd())).expect("socket");
+    let map = nft::Set::map("m", &[nft::DataType::Mark], &[nft::DataType::Mark]);
+    let element = |key: u32, value: u32| nft::Element {
+        key: nft::Key::new([nft::Datum::Mark(key)]),
+        end: None,
+        data: nft::ElementData::Value(nft::Key::new([nft::Datum::Mark(value)])),
+    };
+    let add = |elements: Vec<nft::Element>| {
+        let mut transaction = nft::Transaction::new(nft::Family::Inet, "t");
+        transaction.push(nft::Op::AddTable { comment: None });
+        transaction.push(nft::Op::AddSet(map.clone()));
+        transaction.push(nft::Op::AddElements { set: "m".into(), elements });
+        transaction
+    };
+    nft.commit(&add((0..3_000).map(|key| element(key, key)).collect())).expect("commit");
+    let mut more: Vec<nft::Element> = (3_000..6_000).map(|key| element(key, key)).collect();
+    more.insert(2_000, element(0x123, 7));
+    let error = nft.commit(&add(more)).expect_err("refused").to_string();
+    assert!(error.contains("add element inet t m { 0x00000123 : 0x00000007 }"), "{error}");
+    let mut held = nft.elements(nft::Family::Inet, "t", &map).expect("list");
+    held.sort();
+    assert_eq!(held, (0..3_000).map(|key| element(key, key)).collect::<Vec<_>>());
+    let absent = nft.elements(nft::Family::Inet, "none", &map).expect_err("no such table");
+    assert!(absent.is_absent(), "{absent}");
 }

@@ -3,6 +3,8 @@
 use ipnet::IpNet;
 use linux::nft::{ADDRESS_LOCAL, Datum, Rule, Statement, Value};
 
+use sha2::{Digest, Sha256};
+
 use super::layout::{Map, destination, of_family};
 
 /// Which map says where a destination's endpoints are listed.
@@ -121,6 +123,18 @@ impl Class {
                 format!("external_{}_or_{here}", anywhere.name())
             }
         }
+    }
+
+    pub fn v6(&self) -> bool {
+        match self {
+            Class::Pick(pick) | Class::External { anywhere: pick, .. } => pick.v6,
+        }
+    }
+
+    /// The class's number in maps: a hash of its name, so that a plan needs no memory of other plans.
+    pub fn number(&self) -> u32 {
+        let hash = Sha256::digest(self.name());
+        u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
     }
 
     /// The class whose chain has this name.

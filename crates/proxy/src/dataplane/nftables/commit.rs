@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use linux::nft::{Chain, Datum, Element, ElementData, Nft, Op, Transaction};
+use linux::nft::{Chain, Datum, Element, ElementData, Key, Nft, Op, Transaction, Verdict};
 use services::{Frontend, FrontendId, Protocol, Seed};
 
 use super::class::Class;
@@ -28,11 +28,20 @@ pub struct Nftables<N> {
     claims: HashMap<Slot, Claims>,
     /// The chains that pick, and how many elements and chains send packets there.
     classes: BTreeMap<Class, usize>,
+    /// Classes by number, those in use at least.
+    numbers: HashMap<u32, Class>,
 }
 
 impl<N: Nft> Nftables<N> {
     pub fn new(nft: N) -> Self {
-        Nftables { nft, base: None, found_mark: None, claims: HashMap::new(), classes: BTreeMap::new() }
+        Nftables {
+            nft,
+            base: None,
+            found_mark: None,
+            claims: HashMap::new(),
+            classes: BTreeMap::new(),
+            numbers: HashMap::new(),
+        }
     }
 
     /// The kernel behind it.
@@ -41,11 +50,22 @@ impl<N: Nft> Nftables<N> {
     }
 }
 
-fn class_of(data: &ElementData) -> Option<Class> {
-    match data {
-        ElementData::Verdict(verdict) => Class::parse(verdict.chain()?),
-        ElementData::None | ElementData::Value(_) => None,
+/// The class that an element of `frontends` names.
+fn class_of(slot: &Slot, data: &ElementData, numbers: &HashMap<u32, Class>) -> Option<Class> {
+    match (slot.map, data) {
+        (Map::Frontends, ElementData::Value(value)) => match value.0[..] {
+            [Datum::Mark(number)] => numbers.get(&number).copied(),
+            _ => None,
+        },
+        _ => None,
     }
+}
+
+/// The element that leads to a class's chain.
+fn class_element(class: &Class) -> Element {
+    let verdict = Verdict::Goto(class.name().into());
+    let key = Key::new([Datum::Mark(0), Datum::Mark(class.number())]);
+    Element { key, end: None, data: ElementData::Verdict(verdict) }
 }
 
 /// Counts a use of a class, and of those it needs the first time.
@@ -120,10 +140,13 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         self.found_mark = None;
         self.claims.clear();
         self.classes.clear();
+        self.numbers.clear();
         if self.nft.table_comment(FAMILY, TABLE)?.is_none() {
             return Ok(Seed::default());
         }
         let chains = self.nft.chains(FAMILY, TABLE)?;
+        self.numbers =
+            chains.iter().filter_map(|chain| Class::parse(chain)).map(|class| (class.number(), class)).collect();
         let mark = chains.into_iter().find(|chain| chain.starts_with(Base::MARK));
         // Sets of another layout would be misread.
         let ours = Base::new(&NodeView::default()).mark_of_sets();
@@ -132,13 +155,14 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             return Ok(Seed::default());
         }
         for v6 in [false, true] {
-            // Affinity belongs to packets, not to us.
-            for map in Map::ALL.into_iter().filter(|map| *map != Map::Affinity) {
+            // Affinity belongs to packets, classes follow from frontends.
+            for map in Map::ALL.into_iter().filter(|map| ![Map::Affinity, Map::Classes].contains(map)) {
                 for Element { key, end, data } in self.nft.elements(FAMILY, TABLE, &map.set(v6))? {
-                    if let Some(class) = class_of(&data) {
+                    let slot = Slot { map, v6, key, end };
+                    if let Some(class) = class_of(&slot, &data, &self.numbers) {
                         take(&mut self.classes, class);
                     }
-                    self.claims.insert(Slot { map, v6, key, end }, vec![(None, data)]);
+                    self.claims.insert(slot, vec![(None, data)]);
                 }
             }
         }
@@ -146,6 +170,12 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
     }
 
     fn commit(&mut self, base: Option<&Base>, changes: &[Change<Entries>]) -> Result<(), Error> {
+        for class in changes.iter().flat_map(|change| &change.after).flat_map(|after| &after.classes) {
+            let known = *self.numbers.entry(class.number()).or_insert(*class);
+            if known != *class {
+                return Err(Error::ClassNumbers(known.name(), class.name()));
+            }
+        }
         let mut transaction = Transaction::new(FAMILY, TABLE);
         let mut claims_forgotten = false;
         if let Some(base) = base {
@@ -158,10 +188,14 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         for Change { id, before, after } in changes {
             let empty = Entries::default();
             let after = after.as_ref().unwrap_or(&empty);
-            for slot in before.iter().flat_map(|before| before.0.keys()).filter(|slot| !after.0.contains_key(slot)) {
+            for slot in before
+                .iter()
+                .flat_map(|before| before.elements.keys())
+                .filter(|slot| !after.elements.contains_key(slot))
+            {
                 touched.remove(slot, *id);
             }
-            for (slot, data) in &after.0 {
+            for (slot, data) in &after.elements {
                 touched.put(slot, *id, data);
             }
         }
@@ -189,11 +223,11 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             let element =
                 |data: &ElementData| Element { key: slot.key.clone(), end: slot.end.clone(), data: data.clone() };
             if let Some(data) = was {
-                released.extend(class_of(data));
+                released.extend(class_of(slot, data, &self.numbers));
                 removed.entry(slot.map).or_default()[usize::from(slot.v6)].push(element(data));
             }
             if let Some(data) = will_be {
-                if let Some(class) = class_of(data) {
+                if let Some(class) = class_of(slot, data, &self.numbers) {
                     take(&mut classes, class);
                 }
                 added.entry(slot.map).or_default()[usize::from(slot.v6)].push(element(data));
@@ -210,6 +244,8 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             for rule in class.rules(cidrs) {
                 transaction.push(Op::AddRule { chain: class.name().into(), rule });
             }
+            let set = Map::Classes.name(class.v6()).into();
+            transaction.push(Op::AddElements { set, elements: vec![class_element(class)] });
         }
         for (map, families) in removed {
             for (v6, elements) in [false, true].into_iter().zip(families) {
@@ -226,6 +262,8 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             }
         }
         for class in before_classes.keys().rev().filter(|class| !classes.contains_key(class)) {
+            let set = Map::Classes.name(class.v6()).into();
+            transaction.push(Op::DeleteElements { set, elements: vec![class_element(class)] });
             transaction.push(Op::FlushChain(class.name().into()));
             transaction.push(Op::DeleteChain(class.name().into()));
         }
@@ -243,6 +281,7 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             }
         }
         self.classes = classes;
+        self.numbers.retain(|_, class| self.classes.contains_key(class));
         if let Some(base) = base {
             self.base = Some(base.clone());
         }

@@ -21,8 +21,11 @@ const AFFINITY_SIZE: u32 = 1 << 18;
 /// zero before it in the second one's keys (see `linux::nft::Value::Lookup`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Map {
-    /// address . protocol . port : the chain that picks an endpoint
+    /// address . protocol . port : the number of its class. Not the chain itself: the kernel walks over every element with
+    /// a verdict whenever one is added, and here is one for every address.
     Frontends,
+    /// 0 . class : the chain that picks an endpoint
+    Classes,
     /// address . protocol . port : which list of endpoints
     Ids,
     /// The same for the list of this node's own endpoints, where outside traffic must stay local.
@@ -34,12 +37,16 @@ pub enum Map {
     Endpoints,
     /// 0 . list . client : 0 . the number of its endpoint, filled by packets
     Affinity,
-    /// original destination : when to masquerade
+    /// Original destinations of what is masqueraded whoever sent it, if it came from outside, if a process of this node
+    /// sent it.
     Masquerade,
+    MasqueradeOutside,
+    MasqueradeHost,
     /// source . destination of a pod that reached itself
     Hairpin,
-    /// address . protocol . port : how to refuse
-    Unserved,
+    /// Destinations without an endpoint anywhere, and those without one in their scope.
+    Refused,
+    Silent,
     ClusterIps,
     /// Load balancer addresses that only some sources may use, and these sources.
     Firewalled,
@@ -47,8 +54,9 @@ pub enum Map {
 }
 
 impl Map {
-    pub const ALL: [Map; 13] = [
+    pub const ALL: [Map; 17] = [
         Map::Frontends,
+        Map::Classes,
         Map::Ids,
         Map::LocalIds,
         Map::Slots,
@@ -56,8 +64,11 @@ impl Map {
         Map::Endpoints,
         Map::Affinity,
         Map::Masquerade,
+        Map::MasqueradeOutside,
+        Map::MasqueradeHost,
         Map::Hairpin,
-        Map::Unserved,
+        Map::Refused,
+        Map::Silent,
         Map::ClusterIps,
         Map::Firewalled,
         Map::Allowed,
@@ -66,6 +77,7 @@ impl Map {
     pub fn name(self, v6: bool) -> String {
         let stem = match self {
             Map::Frontends => "frontends",
+            Map::Classes => "classes",
             Map::Ids => "ids",
             Map::LocalIds => "local_ids",
             Map::Slots => "slots",
@@ -73,8 +85,11 @@ impl Map {
             Map::Endpoints => "endpoints",
             Map::Affinity => "affinity",
             Map::Masquerade => "masquerade",
+            Map::MasqueradeOutside => "masquerade_outside",
+            Map::MasqueradeHost => "masquerade_host",
             Map::Hairpin => "hairpin",
-            Map::Unserved => "unserved",
+            Map::Refused => "refused",
+            Map::Silent => "silent",
             Map::ClusterIps => "cluster_ips",
             Map::Firewalled => "firewalled",
             Map::Allowed => "allowed",
@@ -88,8 +103,11 @@ impl Map {
         let destination = [ip, InetProto, InetService];
         let name = &self.name(v6);
         match self {
-            Map::Frontends | Map::Masquerade | Map::Unserved => Set::verdict_map(name, &destination),
-            Map::Ids | Map::LocalIds => Set::map(name, &destination, &[Mark]),
+            Map::Classes => Set::verdict_map(name, &[Mark, Mark]),
+            Map::Masquerade | Map::MasqueradeOutside | Map::MasqueradeHost | Map::Refused | Map::Silent => {
+                Set::of(name, &destination)
+            }
+            Map::Frontends | Map::Ids | Map::LocalIds => Set::map(name, &destination, &[Mark]),
             Map::Slots => Set::map(name, &[Mark, Mark, Mark], &[ip, InetService]),
             Map::Endpoints => Set::map(name, &[Mark, Mark, Mark, Mark], &[ip, InetService]),
             Map::Numbers => Set::map(name, &[Mark, Mark, Mark], &[Mark]),
@@ -106,15 +124,12 @@ fn suffix(v6: bool) -> char {
     if v6 { '6' } else { '4' }
 }
 
-/// Chains that elements send packets to.
-pub const REFUSE: &str = "refuse";
-pub const MASQUERADE_ALWAYS: &str = "masquerade_always";
-/// `masquerade_outside4`: only what does not come from a pod.
-pub fn masquerade_outside(v6: bool) -> String {
-    format!("masquerade_outside{}", suffix(v6))
+const REFUSE: &str = "refuse";
+
+/// Masquerades what does not come from a pod.
+fn masquerade_outside(v6: bool) -> String {
+    format!("from_outside{}", suffix(v6))
 }
-/// Only what a process of this node sent.
-pub const MASQUERADE_HOST: &str = "masquerade_host";
 
 /// `ip daddr . meta l4proto . th dport`
 pub fn destination(v6: bool) -> [Value; 3] {
@@ -195,7 +210,13 @@ impl Display for Base {
 fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     let both = |rule: &dyn Fn(bool) -> Rule| vec![rule(false), rule(true)];
     let new = || Statement::HasBits(Value::CtState, ct_state::NEW);
-    let pick = || both(&|v6| Rule::new([of_family(v6), vmap(destination(v6), Map::Frontends, v6)]));
+    let pick = || {
+        both(&|v6| {
+            let class = Value::lookup(destination(v6), &Map::Frontends.name(v6));
+            let class = [Value::Const(Datum::Mark(0)), class];
+            Rule::new([of_family(v6), Statement::verdict_map(class, &Map::Classes.name(v6))])
+        })
+    };
     let check = || vec![Rule::new([new(), Statement::goto("unserved")])];
     let guard = || {
         both(&|v6| {
@@ -212,13 +233,7 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
                 Rule::new([Statement::Reject(Reject::PortUnreachable)]),
             ],
         ),
-        (Chain::regular(MASQUERADE_ALWAYS), vec![Rule::new([masquerade()])]),
-        (
-            Chain::regular(MASQUERADE_HOST),
-            vec![Rule::new([Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL)), masquerade()])],
-        ),
         (Chain::regular("unserved"), unserved(node)),
-        (Chain::regular("translated"), translated()),
     ];
     for v6 in [false, true] {
         let pods = node.pod_cidrs(v6).map(|cidr| {
@@ -240,6 +255,7 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     }
     let base = Chain::base;
     chains.extend([
+        (Chain::regular("translated"), translated()),
         (base("guard_prerouting", ChainKind::Filter, Hook::Prerouting, -110), guard()),
         (base("guard_output", ChainKind::Filter, Hook::Output, -110), guard()),
         (base("prerouting", ChainKind::Nat, Hook::Prerouting, -100), pick()),
@@ -260,10 +276,6 @@ fn masquerade() -> Statement {
     Statement::Masquerade { fully_random: true }
 }
 
-fn vmap(key: impl IntoIterator<Item = Value>, map: Map, v6: bool) -> Statement {
-    Statement::verdict_map(key, &map.name(v6))
-}
-
 fn is_in(key: impl IntoIterator<Item = Value>, map: Map, v6: bool) -> Statement {
     Statement::is_in(key, &map.name(v6))
 }
@@ -272,7 +284,8 @@ fn unserved(node: &NodeView) -> Vec<Rule> {
     let mut rules = Vec::new();
     for v6 in [false, true] {
         let address = || Value::DestinationIp { v6 };
-        rules.push(Rule::new([of_family(v6), vmap(destination(v6), Map::Unserved, v6)]));
+        rules.push(Rule::new([of_family(v6), is_in(destination(v6), Map::Refused, v6), Statement::goto(REFUSE)]));
+        rules.push(Rule::new([of_family(v6), is_in(destination(v6), Map::Silent, v6), Statement::drop()]));
         let undefined_port = is_in([address()], Map::ClusterIps, v6);
         rules.push(Rule::new([of_family(v6), undefined_port, Statement::goto(REFUSE)]));
     }
@@ -289,8 +302,12 @@ fn translated() -> Vec<Rule> {
     for v6 in [false, true] {
         let itself = is_in([Value::SourceIp { v6 }, Value::DestinationIp { v6 }], Map::Hairpin, v6);
         rules.push(Rule::new([of_family(v6), itself, masquerade()]));
-        let original = [Value::OriginalDestinationIp { v6 }, Value::L4Proto, Value::OriginalDestinationPort];
-        rules.push(Rule::new([of_family(v6), vmap(original, Map::Masquerade, v6)]));
+        let original = || [Value::OriginalDestinationIp { v6 }, Value::L4Proto, Value::OriginalDestinationPort];
+        rules.push(Rule::new([of_family(v6), is_in(original(), Map::Masquerade, v6), masquerade()]));
+        let outside = Statement::goto(&masquerade_outside(v6));
+        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeOutside, v6), outside]));
+        let from_host = Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL));
+        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeHost, v6), from_host, masquerade()]));
     }
     rules
 }

@@ -5,12 +5,12 @@ use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use linux::nft::{Datum, ElementData, Key, Verdict};
+use linux::nft::{Datum, ElementData, Key};
 use services::{Endpoint, Frontend, TrafficPolicy};
 use sha2::{Digest, Sha256};
 
 use super::class::{Class, Ids, Pick};
-use super::layout::{MASQUERADE_ALWAYS, MASQUERADE_HOST, Map, REFUSE, masquerade_outside};
+use super::layout::Map;
 use crate::NodeView;
 use crate::scope::{Scopes, scopes};
 
@@ -23,13 +23,19 @@ pub struct Slot {
     pub end: Option<Key>,
 }
 
-/// All elements of one frontend.
+/// All elements of one frontend, and the classes they name.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Entries(pub BTreeMap<Slot, ElementData>);
+pub struct Entries {
+    pub elements: BTreeMap<Slot, ElementData>,
+    pub classes: BTreeSet<Class>,
+}
 
 impl Display for Entries {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        for (slot, data) in &self.0 {
+        for class in &self.classes {
+            writeln!(f, "class {:#010x} is {}", class.number(), class.name())?;
+        }
+        for (slot, data) in &self.elements {
             let element = linux::nft::Element { key: slot.key.clone(), end: slot.end.clone(), data: data.clone() };
             writeln!(f, "{} {{ {element} }}", slot.map.name(slot.v6))?;
         }
@@ -131,16 +137,23 @@ impl<'a> Plan<'a> {
 
     fn element(&mut self, map: Map, key: impl IntoIterator<Item = Datum>, data: ElementData) {
         let slot = Slot { map, v6: self.v6, key: Key::new(key), end: None };
-        self.entries.0.insert(slot, data);
+        self.entries.elements.insert(slot, data);
     }
 
     fn destination(&self, (address, port): (IpAddr, u16)) -> [Datum; 3] {
         [address.into(), Datum::Proto(self.frontend.name.protocol.number()), Datum::Port(port)]
     }
 
-    fn goto(&mut self, map: Map, at: (IpAddr, u16), chain: &str) {
+    fn member(&mut self, map: Map, at: (IpAddr, u16)) {
         let key = self.destination(at);
-        self.element(map, key, ElementData::Verdict(Verdict::Goto(chain.into())));
+        self.element(map, key, ElementData::None);
+    }
+
+    fn class(&mut self, at: (IpAddr, u16), class: Class) {
+        let key = self.destination(at);
+        let number = Datum::Mark(class.number());
+        self.element(Map::Frontends, key, ElementData::Value(Key::new([number])));
+        self.entries.classes.insert(class);
     }
 
     fn id(&mut self, map: Map, at: (IpAddr, u16), policy: TrafficPolicy) {
@@ -166,20 +179,14 @@ impl<'a> Plan<'a> {
 
     /// Nobody to send to: refuse, or be silent where somebody else has endpoints.
     fn unserved(&mut self, at: (IpAddr, u16)) {
-        let key = self.destination(at);
-        let verdict = if self.scopes.any { Verdict::Drop } else { Verdict::Goto(REFUSE.into()) };
-        self.element(Map::Unserved, key, ElementData::Verdict(verdict));
+        self.member(if self.scopes.any { Map::Silent } else { Map::Refused }, at);
     }
 
     fn inside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy, masquerade_all: bool) {
         let Some(pick) = self.pick(policy, Ids::Main) else { return self.unserved(at) };
-        self.goto(Map::Frontends, at, &Class::Pick(pick).name());
+        self.class(at, Class::Pick(pick));
         self.id(Map::Ids, at, policy);
-        if masquerade_all {
-            self.goto(Map::Masquerade, at, MASQUERADE_ALWAYS);
-        } else {
-            self.goto(Map::Masquerade, at, &masquerade_outside(self.v6));
-        }
+        self.member(if masquerade_all { Map::Masquerade } else { Map::MasqueradeOutside }, at);
     }
 
     fn outside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy, masquerade_all: bool) {
@@ -187,18 +194,17 @@ impl<'a> Plan<'a> {
         self.id(Map::Ids, at, TrafficPolicy::Cluster);
         match policy {
             TrafficPolicy::Cluster => {
-                self.goto(Map::Frontends, at, &Class::Pick(anywhere).name());
+                self.class(at, Class::Pick(anywhere));
                 // The reply must come back through this node, whose address the client talks to.
-                self.goto(Map::Masquerade, at, MASQUERADE_ALWAYS);
+                self.member(Map::Masquerade, at);
             }
             TrafficPolicy::Local => {
                 let here = self.pick(TrafficPolicy::Local, Ids::Local);
                 if here.is_some() {
                     self.id(Map::LocalIds, at, TrafficPolicy::Local);
                 }
-                self.goto(Map::Frontends, at, &Class::External { anywhere, here }.name());
-                let chain = if masquerade_all { MASQUERADE_ALWAYS } else { MASQUERADE_HOST };
-                self.goto(Map::Masquerade, at, chain);
+                self.class(at, Class::External { anywhere, here });
+                self.member(if masquerade_all { Map::Masquerade } else { Map::MasqueradeHost }, at);
             }
         }
     }
@@ -240,7 +246,7 @@ impl<'a> Plan<'a> {
             let whole = |source: IpAddr| Key::new(key.into_iter().chain([source.into()]));
             let (first, last) = (net.network(), net.broadcast());
             let slot = Slot { map: Map::Allowed, v6: self.v6, key: whole(first), end: Some(whole(last)) };
-            self.entries.0.insert(slot, ElementData::None);
+            self.entries.elements.insert(slot, ElementData::None);
         }
     }
 }

@@ -27,6 +27,7 @@ const CASES: &[(&str, Case)] = &[
     ("exec has its own streams, exit code and terminal", |lab| Box::pin(exec(lab))),
     ("a container that takes too much memory is killed for it", |lab| Box::pin(memory_limit(lab))),
     ("a container is confined: user, capabilities, read-only root, masked paths", |lab| Box::pin(confinement(lab))),
+    ("a pod of the node's own sees the node", |lab| Box::pin(host_pod(lab))),
     ("stop asks first and kills after the grace period", |lab| Box::pin(stop(lab))),
     ("attach sees output from now on and can write", |lab| Box::pin(attach(lab))),
     ("containers share a process namespace when asked to", |lab| Box::pin(shared_processes(lab))),
@@ -318,6 +319,29 @@ async fn confinement(lab: Arc<Lab>) -> Result<()> {
                   echo x > /proc/sys/kernel/hostname 2>/dev/null || echo sysro; ls /proc | grep -c '^[0-9]*$'";
     let (out, _) = lab.run(&id, &["sh", "-c", script]).await?;
     ensure!(out.starts_with("ro\nvro\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\n0\n500\nsysro\n"), "{out:?}");
+    Ok(())
+}
+
+async fn host_pod(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab
+        .pod(|c| {
+            c.host_network = true;
+            c.host_pid = true;
+            c.host_ipc = true;
+        })
+        .await?;
+    let own = std::fs::read_link("/proc/self/ns/net")?;
+    let id = lab.start(&pod, "node", "sleep 1000", |c| c.security.privileged = true).await?;
+    let (out, _) = lab.run(&id, &["sh", "-c", "busybox readlink /proc/self/ns/net; hostname; ps | wc -l"]).await?;
+    let lines: Vec<&str> = out.lines().collect();
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
+    ensure!(lines[0] == own.to_string_lossy() && lines[1] == name.trim(), "{out}");
+    ensure!(lines[2].trim().parse::<u32>()? > 20, "only {} processes are seen", lines[2]);
+    let (out, code) =
+        lab.run(&id, &["sh", "-c", "mkdir /tmp/m && busybox mount -t tmpfs x /tmp/m && echo mounted"]).await?;
+    ensure!(code == 0 && out == "mounted\n", "{out}");
+    lab.runtime.stop_container(&id, Duration::ZERO).await?;
+    ensure!(lab.ended(&id).await?.code == 137);
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use store::{Outcome, Revision, Store, Txn};
+use tokio_util::sync::CancellationToken;
 
 /// Where cluster IPs and node ports are taken from.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct Registry {
     pub store: Arc<dyn Store>,
     pub cache: Arc<WatchCache>,
     pub allocation: Allocation,
+    /// Cancelled when the server ends; watches end with it.
+    pub token: CancellationToken,
 }
 
 /// A claim on something there is one of: key under `claims/` and who holds it.

@@ -59,8 +59,14 @@ impl ApiServer {
     /// The store cannot be read.
     pub async fn start(config: Config) -> Result<ApiServer, store::Error> {
         let catalog = Catalog::new(builtin::rows());
-        let cache = WatchCache::start(catalog.clone(), config.store.clone(), config.token).await?;
-        let registry = Arc::new(Registry { catalog, store: config.store, cache, allocation: config.allocation });
+        let cache = WatchCache::start(catalog.clone(), config.store.clone(), config.token.clone()).await?;
+        let registry = Arc::new(Registry {
+            catalog,
+            store: config.store,
+            cache,
+            allocation: config.allocation,
+            token: config.token,
+        });
         let inner = Inner {
             registry,
             rbac: Rbac::default(),

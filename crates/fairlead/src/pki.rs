@@ -286,7 +286,8 @@ impl Pki {
         Ok((made.chain_pem(), made.key_pem()))
     }
 
-    /// A kubelet's certificate, with which it serves and asks.
+    /// A kubelet's certificate without a signing request, for tests.
+    #[cfg(test)]
     pub fn kubelet_certificate(&self, node: &str, addresses: &[IpAddr]) -> anyhow::Result<CertifiedKey> {
         let mut sans = vec![San::Name(node.to_string())];
         sans.extend(addresses.iter().copied().map(San::Address));

@@ -100,9 +100,16 @@ async fn open_store(args: &ServerArgs) -> anyhow::Result<Arc<dyn Store>> {
     Ok(Arc::new(EtcdStore::connect(options).await?))
 }
 
-/// The `n`th address of a range.
+/// The `n`th address of a range, counted from its network address.
 fn nth(cidr: &IpNet, n: u32) -> anyhow::Result<IpAddr> {
-    cidr.hosts().nth(n as usize - 1).with_context(|| format!("range {cidr} has no {n}th address; give a larger one"))
+    let address = match cidr {
+        IpNet::V4(net) => IpAddr::from((u32::from(net.network()).wrapping_add(n)).to_be_bytes()),
+        IpNet::V6(net) => IpAddr::from((u128::from(net.network()).wrapping_add(n.into())).to_be_bytes()),
+    };
+    if !cidr.contains(&address) {
+        bail!("range {cidr} has no {n}th address; give a larger one");
+    }
+    Ok(address)
 }
 
 pub fn dns_addresses(service_cidrs: &[IpNet]) -> anyhow::Result<Vec<IpAddr>> {

@@ -16,9 +16,6 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    pub fn is_same(&self) -> bool {
-        self.added.is_empty() && self.modified.is_empty() && self.removed.is_empty()
-    }
 
     /// The fields whose values are now the writer's.
     pub fn written(&self) -> FieldSet {

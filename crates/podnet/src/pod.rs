@@ -15,7 +15,7 @@ use crate::overlay::{HostGateway, Overlay, OverlayKind, PeerNode, Vxlan, apply};
 use crate::plan::{host_items, node_items, node_settings, pod_items, pod_settings, veth_name, way_items};
 use crate::{PodNetConfig, PodnetError};
 
-/// A port of the node that leads to a pod. The data path makes it true.
+/// A port of the node that leads to a pod; [`crate::rules`] makes it true.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPort {
     pub sandbox: String,
@@ -23,7 +23,7 @@ pub struct HostPort {
     pub mapping: PortMapping,
 }
 
-/// Which packets leave the node with the node's own address. The data path makes it true.
+/// Which packets leave the node with the node's own address; [`crate::rules`] makes it true.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Masquerade {
     /// Packets from here …

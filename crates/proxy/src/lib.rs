@@ -5,6 +5,8 @@
 
 pub mod dataplane;
 mod error;
+mod explain;
+mod leftovers;
 mod mode;
 mod node;
 mod run;
@@ -12,6 +14,8 @@ mod scope;
 mod stale;
 
 pub use error::Error;
+pub use explain::{dump, explain};
+pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
-pub use run::{Config, Feed, Status, StatusHandle, dump, found, run};
+pub use run::{Config, Feed, Status, StatusHandle, found, run};

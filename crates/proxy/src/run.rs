@@ -17,7 +17,7 @@ use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
 use crate::stale::{self, Answerers};
-use crate::{Error, Mode, NodeView};
+use crate::{Error, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -71,49 +71,38 @@ pub async fn run(
 ) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack = Box::new(conntrack::Socket::open(namespace())?);
+    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
-            Loop::new(Nftables::new(nft), conntrack, config, feed, status).run(token).await
+            let clear = Box::new(move || leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd())));
+            let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
         }
         Mode::Iptables => {
-            let namespace = config.namespace.as_ref().map(OwnedFd::try_clone).transpose();
-            let tools = Tools::open(namespace.map_err(Error::Namespace)?)?;
-            Loop::new(Iptables::new(tools), conntrack, config, feed, status).run(token).await
+            let mut nft = Socket::open(namespace())?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let clear = Box::new(move || leftovers::clear_nftables(&mut nft));
+            let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
         }
     }
 }
 
-/// The table and what this node makes of it, as text.
-pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
-    match mode {
-        Mode::Nftables => dump_of::<Nftables<Socket>>(table, node),
-        Mode::Iptables => dump_of::<Iptables<Tools>>(table, node),
-    }
+/// Everything that talks to the kernel; it moves to a thread of its own for each commit.
+struct Kernel<D> {
+    dataplane: D,
+    conntrack: Box<dyn Conntrack>,
+    /// Removes what other modes left, once this one's first plan is in place: so that there is always one, and translated
+    /// connections live on.
+    clear: Option<Clear>,
 }
 
-fn dump_of<D: Dataplane>(table: &ServiceTable, node: &NodeView) -> String {
-    let mut text = format!("{}\n", D::base(node));
-    for frontend in table.frontends() {
-        text += &format!("# {} {} id {}\n", frontend.name, frontend.name.protocol, frontend.id.0);
-        for endpoint in &frontend.endpoints {
-            let state = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
-                (true, _, _) => "ready",
-                (false, true, true) => "terminating, still serving",
-                (false, _, true) => "terminating",
-                (false, _, false) => "not ready",
-            };
-            let node = endpoint.node.as_deref().unwrap_or("an unknown node");
-            text += &format!("#   {} on {node}, {state}\n", endpoint.address);
-        }
-        text += &format!("{}\n", D::entries(frontend, node));
-    }
-    text
-}
+type Clear = Box<dyn FnMut() -> Result<(), Error> + Send>;
 
 struct Loop<D> {
     /// `None` only while a commit runs.
-    dataplane: Option<(D, Box<dyn Conntrack>)>,
+    kernel: Option<Kernel<D>>,
     config: Config,
     feed: Feed,
     status: watch::Sender<Status>,
@@ -136,15 +125,9 @@ enum Attempt {
 }
 
 impl<D: Dataplane> Loop<D> {
-    fn new(
-        dataplane: D,
-        conntrack: Box<dyn Conntrack>,
-        config: Config,
-        feed: Feed,
-        status: watch::Sender<Status>,
-    ) -> Self {
+    fn new(kernel: Kernel<D>, config: Config, feed: Feed, status: watch::Sender<Status>) -> Self {
         Loop {
-            dataplane: Some((dataplane, conntrack)),
+            kernel: Some(kernel),
             config,
             feed,
             status,
@@ -155,8 +138,8 @@ impl<D: Dataplane> Loop<D> {
     }
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
-        if let Some((dataplane, _)) = &self.dataplane {
-            let about = dataplane.about();
+        if let Some(kernel) = &self.kernel {
+            let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
         let mut attempt = Attempt::Whole;
@@ -173,7 +156,7 @@ impl<D: Dataplane> Loop<D> {
                         back_off = FIRST_RETRY;
                     }
                     // A commit that panicked took the data path with it.
-                    Err(error) if self.dataplane.is_none() => return Err(error),
+                    Err(error) if self.kernel.is_none() => return Err(error),
                     Err(error) => {
                         tracing::warn!("proxy: {error}");
                         self.status.send_modify(|status| status.error = Some(error.to_string()));
@@ -250,21 +233,14 @@ impl<D: Dataplane> Loop<D> {
         }
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
-        let (mut dataplane, mut conntrack) = self.dataplane.take().expect("a commit gives it back");
-        let (dataplane, result) = tokio::task::spawn_blocking(move || {
-            let result = commit(&mut dataplane, whole, apart, base.as_ref(), &changes).and_then(|()| {
-                // Only now: before, the old rules would have made the same flows again.
-                let deleted = stale::sweep(&mut *conntrack, &answerers)?;
-                if deleted > 0 {
-                    tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
-                }
-                Ok(())
-            });
-            ((dataplane, conntrack), result)
+        let mut kernel = self.kernel.take().expect("a commit gives it back");
+        let (kernel, result) = tokio::task::spawn_blocking(move || {
+            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
+            (kernel, result)
         })
         .await
         .map_err(Error::Commit)?;
-        self.dataplane = Some(dataplane);
+        self.kernel = Some(kernel);
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
@@ -286,21 +262,34 @@ impl<D: Dataplane> Loop<D> {
 }
 
 fn commit<D: Dataplane>(
-    dataplane: &mut D,
+    kernel: &mut Kernel<D>,
     whole: bool,
     apart: bool,
     base: Option<&D::Base>,
     changes: &[Change<D::Entries>],
+    answerers: &Answerers,
 ) -> Result<(), Error> {
+    let dataplane = &mut kernel.dataplane;
     if whole {
         dataplane.read()?;
     }
     if apart {
         // The first error is told; the others have had their chance.
         let results: Vec<_> = changes.chunks(1).map(|change| dataplane.commit(None, change)).collect();
-        return results.into_iter().collect();
+        results.into_iter().collect::<Result<(), Error>>()?;
+    } else {
+        dataplane.commit(base, changes)?;
     }
-    dataplane.commit(base, changes)
+    if let Some(clear) = &mut kernel.clear {
+        clear()?;
+        kernel.clear = None;
+    }
+    // Only now: before, the old rules would have made the same flows again.
+    let deleted = stale::sweep(&mut *kernel.conntrack, answerers)?;
+    if deleted > 0 {
+        tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
+    }
+    Ok(())
 }
 
 fn next_attempt(failed: Attempt) -> Attempt {

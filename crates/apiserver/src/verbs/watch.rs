@@ -106,6 +106,7 @@ impl Watcher {
                     }
                 }
                 () = self.sender.closed() => return,
+                () = self.call.registry.token.cancelled() => return,
                 () = tokio::time::sleep_until(until) => return,
                 () = tokio::time::sleep_until(next_bookmark), if bookmarks => {
                     next_bookmark = Instant::now() + BOOKMARK_EVERY;

@@ -53,6 +53,11 @@ impl Fake {
             Target::Jump(to) if !chains.contains_key(to) => Err(refused(format!("-A {chain} {rule}"))),
             _ => Ok(()),
         };
+        for (chain, rule) in &input.removes {
+            let rules = chains.get_mut(chain).ok_or_else(|| refused(format!("-D {chain}")))?;
+            let at = rules.iter().position(|held| held == rule);
+            rules.remove(at.ok_or_else(|| refused(format!("-D {chain} {rule}")))?);
+        }
         for (chain, rule) in &input.inserts {
             check(chains, chain, rule)?;
             chains.get_mut(chain).ok_or_else(|| refused(format!("-I {chain}")))?.insert(0, rule.clone());
@@ -74,8 +79,20 @@ impl Fake {
     /// Walks a packet through the node, like [`crate::nft::Fake::trace`]. `random` answers draws below its argument; a
     /// probability of one in N holds when it answers 0.
     pub fn trace(&mut self, packet: Packet, locals: &[IpAddr], random: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(packet, locals, random, &mut Vec::new())
+    }
+
+    /// The same, and notes each rule that matched.
+    pub fn explain(
+        &mut self,
+        packet: Packet,
+        locals: &[IpAddr],
+        random: &mut dyn FnMut(u32) -> u32,
+        log: &mut Vec<String>,
+    ) -> Fate {
         let v6 = packet.to.is_ipv6();
-        let mut walk = Walk { fake: self, v6, packet, mark: 0, translated: false, masqueraded: false, locals, random };
+        let mut walk =
+            Walk { fake: self, v6, packet, mark: 0, translated: false, masqueraded: false, locals, random, log };
         let from_here = locals.contains(&walk.packet.from.ip());
         let mut hook = Some(if from_here { Hook::Output } else { Hook::Prerouting });
         while let Some(now) = hook {
@@ -106,6 +123,7 @@ struct Walk<'a, 'p> {
     masqueraded: bool,
     locals: &'p [IpAddr],
     random: &'p mut dyn FnMut(u32) -> u32,
+    log: &'p mut Vec<String>,
 }
 
 impl Walk<'_, '_> {
@@ -119,6 +137,7 @@ impl Walk<'_, '_> {
             if !rule.parts.iter().all(|part| self.holds(part)) {
                 continue;
             }
+            self.log.push(format!("{table} -A {name} {rule}"));
             match rule.target {
                 Target::None => {}
                 Target::Jump(chain) => {

@@ -21,6 +21,8 @@ pub enum Error {
     Failed { program: String, message: String, lines: String },
     #[error("sysctl {name}: {source}; node ports on localhost need it")]
     Sysctl { name: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Nft(#[from] crate::nft::Error),
     #[error("a thread in the network namespace died; retry")]
     Thread,
     #[error("the fake iptables refuses `{0}`")]

@@ -95,6 +95,8 @@ pub struct Rule {
 pub struct TableRestore {
     /// Chains that are created, or emptied if they are there.
     pub chains: Vec<String>,
+    /// Taken out, before anything is added; each must be there.
+    pub removes: Vec<(String, Rule)>,
     /// Appended, in order.
     pub rules: Vec<(String, Rule)>,
     /// Put at the head of a chain, each before the one named earlier.
@@ -193,6 +195,9 @@ impl TableRestore {
         writeln!(f, "*{table}")?;
         for chain in &self.chains {
             writeln!(f, ":{chain} - [0:0]")?;
+        }
+        for (chain, rule) in &self.removes {
+            writeln!(f, "-D {chain} {rule}")?;
         }
         for (chain, rule) in &self.inserts {
             writeln!(f, "-I {chain} 1 {rule}")?;

@@ -1,7 +1,7 @@
 //! Runs `iptables-save` and `iptables-restore` of the variant in use, in one network namespace.
 
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
@@ -40,6 +40,43 @@ impl Tools {
         let mut tools = Tools { namespace, variant: Variant::Plain };
         tools.variant = tools.detect()?;
         Ok(tools)
+    }
+
+    /// The tools of every variant that is installed: for whoever has to look everywhere.
+    pub fn all(namespace: Option<BorrowedFd<'_>>) -> Result<Vec<Self>, Error> {
+        let mut found = Vec::new();
+        for variant in [Variant::Nft, Variant::Legacy] {
+            let held = namespace.map(|namespace| namespace.try_clone_to_owned()).transpose();
+            let held = held.map_err(|source| Error::Spawn { program: "setns".to_owned(), source })?;
+            let tools = Tools { namespace: held, variant };
+            match tools.run(&variant.program(false, "save"), &["-V"], None) {
+                Err(Error::Spawn { .. }) => {}
+                _ => found.push(tools),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether anything of iptables has been used in the namespace, told without the tools.
+    pub fn is_used(namespace: Option<BorrowedFd<'_>>) -> Result<bool, Error> {
+        let held = namespace.map(|namespace| namespace.try_clone_to_owned()).transpose();
+        let held = held.map_err(|source| Error::Spawn { program: "setns".to_owned(), source })?;
+        let tools = Tools { namespace: held, variant: Variant::Plain };
+        // The legacy variant lists its tables in proc; the nft variant's are tables like any other.
+        let legacy = tools.inside(|| {
+            let names = ["ip_tables_names", "ip6_tables_names"].map(|name| format!("/proc/thread-self/net/{name}"));
+            let read = names.map(|name| std::fs::read_to_string(name).unwrap_or_default());
+            Ok(read.iter().any(|tables| tables.lines().any(|table| table == "nat")))
+        })?;
+        let nft = || -> Result<bool, crate::nft::Error> {
+            let mut nft = crate::nft::Socket::open(namespace)?;
+            let mut nat = false;
+            for family in [crate::nft::Family::Ip, crate::nft::Family::Ip6] {
+                nat |= crate::nft::Nft::table_comment(&mut nft, family, "nat")?.is_some();
+            }
+            Ok(nat)
+        };
+        Ok(legacy || nft()?)
     }
 
     /// Decides like the iptables-wrappers of Kubernetes' images: kubelet's hint says it, otherwise the variant that holds

@@ -248,6 +248,9 @@ struct Walk<'a, 'p> {
     masqueraded: bool,
     locals: &'p [IpAddr],
     random: &'p mut dyn FnMut(u32) -> u32,
+    /// Elements that the rule at hand has found.
+    notes: Vec<String>,
+    log: &'p mut Vec<String>,
 }
 
 enum Step {
@@ -259,7 +262,18 @@ enum Step {
 impl Fake {
     /// Walks the packet through all tables of a node whose own addresses are `locals`; a packet from one of them starts
     /// at the output hook. `random` answers each draw of a number below its argument.
-    pub fn trace(&mut self, mut packet: Packet, locals: &[IpAddr], random: &mut dyn FnMut(u32) -> u32) -> Fate {
+    pub fn trace(&mut self, packet: Packet, locals: &[IpAddr], random: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(packet, locals, random, &mut Vec::new())
+    }
+
+    /// The same, and notes each rule that decided something and the elements it found.
+    pub fn explain(
+        &mut self,
+        mut packet: Packet,
+        locals: &[IpAddr],
+        random: &mut dyn FnMut(u32) -> u32,
+        log: &mut Vec<String>,
+    ) -> Fate {
         let from_here = locals.contains(&packet.from.ip());
         let first = if from_here { Hook::Output } else { Hook::Prerouting };
         let original = packet.to;
@@ -283,7 +297,8 @@ impl Fake {
                     continue;
                 }
                 let packet = &mut packet;
-                let mut walk = Walk { table, packet, original, translated, masqueraded, locals, random };
+                let notes = Vec::new();
+                let mut walk = Walk { table, packet, original, translated, masqueraded, locals, random, notes, log };
                 let step = walk.chain(&chain, 0);
                 (translated, masqueraded) = (walk.translated, walk.masqueraded);
                 if let Step::Fate(fate) = step {
@@ -309,7 +324,14 @@ impl Walk<'_, '_> {
             return Step::Fate(Fate::Dropped);
         }
         for rule in &rules {
-            match self.rule(rule) {
+            self.notes.clear();
+            let verdict = self.rule(rule);
+            if verdict.is_some() {
+                self.log.push(format!("{name}: {rule}"));
+                let notes = self.notes.drain(..).map(|note| format!("    {note}"));
+                self.log.extend(notes);
+            }
+            match verdict {
                 None => {}
                 Some(Verdict::Accept) => return Step::Accept,
                 Some(Verdict::Return) => return Step::Continue,
@@ -409,14 +431,18 @@ impl Walk<'_, '_> {
         let key = self.key(key, chosen)?;
         let (declared, held) = self.table.sets.get(set)?;
         if !declared.interval {
-            return Some(held.get(&key).cloned());
+            let found = held.get(&key).cloned();
+            self.notes.extend(found.iter().map(|element| format!("@{set} {{ {element} }}")));
+            return Some(found);
         }
         let within = |element: &&Element| {
             let end = element.end.as_ref().unwrap_or(&element.key);
             let fields = key.0.iter().zip(element.key.0.iter().zip(end.0.iter()));
             fields.into_iter().all(|(datum, (low, high))| low <= datum && datum <= high)
         };
-        Some(held.values().find(within).cloned())
+        let found = held.values().find(within).cloned();
+        self.notes.extend(found.iter().map(|element| format!("@{set} {{ {element} }}")));
+        Some(found)
     }
 
     fn value(&mut self, value: &Value, chosen: &Option<Vec<Datum>>) -> Option<Vec<Datum>> {

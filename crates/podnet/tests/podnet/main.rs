@@ -1,6 +1,10 @@
 //! Real pods on real nodes: two labs' worth of packets over both overlays, with and without netfilter on bridged frames.
 //!
+//! `rules` adds what leaves the nodes and host ports.
+//!
 //! Needs root and `nft`. Every namespace is made here and goes with its guard, also when a test fails.
+
+mod rules;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -30,7 +34,11 @@ impl Ground {
     }
 
     fn start(&self, node: &LabNode) -> PodNet {
-        let config = PodNetConfig {
+        PodNet::start_in(self.config(node), &node.namespace().expect("the node's namespace")).expect("a pod network")
+    }
+
+    fn config(&self, node: &LabNode) -> PodNetConfig {
+        PodNetConfig {
             dir: node.dir.clone(),
             node: node.name.clone(),
             node_addresses: node.addresses(),
@@ -38,8 +46,7 @@ impl Ground {
             cluster_cidrs: self.lab.config().pod_cidrs.clone(),
             overlay: self.overlay,
             mtu: None,
-        };
-        PodNet::start_in(config, &node.namespace().expect("the node's namespace")).expect("a pod network")
+        }
     }
 
     fn peers(&self) -> Vec<PeerNode> {
@@ -52,6 +59,10 @@ impl Ground {
     }
 
     async fn pod(&self, podnet: &PodNet, name: &str) -> Pod {
+        self.pod_with_ports(podnet, name, Vec::new()).await
+    }
+
+    async fn pod_with_ports(&self, podnet: &PodNet, name: &str, port_mappings: Vec<PortMapping>) -> Pod {
         let path = self.dir.join(name);
         let netns = Netns::create(&path).expect("a pod's namespace");
         let sandbox = SandboxNetwork {
@@ -59,7 +70,7 @@ impl Ground {
             namespace: "default".into(),
             name: name.into(),
             netns: path,
-            port_mappings: Vec::new(),
+            port_mappings,
         };
         let addresses = podnet.add(&sandbox).await.expect("addresses");
         Pod { sandbox, netns, addresses }
@@ -92,13 +103,17 @@ impl Drop for Pod {
     }
 }
 
-/// Connects to `target` from one namespace; the server listens in another on `bound`. The client's address as the server sees it.
+/// Connects to port 8080 of `target` from one namespace; the server listens in another on `bound`. The client's address as
+/// the server sees it.
 fn connect(from: &Netns, target: IpAddr, server: &Netns, bound: IpAddr) -> Result<IpAddr, String> {
-    let listener = server.tcp_listen(SocketAddr::new(bound, 8080)).map_err(|error| error.to_string())?;
+    connect_to(from, SocketAddr::new(target, 8080), server, SocketAddr::new(bound, 8080))
+}
+
+fn connect_to(from: &Netns, target: SocketAddr, server: &Netns, bound: SocketAddr) -> Result<IpAddr, String> {
+    let listener = server.tcp_listen(bound).map_err(|error| error.to_string())?;
     listener.set_nonblocking(false).map_err(|error| error.to_string())?;
     let seen = from.run(|| {
-        let mut stream = TcpStream::connect_timeout(&SocketAddr::new(target, 8080), Duration::from_secs(3))
-            .map_err(|e| e.to_string())?;
+        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(3)).map_err(|e| e.to_string())?;
         stream.set_read_timeout(Some(Duration::from_secs(3))).map_err(|e| e.to_string())?;
         // The handshake is complete on this side, so the connection is in the queue or about to be.
         let (mut accepted, peer) = listener.accept().map_err(|e| e.to_string())?;

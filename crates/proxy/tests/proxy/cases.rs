@@ -259,3 +259,33 @@ fn packets_go_where_the_cases_say() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+#[test]
+fn a_packet_is_explained_by_the_rules_it_meets() {
+    let table = table(&["service web 10.96.0.10 80/TCP nodePort=30007", "endpoint web 10.244.1.5:80 node-2"]);
+    let packet = Packet {
+        from: "203.0.113.9:40000".parse().expect("source"),
+        to: "192.168.49.2:30007".parse().expect("destination"),
+        protocol: 6,
+    };
+    let explain = |mode| proxy::explain(mode, &table, &node(), packet.clone(), &mut |_| 0).expect("a plan");
+    let text = explain(proxy::Mode::Nftables);
+    for part in [
+        "prerouting: meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @frontends4",
+        "@frontends4 { 192.168.49.2 . tcp . 30007 : goto pick4_1 }",
+        "@slots4 { 0x00000000 . 0x00000000 . 0x00000000 : 10.244.1.5 . 80 }",
+        "masquerade_always: masquerade fully-random",
+        "sent to 10.244.1.5:80, masqueraded",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    let text = explain(proxy::Mode::Iptables);
+    for part in [
+        "nat -A KUBE-NODEPORTS -m comment --comment \"default/web\" -m tcp -p tcp --dport 30007 -j KUBE-EXT-",
+        "-j DNAT --to-destination 10.244.1.5:80",
+        "nat -A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE",
+        "sent to 10.244.1.5:80, masqueraded",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+}

@@ -117,3 +117,27 @@ fn nftables_follows_endpoints() {
 fn iptables_follows_endpoints() {
     endpoints_change_while_clients_talk(Mode::Iptables);
 }
+
+/// A node changes its mode: Services go on, an open connection too, and nothing of the old mode is left.
+#[test]
+fn modes_are_swapped_without_cleaning() {
+    let world = World::new();
+    let fill = |running: &mut Running| {
+        let mut table = running.table.write().expect("table");
+        table.upsert_service(&service("web", json!({}))).expect("service");
+        table.upsert_slice(&slice("web", 8080, "TCP", &[("10.244.0.11", "node-1")])).expect("slice");
+        drop(table);
+        running.change(|table| table.set_synced());
+        assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
+    };
+    let has_table = || world.node.command("nft", "list tables").contains("inet fairlead");
+    let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
+    for _ in 0..2 {
+        for (mode, table, chains) in [(Mode::Iptables, false, true), (Mode::Nftables, true, false)] {
+            let mut running = Running::start(&world, mode);
+            fill(&mut running);
+            running.stop();
+            assert_eq!((has_table(), has_chains()), (table, chains), "{mode}");
+        }
+    }
+}

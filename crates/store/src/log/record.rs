@@ -23,7 +23,6 @@ pub(crate) const MAX_PAYLOAD: usize = 32 << 20;
 
 pub(crate) struct Record<'a> {
     pub revision: Revision,
-    pub group: u64,
     pub payload: &'a [u8],
 }
 
@@ -83,11 +82,12 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Record<'_>> {
     let length = reader.u32()?;
     let checksum = reader.u32()?;
     let revision = reader.u64()?;
-    let group = reader.u64()?;
+    // Where its group began: read by recovery from the raw bytes.
+    reader.u64()?;
     let len = usize::try_from(length).ok().filter(|len| *len >= 4 && *len <= MAX_PAYLOAD)?;
     let payload = reader.take(len)?;
     let sound = crc32c::checksum(&[&length.to_le_bytes(), &bytes[8..HEADER + len]]) == checksum;
-    sound.then_some(Record { revision, group, payload })
+    sound.then_some(Record { revision, payload })
 }
 
 fn u32_of(len: usize) -> u32 {

@@ -92,7 +92,7 @@ impl Family<'_> {
             let is_missing = |chain: &str, rule: &Rule| !text.lines().any(|line| line == format!("-A {chain} {rule}"));
             inserts.extend(owned(self.base.jumps(table, self.v6)).filter(|(chain, rule)| is_missing(chain, rule)));
         }
-        TableRestore { chains, rules, inserts, deletes: Vec::new() }
+        TableRestore { chains, rules, inserts, ..TableRestore::default() }
     }
 }
 

@@ -3,13 +3,16 @@
 //! - `names`: chains and their hashes
 //! - `base`: the chains that are always there, and the jumps into them
 //! - `plan`: a frontend's rules
+//! - `remove`: nothing of it left, for another mode
 //! - `commit`: one `iptables-restore` per family; service chains are only written when their frontend changed
 
 mod base;
 mod commit;
 mod names;
 mod plan;
+mod remove;
 
 pub use base::Base;
 pub use commit::Iptables;
 pub use plan::{Entries, FamilyEntries};
+pub use remove::remove;

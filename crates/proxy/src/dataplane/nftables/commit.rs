@@ -286,6 +286,15 @@ impl<N: Nft> Nftables<N> {
     }
 }
 
+/// Takes the table out, when another mode has taken over; whether it was there.
+pub fn remove(nft: &mut impl Nft) -> Result<bool, Error> {
+    if nft.table_comment(FAMILY, TABLE)?.is_none() {
+        return Ok(false);
+    }
+    nft.commit(&Transaction { family: FAMILY, table: TABLE.into(), ops: vec![Op::DeleteTable] })?;
+    Ok(true)
+}
+
 /// Ids by address and endpoints by slot.
 fn seed(claims: &HashMap<Slot, Claims>) -> Seed {
     let mut seed = Seed::default();

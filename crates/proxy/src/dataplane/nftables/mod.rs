@@ -11,6 +11,6 @@ mod commit;
 mod layout;
 mod plan;
 
-pub use commit::Nftables;
+pub use commit::{Nftables, remove};
 pub use layout::{Base, FAMILY, TABLE};
 pub use plan::Entries;

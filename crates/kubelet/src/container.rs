@@ -101,6 +101,31 @@ pub fn check_non_root(pod: &Pod, container: &Container, image_user: &str) -> Res
     }
 }
 
+/// What a pod asks for that nothing here can give. Running it without would be a lie.
+pub fn unsupported(pod: &Pod) -> Option<String> {
+    let spec = &pod.spec;
+    if !spec.runtime_class_name.is_empty() {
+        return Some(format!("runtimeClassName {:?} is not supported: leave it out", spec.runtime_class_name));
+    }
+    if spec.host_users == Some(false) {
+        return Some("hostUsers: false (user namespaces) is not supported: leave it out".to_owned());
+    }
+    let of_containers = pod.all_containers().map(|c| &c.security_context.seccomp_profile);
+    let profiles = std::iter::once(&spec.security_context.seccomp_profile).chain(of_containers);
+    if profiles.flatten().any(|p| p.kind == "Localhost") {
+        return Some("seccompProfile of type Localhost is not supported: use Unconfined".to_owned());
+    }
+    let device = pod.all_containers().find(|c| !c.volume_devices.is_empty());
+    device.map(|c| format!("container {} has volumeDevices, which are not supported: use volumeMounts", c.name))
+}
+
+/// RuntimeDefault is a wish that most manifests make; it is not refused, but its owner is told.
+pub fn wants_seccomp(pod: &Pod) -> bool {
+    let of_containers = pod.all_containers().map(|c| &c.security_context.seccomp_profile);
+    let mut profiles = std::iter::once(&pod.spec.security_context.seccomp_profile).chain(of_containers).flatten();
+    profiles.any(|p| p.kind == "RuntimeDefault")
+}
+
 pub fn sandbox_config(
     pod: &Pod,
     attempt: u32,

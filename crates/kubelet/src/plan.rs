@@ -53,8 +53,8 @@ pub struct Observed {
     pub containers: Vec<ContainerStatus>,
     /// By the name of the container that wants it.
     pub images: BTreeMap<String, ImageState>,
-    /// Ids of containers that are being ended.
-    pub killing: Vec<String>,
+    /// Ids of containers that are being ended, and when they will be killed at the latest.
+    pub killing: BTreeMap<String, Timestamp>,
     pub probes: BTreeMap<String, ProbeState>,
     /// Why a container could not be made, and when to try again.
     pub failures: BTreeMap<String, Failure>,
@@ -209,10 +209,10 @@ pub fn deadline(pod: &Pod) -> Option<Timestamp> {
 pub fn sync_pod(pod: &Pod, observed: &Observed, now: Timestamp) -> Vec<Step> {
     let expired = deadline(pod).is_some_and(|d| d <= now);
     if pod.metadata.is_deleting() {
-        return end(pod, observed, pod.grace(), Some(Step::Finish));
+        return end(pod, observed, pod.grace(), now, Some(Step::Finish));
     }
     if is_terminal(pod, observed) || expired {
-        return end(pod, observed, pod.spec.termination_grace_period_seconds.unwrap_or(30), None);
+        return end(pod, observed, pod.spec.termination_grace_period_seconds.unwrap_or(30), now, None);
     }
     let mut steps = Vec::new();
     let Some(sandbox) = observed.ready_sandbox() else {
@@ -248,7 +248,7 @@ pub fn sync_pod(pod: &Pod, observed: &Observed, now: Timestamp) -> Vec<Step> {
     for container in pod.all_containers() {
         let Some(current) = observed.current(&container.name).filter(|c| c.state.is_running()) else { continue };
         if let Some(unhealthy) = observed.probes.get(&current.id).and_then(|p| p.unhealthy.as_ref())
-            && !observed.killing.contains(&current.id)
+            && !observed.killing.contains_key(&current.id)
         {
             let grace = unhealthy.grace.or(pod.spec.termination_grace_period_seconds).unwrap_or(30);
             steps.push(Step::KillContainer {
@@ -331,7 +331,7 @@ fn reported_restarts(pod: &Pod, name: &str) -> u32 {
 }
 
 /// App containers first, then sidecars from the last to the first, then the sandbox.
-fn end(pod: &Pod, observed: &Observed, grace: i64, last: Option<Step>) -> Vec<Step> {
+fn end(pod: &Pod, observed: &Observed, grace: i64, now: Timestamp, last: Option<Step>) -> Vec<Step> {
     let kill = |container: &ContainerStatus| Step::KillContainer {
         id: container.id.clone(),
         name: container.config.name.clone(),
@@ -349,7 +349,10 @@ fn end(pod: &Pod, observed: &Observed, grace: i64, last: Option<Step>) -> Vec<St
         others
     };
     if !due.is_empty() {
-        return due.into_iter().filter(|c| !observed.killing.contains(&c.id)).map(kill).collect();
+        // A kill under way is replaced only by one that ends at least a second sooner.
+        let sooner = now.saturating_add(SignedDuration::from_secs(grace.saturating_add(1))).unwrap_or(Timestamp::MAX);
+        let is_due = |c: &&ContainerStatus| observed.killing.get(&c.id).is_none_or(|until| sooner < *until);
+        return due.into_iter().filter(is_due).map(kill).collect();
     }
     let ready = observed.sandboxes.iter().filter(|s| s.state == SandboxState::Ready);
     let mut steps: Vec<Step> = ready.map(|s| Step::StopSandbox { id: s.id.clone() }).collect();
@@ -391,7 +394,12 @@ mod tests {
                     let state = ProbeState { started: true, ready: true, unhealthy: None };
                     o.probes.insert(id.to_owned(), state);
                 }
-                ["kill", id] => o.killing.push(id.to_owned()),
+                ["kill", id] => {
+                    o.killing.insert(id.to_owned(), at(107));
+                }
+                ["kill", id, until] => {
+                    o.killing.insert(id.to_owned(), at(until[1..].parse().expect("a number")));
+                }
                 ["sick", id] => {
                     let unhealthy = Some(Unhealthy { message: "failed liveness probe".into(), grace: None });
                     o.probes.insert(id.to_owned(), ProbeState { started: true, ready: true, unhealthy });
@@ -512,6 +520,7 @@ mod tests {
         let cases: &[(&[&str], &str)] = &[
             (&["s0", "s.0 run", "a.0 run", "b.0 run"], "kill a.0 in 7, kill b.0 in 7"),
             (&["s0", "s.0 run", "a.0 run", "kill a.0"], ""),
+            (&["s0", "a.0 run", "kill a.0 @130"], "kill a.0 in 7"),
             (&["s0", "s.0 run", "a.0 exit 0 @1"], "kill s.0 in 7"),
             (&["s0", "a.0 exit 0 @1"], "stop s0, remove s0, finish"),
             (&["s0!"], "remove s0, finish"),

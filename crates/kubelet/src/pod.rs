@@ -41,6 +41,8 @@ pub struct PodSpec {
     pub image_pull_secrets: Vec<NameRef>,
     pub readiness_gates: Vec<ReadinessGate>,
     pub enable_service_links: Option<bool>,
+    pub runtime_class_name: String,
+    pub host_users: Option<bool>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -88,6 +90,7 @@ pub struct Container {
     pub ports: Vec<Port>,
     pub resources: Resources,
     pub volume_mounts: Vec<VolumeMount>,
+    pub volume_devices: Vec<Value>,
     pub liveness_probe: Option<Probe>,
     pub readiness_probe: Option<Probe>,
     pub startup_probe: Option<Probe>,
@@ -313,6 +316,14 @@ pub struct PodSecurity {
     pub supplemental_groups: Vec<i64>,
     pub fs_group: Option<i64>,
     pub sysctls: Vec<Header>,
+    pub seccomp_profile: Option<SeccompProfile>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct SeccompProfile {
+    #[serde(rename = "type")]
+    pub kind: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -326,6 +337,7 @@ pub struct Security {
     pub allow_privilege_escalation: Option<bool>,
     pub capabilities: Capabilities,
     pub proc_mount: String,
+    pub seccomp_profile: Option<SeccompProfile>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]

@@ -123,11 +123,17 @@ async fn run(
     let period = Duration::from_secs(probe.period_seconds.unwrap_or(10).max(1));
     let initial = Duration::from_secs(probe.initial_delay_seconds);
     tokio::time::sleep(initial.saturating_sub(subject.age)).await;
+    // A container is not up the moment it starts. During its first period, failures neither count nor are reported, and
+    // the next try comes soon: so it is ready as soon as it can be.
+    let warm_up = if initial.is_zero() { period.saturating_sub(subject.age) } else { Duration::ZERO };
+    let begin = tokio::time::Instant::now();
+    let mut pause = Duration::from_millis(25);
     let mut streak = Streak::default();
-    let mut timer = tokio::time::interval(period);
-    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut is_first = true;
     loop {
-        timer.tick().await;
+        if !is_first {
+            tokio::time::sleep(period).await;
+        }
         let target = Target {
             runtime: &*subject.runtime,
             container_id: &subject.container_id,
@@ -135,6 +141,12 @@ async fn run(
             pod_ip: subject.pod_ip,
         };
         let result = perform(&probe.action, &target, timeout).await;
+        if result.is_err() && is_first && begin.elapsed() + pause < warm_up {
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+            continue;
+        }
+        is_first = false;
         if let Err(message) = &result {
             (subject.report)(EventKind::Warning, "Unhealthy", format!("{} probe failed: {message}", kind.name()));
         }

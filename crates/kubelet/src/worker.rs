@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::action::{Target, perform};
-use crate::container::{Given, check_non_root, container_config, sandbox_config};
+use crate::container::{Given, check_non_root, container_config, sandbox_config, unsupported, wants_seccomp};
 use crate::dns::{hosts_file, parse_resolv_conf, pod_dns};
 use crate::env::{Sources, environment, service_variables};
 use crate::plan::{BackOff, Failure, ImageState, Observed, Step, sync_pod};
@@ -66,12 +66,18 @@ pub struct Worker {
 struct Memory {
     images: BTreeMap<String, ImageState>,
     pull_failures: BTreeMap<String, u32>,
-    killing: Vec<String>,
+    killing: BTreeMap<String, Killing>,
     failures: BTreeMap<String, Failure>,
     backoffs: BTreeMap<String, BackOff>,
     sandbox_failure: Option<Failure>,
     /// Ids of ended containers whose back-off was announced.
     announced: Vec<String>,
+}
+
+/// A container that is being ended, at the latest then.
+struct Killing {
+    until: Timestamp,
+    stop: CancellationToken,
 }
 
 impl Worker {
@@ -207,7 +213,7 @@ impl Worker {
         {
             let memory = self.memory();
             observed.images = memory.images.clone();
-            observed.killing = memory.killing.clone();
+            observed.killing = memory.killing.iter().map(|(id, k)| (id.clone(), k.until)).collect();
             observed.failures = memory.failures.clone();
             observed.backoffs = memory.backoffs.clone();
             observed.sandbox_failure = memory.sandbox_failure.clone();
@@ -222,12 +228,12 @@ impl Worker {
         let pod = self.pod.clone();
         let ending = pod.metadata.is_deleting();
         let running = |id: &str| observed.containers.iter().any(|c| c.id == id && c.state.is_running());
-        self.probers.retain(|id, _| running(id) && !observed.killing.contains(id));
+        self.probers.retain(|id, _| running(id) && !observed.killing.contains_key(id));
         let ip = pod_ips(&pod, observed, &self.shared.config.node_ips).first().copied();
         for container in pod.all_containers() {
             let Some(status) = observed.latest(&container.name) else { continue };
             let runtime::ContainerState::Running(started) = &status.state else { continue };
-            if self.probers.contains_key(&status.id) || observed.killing.contains(&status.id) {
+            if self.probers.contains_key(&status.id) || observed.killing.contains_key(&status.id) {
                 continue;
             }
             let mut container = container.clone();
@@ -340,6 +346,9 @@ impl Worker {
         }
         let sources = self.plain_sources(observed);
         let result = async {
+            if let Some(why) = unsupported(pod) {
+                return Err(why);
+            }
             let tmpfs = self.shared.volumes.prepare(pod, &sources).await.map_err(|e| e.to_string())?;
             let node_dns = std::fs::read_to_string(&self.shared.config.resolv_conf).unwrap_or_default();
             let dns = pod_dns(pod, &self.shared.config.cluster_dns, &parse_resolv_conf(&node_dns));
@@ -350,6 +359,11 @@ impl Worker {
         self.memory().sandbox_failure = None;
         match result {
             Ok(sandbox) => {
+                if wants_seccomp(pod) {
+                    let message =
+                        "seccompProfile RuntimeDefault: this node runs containers without a system call filter";
+                    self.event("", EventKind::Warning, "SeccompUnavailable", message.to_owned());
+                }
                 let ips = if pod.spec.host_network { self.shared.config.node_ips.clone() } else { sandbox.ips };
                 self.write_hosts(pod, &ips)?;
             }
@@ -655,13 +669,18 @@ impl Worker {
 
     /// In the background: the preStop hook, then the stop signal, both within the grace period.
     fn kill(&mut self, pod: &Pod, observed: &Observed, id: &str, name: &str, grace: i64, why: String) {
-        self.memory().killing.push(id.to_owned());
-        self.event(name, EventKind::Normal, "Killing", why);
+        let until = Timestamp::now().saturating_add(SignedDuration::from_secs(grace.max(0))).unwrap_or(Timestamp::MAX);
+        let stop = CancellationToken::new();
+        match self.memory().killing.insert(id.to_owned(), Killing { until, stop: stop.clone() }) {
+            // Its owner has lost patience: the shorter period replaces the longer one.
+            Some(before) => before.stop.cancel(),
+            None => self.event(name, EventKind::Normal, "Killing", why),
+        }
         let container = pod.all_containers().find(|c| c.name == name).cloned().unwrap_or_default();
         let ip = pod_ips(pod, observed, &self.shared.config.node_ips).first().copied();
         let (shared, memory, wake) = (self.shared.clone(), self.memory.clone(), self.wake.clone());
         let (id, report) = (id.to_owned(), self.reporter(name));
-        tokio::spawn(async move {
+        let work = async move {
             let grace = Duration::from_secs(grace.max(0).unsigned_abs());
             let began = std::time::Instant::now();
             if let Some(hook) = container.lifecycle.pre_stop.as_ref().filter(|_| !grace.is_zero()) {
@@ -679,8 +698,14 @@ impl Worker {
                 tracing::warn!(container = id, "cannot stop a container, will try again: {e}");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            memory.lock().expect("no holder panics").killing.retain(|k| *k != id);
+            memory.lock().expect("no holder panics").killing.remove(&id);
             wake.notify_one();
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = work => {}
+                () = stop.cancelled() => {}
+            }
         });
     }
 

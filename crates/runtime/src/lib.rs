@@ -1,6 +1,7 @@
 //! Sandboxes, containers and images, in CRI's words.
 
 pub mod builtin;
+mod files;
 pub mod helper;
 pub mod image;
 pub mod network;

@@ -21,8 +21,9 @@ use linux::process::{PidFd, ProcessId};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::broadcast;
 
+use crate::files::{read_json, write_atomically};
 use crate::helper::protocol::{EXIT, Ready, Reply, Request, Start};
-use crate::image::{ImageStore, PullConfig, write_atomically};
+use crate::image::{ImageStore, PullConfig};
 use crate::network::{PodNetwork, SandboxNetwork};
 use crate::service::Result;
 use crate::types::{
@@ -197,7 +198,7 @@ impl Builtin {
         };
         for (container, bundle) in orphans {
             // The helper's own word, if it managed to leave one, is better than ours.
-            let exit = record::read_json::<Exit>(&bundle.join(EXIT)).ok().flatten().unwrap_or_else(|| Exit {
+            let exit = read_json::<Exit>(&bundle.join(EXIT)).ok().flatten().unwrap_or_else(|| Exit {
                 code: 137,
                 signal: Some(9),
                 oom_killed: false,

@@ -1,15 +1,13 @@
 //! What is written about sandboxes and containers, so that another agent can go on.
 
-use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use linux::process::ProcessId;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::files::{read_json, write_atomically};
 use crate::helper::protocol::{EXIT, STARTED};
-use crate::image::write_atomically;
 use crate::service::Result;
 use crate::types::{ContainerState, ContainerStatus, Context, Exit, SandboxConfig, Started};
 
@@ -86,13 +84,4 @@ pub fn load_containers(sandbox: &Path) -> Result<Vec<ContainerStatus>> {
         containers.push(status);
     }
     Ok(containers)
-}
-
-/// `None` when there is no such file.
-pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
-    }
 }

@@ -13,8 +13,9 @@ use tokio::sync::broadcast;
 
 use super::terminal::Master;
 use super::{Builtin, blocking, client, gone, new_id, not_found, short, spec, status_of};
+use crate::files::write_atomically;
 use crate::helper::protocol::{EXIT, Reply, Request, Run};
-use crate::image::{Image, ImageError, write_atomically};
+use crate::image::{Image, ImageError};
 use crate::service::{ExecRequest, ImageService, Result, RuntimeService, Session};
 use crate::types::{
     ContainerConfig, ContainerState, ContainerStatus, Context, ExecOutput, Exit, ImageStatus, PullAuth, RuntimeError,

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use super::container;
 use super::log::{Log, Stream};
 use super::protocol::{EXIT, Reply, Request, Run, STARTED, Start};
-use crate::image::write_atomically;
+use crate::files::write_atomically;
 use crate::types::{Exit, Started};
 
 /// A request is a few paths and names.

@@ -13,7 +13,6 @@ mod unpack;
 pub use config::ImageConfig;
 pub use reference::{Reference, is_digest};
 pub use registry::{Dialer, PullConfig, tcp_dialer};
-pub(crate) use store::write_atomically;
 pub use store::{Image, ImageStore};
 pub(crate) use unpack::hex;
 

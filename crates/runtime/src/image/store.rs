@@ -235,7 +235,7 @@ impl ImageStore {
 
     fn write_index(&self, index: &Index) -> Result<(), ImageError> {
         let bytes = serde_json::to_vec(index).expect("an index has only string keys");
-        write_atomically(&self.root.join("index.json"), &bytes).context(|| "cannot write the index".into())
+        write_durably(&self.root.join("index.json"), &bytes).context(|| "cannot write the index".into())
     }
 }
 
@@ -245,7 +245,7 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<ConfigFile, ImageError> {
 }
 
 /// Either the old content or the new is there, whenever power goes.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let mut file = fs::File::create(&beside)?;

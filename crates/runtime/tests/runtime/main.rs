@@ -3,6 +3,7 @@
 //! Everything is below one scratch directory and one cgroup, and is removed also when a case fails.
 
 mod image;
+mod registry;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ const CASES: &[(&str, Case)] = &[
     ("exec has its own streams, exit code and terminal", |lab| Box::pin(exec(lab))),
     ("a container that takes too much memory is killed for it", |lab| Box::pin(memory_limit(lab))),
     ("a container is confined: user, capabilities, read-only root, masked paths", |lab| Box::pin(confinement(lab))),
+    ("a pod of the node's own sees the node", |lab| Box::pin(host_pod(lab))),
     ("stop asks first and kills after the grace period", |lab| Box::pin(stop(lab))),
     ("attach sees output from now on and can write", |lab| Box::pin(attach(lab))),
     ("containers share a process namespace when asked to", |lab| Box::pin(shared_processes(lab))),
@@ -33,6 +35,7 @@ const CASES: &[(&str, Case)] = &[
     ("a new agent finds the same containers, and logs have no hole", |lab| Box::pin(adoption(lab))),
     ("a killed helper leaves no orphan", |lab| Box::pin(killed_helper(lab))),
     ("images: names, sharing, removal, damage", |lab| Box::pin(images(lab))),
+    ("images are pulled with a token, and checked", |lab| Box::pin(pull(lab))),
     ("a removed sandbox leaves nothing", |lab| Box::pin(nothing_left(lab))),
 ];
 
@@ -319,6 +322,29 @@ async fn confinement(lab: Arc<Lab>) -> Result<()> {
     Ok(())
 }
 
+async fn host_pod(lab: Arc<Lab>) -> Result<()> {
+    let pod = lab
+        .pod(|c| {
+            c.host_network = true;
+            c.host_pid = true;
+            c.host_ipc = true;
+        })
+        .await?;
+    let own = std::fs::read_link("/proc/self/ns/net")?;
+    let id = lab.start(&pod, "node", "sleep 1000", |c| c.security.privileged = true).await?;
+    let (out, _) = lab.run(&id, &["sh", "-c", "busybox readlink /proc/self/ns/net; hostname; ps | wc -l"]).await?;
+    let lines: Vec<&str> = out.lines().collect();
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
+    ensure!(lines[0] == own.to_string_lossy() && lines[1] == name.trim(), "{out}");
+    ensure!(lines[2].trim().parse::<u32>()? > 20, "only {} processes are seen", lines[2]);
+    let (out, code) =
+        lab.run(&id, &["sh", "-c", "mkdir /tmp/m && busybox mount -t tmpfs x /tmp/m && echo mounted"]).await?;
+    ensure!(code == 0 && out == "mounted\n", "{out}");
+    lab.runtime.stop_container(&id, Duration::ZERO).await?;
+    ensure!(lab.ended(&id).await?.code == 137);
+    Ok(())
+}
+
 async fn stop(lab: Arc<Lab>) -> Result<()> {
     let pod = lab.pod(|_| ()).await?;
     let script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
@@ -447,6 +473,40 @@ async fn images(lab: Arc<Lab>) -> Result<()> {
     damaged.truncate(again.len() / 2);
     ensure!(lab.runtime.images().import(&damaged[..], None).is_err());
     ensure!(lab.runtime.images().import(&b"nonsense"[..], None).is_err());
+    ensure!(std::fs::read_dir(lab.root.join("images/tmp"))?.next().is_none(), "work in progress is left");
+    Ok(())
+}
+
+async fn pull(lab: Arc<Lab>) -> Result<()> {
+    let registry = registry::start(image::oci_layout("ignored:1")?).await?;
+    let name = format!("{}/team/busybox:1", registry.address);
+    let Err(e) = lab.runtime.pull_image(&name, None).await else { bail!("pulled without credentials") };
+    ensure!(e.to_string().contains("401"), "{e}");
+    let auth = runtime::PullAuth { username: "me".to_owned(), password: "secret".to_owned() };
+    let before = lab.runtime.image_status("busybox:test").await?.context("imported")?.id;
+    let id = lab.runtime.pull_image(&name, Some(auth.clone())).await?;
+    ensure!(id == before, "the same content has another id");
+    ensure!(registry.layers_sent() == 0, "a layer that is here was fetched again");
+    lab.runtime.remove_image("busybox:test").await?;
+    lab.runtime.remove_image(&name).await?;
+    let id = lab.runtime.pull_image(&name, Some(auth.clone())).await?;
+    ensure!(registry.layers_sent() == 1);
+    let status = lab.runtime.image_status(&name).await?.context("pulled")?;
+    ensure!(
+        status.id == id && status.repo_digests[0].starts_with(&format!("{}/team/busybox@sha256:", registry.address))
+    );
+    ensure!(lab.runtime.image_status(&status.repo_digests[0]).await?.is_some());
+    let pod = lab.pod(|_| ()).await?;
+    let container = lab.start(&pod, "pulled", "echo from afar", |c| c.image = name.clone()).await?;
+    ensure!(lab.ended(&container).await?.code == 0 && lab.output("pulled") == "from afar\n");
+    lab.runtime.remove_pod_sandbox(&pod).await?;
+    lab.runtime.remove_image(&name).await?;
+    registry.damage();
+    let Err(e) = lab.runtime.pull_image(&name, Some(auth.clone())).await else { bail!("a damaged layer was taken") };
+    ensure!(e.to_string().contains("instead of"), "{e}");
+    let missing = format!("{}/team/nothing:1", registry.address);
+    let Err(e) = lab.runtime.pull_image(&missing, Some(auth)).await else { bail!("nothing was pulled") };
+    ensure!(e.to_string().contains("not found"), "{e}");
     ensure!(std::fs::read_dir(lab.root.join("images/tmp"))?.next().is_none(), "work in progress is left");
     Ok(())
 }

@@ -3,8 +3,14 @@
 //! A controller reads caches fed by watches, decides in a pure `plan`, and acts through [`plan::act`]. It names no
 //! other controller: what one writes, another sees.
 
+<<<<<<< HEAD
 pub mod clusterdns;
+=======
+pub mod amount;
+>>>>>>> ctrl
 pub mod conditions;
+pub mod cronjob;
+pub mod daemonset;
 pub mod deployment;
 pub mod discovery;
 pub mod endpoints;
@@ -12,6 +18,7 @@ pub mod endpointslice;
 pub mod endpointslicemirroring;
 pub mod expectations;
 pub mod garbagecollector;
+pub mod job;
 pub mod namespace;
 pub mod nodelifecycle;
 pub mod nodes;
@@ -21,9 +28,11 @@ pub mod plan;
 pub mod podgc;
 pub mod pods;
 pub mod replicaset;
+pub mod revisions;
 pub mod rootca;
 pub mod service;
 pub mod serviceaccount;
+pub mod statefulset;
 pub mod template;
 
 use api::Resource;
@@ -58,6 +67,10 @@ pub const ALL: &[Descriptor] = &[
     rootca::DESCRIPTOR,
     deployment::DESCRIPTOR,
     replicaset::DESCRIPTOR,
+    statefulset::DESCRIPTOR,
+    daemonset::DESCRIPTOR,
+    job::DESCRIPTOR,
+    cronjob::DESCRIPTOR,
     endpoints::DESCRIPTOR,
     endpointslice::DESCRIPTOR,
     endpointslicemirroring::DESCRIPTOR,

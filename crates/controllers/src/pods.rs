@@ -3,11 +3,12 @@
 use crate::conditions::{self, Condition};
 use crate::expectations::Expectations;
 use crate::owners::owner_key;
-use api::Resource;
 use api::object::{Key, Metadata};
+use api::{ObjectExt, Resource};
 use jiff::Timestamp;
 use reconcile::Named;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,6 +25,9 @@ pub struct Pod {
 #[serde(rename_all = "camelCase", default)]
 pub struct Spec {
     pub node_name: String,
+    /// The one node that a required affinity names, as a DaemonSet's pods have it before they are bound.
+    #[serde(rename = "affinity", deserialize_with = "named_node")]
+    pub target: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -40,6 +44,13 @@ pub struct ContainerStatus {
     pub restart_count: i64,
 }
 
+fn named_node<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let affinity = Value::deserialize(deserializer)?;
+    let field = "/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution/nodeSelectorTerms/0/matchFields/0";
+    let field = affinity.pointer(field).filter(|f| f.text("/key") == "metadata.name");
+    Ok(field.map(|f| f.text("/values/0").to_string()).filter(|name| !name.is_empty()))
+}
+
 impl Named for Pod {
     fn metadata(&self) -> &Metadata {
         &self.metadata
@@ -47,6 +58,15 @@ impl Named for Pod {
 }
 
 impl Pod {
+    /// The node it is on, or is meant for.
+    pub fn node(&self) -> &str {
+        if self.spec.node_name.is_empty() {
+            self.spec.target.as_deref().unwrap_or_default()
+        } else {
+            &self.spec.node_name
+        }
+    }
+
     pub fn is_finished(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
     }
@@ -148,7 +168,7 @@ pub fn sort_for_deletion(pods: &mut [Arc<Pod>], crowd: &BTreeMap<String, usize>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn pod(name: &str, node: &str, phase: &str, ready_since: Option<&str>, extra: Value) -> Arc<Pod> {
         let conditions = match ready_since {

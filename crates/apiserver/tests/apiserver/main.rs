@@ -10,7 +10,7 @@ mod cluster;
 mod faults;
 mod pattern;
 mod rows;
-// mod watch;
+mod watch;
 
 use case::run;
 

@@ -1,5 +1,6 @@
 //! What is read of Deployments and of their ReplicaSets, and the numbers that follow from a strategy.
 
+use crate::amount::int_or_percent;
 use api::object::Metadata;
 use reconcile::{Named, ObjectRef};
 use serde::Deserialize;
@@ -116,15 +117,6 @@ impl DeploymentSpec {
     pub fn deadline(&self) -> Option<i64> {
         self.progress_deadline_seconds.filter(|d| *d != i64::from(i32::MAX))
     }
-}
-
-pub fn int_or_percent(value: &Value, total: i64, round_up: bool) -> i64 {
-    if let Some(number) = value.as_i64() {
-        return number.max(0);
-    }
-    let percent = value.as_str().and_then(|t| t.strip_suffix('%')).and_then(|t| t.parse::<i64>().ok()).unwrap_or(0);
-    let hundredths = total.saturating_mul(percent.max(0));
-    if round_up { (hundredths + 99) / 100 } else { hundredths / 100 }
 }
 
 impl Deployment {

@@ -1,6 +1,6 @@
 //! Rollouts as data: what there is, and the next step.
 
-use super::object::{Deployment, ReplicaSet, int_or_percent};
+use super::object::{Deployment, ReplicaSet};
 use super::rollout::{Plan, plan};
 use crate::plan::Change;
 use crate::pods::Pod;
@@ -55,21 +55,6 @@ fn set(image: &str, revision: i64, size: i64, available: i64, desired: i64) -> A
 
 fn step(deployment: &Deployment, sets: &[Arc<ReplicaSet>]) -> Plan {
     plan(deployment, sets, &[], at("2026-01-01T00:01:00Z"))
-}
-
-#[test]
-fn percentages_round_surge_up_and_unavailability_down() {
-    for (value, total, up, expected) in [
-        (json!("25%"), 3, true, 1),
-        (json!("25%"), 3, false, 0),
-        (json!("25%"), 4, true, 1),
-        (json!("50%"), 5, false, 2),
-        (json!("50%"), 5, true, 3),
-        (json!(2), 9, true, 2),
-        (json!("0%"), 9, true, 0),
-    ] {
-        assert_eq!(int_or_percent(&value, total, up), expected, "{value} of {total}");
-    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use super::{Row, Subresource};
 use crate::strategy::{
-    self, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, JOB, NAMESPACE, NODE, PLAIN, POD, RBAC, REPLICA_SET,
-    REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
+    self, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, JOB, LEASE, NAMESPACE, NODE, PLAIN, POD, RBAC,
+    REPLICA_SET, REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
 };
 use crate::table::{self as t, Column};
 use api::schema;
@@ -152,7 +152,7 @@ pub fn rows() -> Vec<Row> {
         row(RBAC_GROUP, "Role", "roles", true).is(&RBAC).cols(t::NAME_CREATED),
         row("storage.k8s.io", "StorageClass", "storageclasses", false).short(&["sc"]),
         row("scheduling.k8s.io", "PriorityClass", "priorityclasses", false).short(&["pc"]).cols(t::PRIORITY_CLASS),
-        row("coordination.k8s.io", "Lease", "leases", true).cols(t::LEASE),
+        row("coordination.k8s.io", "Lease", "leases", true).is(&LEASE).cols(t::LEASE),
         row("certificates.k8s.io", "CertificateSigningRequest", "certificatesigningrequests", false).short(&["csr"]).status().is(&CSR).subs(CSR_SUBRESOURCES).cols(t::CSR).selectable(&[("spec.signerName", "/spec/signerName")]),
         row("authentication.k8s.io", "SelfSubjectReview", "selfsubjectreviews", false).review(),
         row("authentication.k8s.io", "TokenReview", "tokenreviews", false).review(),

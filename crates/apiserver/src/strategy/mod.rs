@@ -9,7 +9,7 @@ mod workload;
 
 pub use meta::{validate_meta, validate_meta_update};
 
-use crate::auth::Identity;
+use crate::auth::{Identity, escalation};
 use crate::registry::{Claims, Registry};
 use api::{Cause, ObjectExt, Status, names};
 use serde_json::{Value, json};
@@ -34,6 +34,16 @@ pub trait Strategy: Send + Sync {
     /// Admission: what the cluster adds or refuses at creation.
     fn prepare_for_create(&self, _registry: &Registry, _who: &Identity, _object: &mut Value) -> Result<(), Status> {
         Ok(())
+    }
+
+    /// Rights that this write needs beyond its verb, such as those it would give away.
+    fn permits(&self, _: &Registry, _: &Identity, _object: &Value, _old: Option<&Value>) -> Result<(), Status> {
+        Ok(())
+    }
+
+    /// Why nobody may delete this object, if so.
+    fn keeps(&self, _object: &Value) -> Option<&'static str> {
+        None
     }
 
     /// Carries over what an update may not change silently.
@@ -81,7 +91,7 @@ pub static RBAC: Rbac = Rbac;
 pub static REVIEW: Review = Review;
 pub static CSR: Csr = Csr;
 pub static ENDPOINTS: Endpoints = Endpoints;
-pub use node::NODE;
+pub use node::{LEASE, NODE};
 pub use pod::POD;
 pub use service::SERVICE;
 pub use slice::SLICE;
@@ -100,6 +110,10 @@ impl Strategy for Rbac {
     // RBAC names may hold colons: system:node.
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::path_segment(name)
+    }
+
+    fn permits(&self, registry: &Registry, who: &Identity, object: &Value, old: Option<&Value>) -> Result<(), Status> {
+        escalation::check(registry, who, object, old)
     }
 
     fn default(&self, object: &mut Value) {
@@ -197,6 +211,11 @@ impl Strategy for Namespace {
         if let Some(labels) = labels.as_object_mut() {
             labels.insert("kubernetes.io/metadata.name".into(), json!(name));
         }
+    }
+
+    fn keeps(&self, object: &Value) -> Option<&'static str> {
+        let kept = matches!(object.name(), "default" | "kube-system" | "kube-public");
+        kept.then_some("this namespace may not be deleted")
     }
 
     fn prepare_for_create(&self, _: &Registry, _: &Identity, object: &mut Value) -> Result<(), Status> {

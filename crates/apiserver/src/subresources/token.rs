@@ -44,6 +44,7 @@ pub async fn create(server: &ApiServer, call: &Call) -> Result<Response<Body>, S
         audiences: request
             .pointer("/spec/audiences")
             .and_then(Value::as_array)
+            .filter(|a| !a.is_empty())
             .map(|a| a.iter().filter_map(Value::as_str).map(str::to_string).collect())
             .unwrap_or_else(|| vec![server.tokens().issuer.clone()]),
         ..Claims::default()

@@ -76,12 +76,13 @@ async fn create_object(
         if row.has_status && row.schema.is_some_and(|s| s.field("status").is_some_and(|f| !f.pointer)) {
             crate::strategy::set_default(&mut object, "status", json!({}));
         }
+        row.strategy.permits(&call.registry, &call.who, &object, None)?;
         let mut causes = validate_meta(&object, row.namespaced, |n| row.strategy.name_problems(n));
         causes.extend(row.strategy.validate(&object, None));
         if !causes.is_empty() {
             return Err(Status::invalid(&row.group, &row.kind, object.name(), causes));
         }
-        namespace_takes(call, object.namespace())?;
+        namespace_takes(call, object.namespace(), object.name())?;
         let claims = row.strategy.claims(&call.registry, &mut object, None)?;
         finish(&mut object);
         let key = row.key(object.namespace(), object.name());
@@ -130,7 +131,7 @@ fn place(call: &Call, object: &mut Value) -> Result<(), Status> {
 }
 
 /// A namespace must be there and not be going to take new objects.
-fn namespace_takes(call: &Call, namespace: &str) -> Result<(), Status> {
+fn namespace_takes(call: &Call, namespace: &str, name: &str) -> Result<(), Status> {
     if !call.row.namespaced {
         return Ok(());
     }
@@ -139,19 +140,15 @@ fn namespace_takes(call: &Call, namespace: &str) -> Result<(), Status> {
     };
     // Events may still tell of the end, and reviews store nothing.
     if found.parse().is_deleting() && *call.row.kind != *"Event" {
-        let (plural, name) = (&call.row.plural, &call.info.name);
-        let mut status = Status::forbidden(format!(
-            "{plural} {name:?} is forbidden: unable to create new content in namespace {namespace} because it is being terminated"
-        ));
-        status.details = Some(api::status::Details {
-            kind: plural.to_string(),
-            causes: vec![api::Cause {
+        let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
+        let mut status = Status::refused(&call.row.group, &call.row.plural, name, &why);
+        if let Some(details) = &mut status.details {
+            details.causes = vec![api::Cause {
                 reason: "NamespaceTerminating".into(),
                 message: format!("namespace {namespace} is being terminated"),
                 field: "metadata.namespace".into(),
-            }],
-            ..Default::default()
-        });
+            }];
+        }
         return Err(status);
     }
     Ok(())
@@ -348,6 +345,7 @@ pub async fn change(
         row.strategy.default(&mut new);
         if call.info.subresource.is_empty() {
             row.strategy.prepare_for_update(&call.registry, &mut new, &old);
+            row.strategy.permits(&call.registry, &call.who, &new, Some(&old))?;
         }
         let mut causes = validate_meta(&new, row.namespaced, |_| Vec::new());
         causes.extend(validate_meta_update(&new, &old));

@@ -3,8 +3,8 @@
 //! A controller reads caches fed by watches, decides in a pure `plan`, and acts through [`plan::act`]. It names no
 //! other controller: what one writes, another sees.
 
-pub mod clusterdns;
 pub mod amount;
+pub mod clusterdns;
 pub mod conditions;
 pub mod cronjob;
 pub mod daemonset;

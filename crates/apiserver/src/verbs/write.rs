@@ -82,14 +82,14 @@ async fn create_object(
             return Err(Status::invalid(&row.group, &row.kind, object.name(), causes));
         }
         namespace_takes(call, object.namespace())?;
+        // Before claims: what a living object of this name holds is no complaint of its own.
+        if generated.is_none() && call.registry.cache.get(row, object.namespace(), object.name()).is_some() {
+            return Err(Status::already_exists(&row.group, &row.plural, object.name()));
+        }
         let claims = row.strategy.claims(&call.registry, &mut object, None)?;
         finish(&mut object);
         let key = row.key(object.namespace(), object.name());
-        let exists = || Status::already_exists(&row.group, &row.plural, object.name());
         if call.info.query.is_dry_run() {
-            if call.registry.cache.get(row, object.namespace(), object.name()).is_some() {
-                return Err(exists());
-            }
             return Ok((object, 0));
         }
         let txn = with_claims(Txn::new().when(Compare::Absent(key.clone())).put(key, to_stored(&object)), &claims);
@@ -98,7 +98,9 @@ async fn create_object(
                 object.metadata_mut().insert("resourceVersion".into(), json!(revision.to_string()));
                 return Ok((object, revision));
             }
-            Outcome::Failed { index: 0, .. } if generated.is_none() => return Err(exists()),
+            Outcome::Failed { index: 0, .. } if generated.is_none() => {
+                return Err(Status::already_exists(&row.group, &row.plural, object.name()));
+            }
             Outcome::Failed { .. } if attempt + 1 == ATTEMPTS => break,
             Outcome::Failed { .. } => {}
         }

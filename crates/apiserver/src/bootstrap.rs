@@ -10,6 +10,7 @@ use http::Request;
 use http_body_util::{BodyExt, Full};
 use serde_json::{Value, json};
 use std::net::IpAddr;
+use std::time::Duration;
 
 /// The role of one of our own components: a service account in `kube-system` (or a user) with a cluster role of its own.
 #[derive(Debug, Clone)]
@@ -247,21 +248,44 @@ pub async fn kubernetes_service(server: &ApiServer, advertise: &Advertise) -> Re
 
 /// Creates an object, or, with `repair`, makes the one that is there equal in all but metadata and status.
 pub async fn ensure(server: &ApiServer, collection: &str, object: &Value, repair: bool) -> Result<(), String> {
-    let name = object.name();
-    match send(server, "POST", collection, Some(object)).await {
-        Ok(_) => return Ok(()),
-        Err(status) if status.reason == "AlreadyExists" => {}
-        Err(status) => return Err(format!("{collection}/{name}: {status}")),
+    let path = format!("{collection}/{}", object.name());
+    let mut tries = 0;
+    loop {
+        match ensure_once(server, collection, &path, object, repair).await {
+            Ok(()) => return Ok(()),
+            // A store that is not there yet, and a write by another server that starts as we do.
+            Err(status) if matches!(status.code, 503 | 504 | 409) && tries < TRIES => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(100) * tries).await;
+            }
+            Err(status) => return Err(format!("{path}: {status}")),
+        }
     }
+}
+
+/// How often a first object is tried again; in all about five seconds.
+const TRIES: u32 = 10;
+
+async fn ensure_once(
+    server: &ApiServer,
+    collection: &str,
+    path: &str,
+    object: &Value,
+    repair: bool,
+) -> Result<(), Status> {
+    // Asked first: to create what is there may fail for another reason, as its own address is taken by itself.
+    let live = match send(server, "GET", path, None).await {
+        Ok(live) => live,
+        Err(status) if status.is_not_found() => return send(server, "POST", collection, Some(object)).await.map(drop),
+        Err(status) => return Err(status),
+    };
     if !repair {
         return Ok(());
     }
-    let path = format!("{collection}/{name}");
-    let live = send(server, "GET", &path, None).await.map_err(|s| format!("{path}: {s}"))?;
     let mut wanted = object.clone();
     wanted.metadata_mut().insert("resourceVersion".into(), json!(live.resource_version()));
     // An unchanged object costs no write: the update finds nothing different.
-    send(server, "PUT", &path, Some(&wanted)).await.map(|_| ()).map_err(|s| format!("{path}: {s}"))
+    send(server, "PUT", path, Some(&wanted)).await.map(drop)
 }
 
 async fn send(server: &ApiServer, method: &str, path: &str, object: Option<&Value>) -> Result<Value, Status> {

@@ -204,6 +204,21 @@ struct KindCache {
     forgotten: Revision,
 }
 
+impl KindCache {
+    fn take(&mut self, object_key: &str, after: Option<Arc<Stored>>, revision: Revision) {
+        let before = match &after {
+            Some(after) => self.objects.insert(object_key.into(), after.clone()),
+            None => self.objects.remove(object_key),
+        };
+        self.events.push_back(Arc::new(CacheEvent { revision, before, after, encoded: Default::default() }));
+        if self.events.len() > EVENTS_KEPT
+            && let Some(event) = self.events.pop_front()
+        {
+            self.forgotten = event.revision;
+        }
+    }
+}
+
 /// How many changes of a kind a watcher may lag behind.
 const EVENTS_KEPT: usize = 8192;
 
@@ -233,9 +248,7 @@ impl WatchCache {
             claims: RwLock::default(),
             revision: tokio::sync::watch::Sender::new(listing.revision),
         });
-        for kv in listing.items {
-            cache.apply(&kv.key, Some(kv.value), kv.mod_revision);
-        }
+        cache.apply(listing.items.into_iter().map(|kv| (kv.key, Some(kv.value), kv.mod_revision)));
         for kind in cache.kinds.values() {
             let mut kind = kind.write().expect("no writer of the cache panics");
             kind.events.clear();
@@ -251,13 +264,11 @@ impl WatchCache {
                 };
                 match item {
                     Some(Ok(batch)) => {
-                        for event in batch.events {
-                            let value = match event.kind {
-                                EventKind::Put { value, .. } => Some(value),
-                                EventKind::Delete => None,
-                            };
-                            writer.apply(&event.key, value, event.revision);
-                        }
+                        let changes = batch.events.into_iter().map(|event| match event.kind {
+                            EventKind::Put { value, .. } => (event.key, Some(value), event.revision),
+                            EventKind::Delete => (event.key, None, event.revision),
+                        });
+                        writer.apply(changes);
                         from = batch.revision;
                         writer.revision.send_replace(from);
                     }
@@ -281,42 +292,45 @@ impl WatchCache {
         Ok(cache)
     }
 
-    fn apply(&self, key: &Arc<str>, value: Option<Bytes>, revision: Revision) {
-        if key.starts_with("claims/") {
-            let mut claims = self.claims.write().expect("no writer of the cache panics");
-            match value {
-                Some(_) => claims.insert(key.clone()),
-                None => claims.remove(key),
-            };
-            return;
+    /// Takes over changes. Those of one kind become visible together: nobody sees half of a transaction in a kind,
+    /// and a watcher that stands at a revision has seen all of it.
+    fn apply(&self, changes: impl Iterator<Item = (Arc<str>, Option<Bytes>, Revision)>) {
+        let mut by_kind: BTreeMap<&str, Vec<(Arc<str>, Option<Arc<Stored>>, Revision)>> = BTreeMap::new();
+        for (key, value, revision) in changes {
+            if key.starts_with("claims/") {
+                let mut claims = self.claims.write().expect("no writer of the cache panics");
+                match value {
+                    Some(_) => claims.insert(key),
+                    None => claims.remove(&key),
+                };
+                continue;
+            }
+            let Some((prefix, row)) = self.place(&key) else { continue };
+            match value.map(|v| Stored::new(row, v, revision)).transpose() {
+                Ok(after) => by_kind.entry(prefix).or_default().push((key, after.map(Arc::new), revision)),
+                Err(problem) => error!(%key, %problem, "the store holds an object that is not JSON; it is not served"),
+            }
         }
+        for (prefix, changes) in by_kind {
+            let Some(kind) = self.kinds.get(prefix) else { continue };
+            let mut kind = kind.write().expect("no writer of the cache panics");
+            for (key, after, revision) in changes {
+                kind.take(&key[prefix.len()..], after, revision);
+            }
+        }
+    }
+
+    /// The prefix and row of the kind that a key belongs to.
+    fn place(&self, key: &str) -> Option<(&str, &Row)> {
         let mut parts = key.splitn(4, '/');
-        let (Some("registry"), Some(group), Some(plural), Some(rest)) =
+        let (Some("registry"), Some(group), Some(plural), Some(_)) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {
-            return;
+            return None;
         };
-        let Some(kind) = self.kinds.get(&format!("registry/{group}/{plural}/")) else { return };
+        let (prefix, _) = self.kinds.get_key_value(&format!("registry/{group}/{plural}/"))?;
         let group = if group == "core" { "" } else { group };
-        let Some(row) = self.catalog.find(group, "v1", plural) else { return };
-        let after = match value.map(|v| Stored::new(row, v, revision)).transpose() {
-            Ok(after) => after.map(Arc::new),
-            Err(problem) => {
-                error!(%key, %problem, "the store holds an object that is not JSON; it is not served");
-                return;
-            }
-        };
-        let mut kind = kind.write().expect("no writer of the cache panics");
-        let before = match &after {
-            Some(after) => kind.objects.insert(rest.into(), after.clone()),
-            None => kind.objects.remove(rest),
-        };
-        kind.events.push_back(Arc::new(CacheEvent { revision, before, after, encoded: Default::default() }));
-        if kind.events.len() > EVENTS_KEPT
-            && let Some(event) = kind.events.pop_front()
-        {
-            kind.forgotten = event.revision;
-        }
+        Some((prefix, self.catalog.find(group, "v1", plural)?))
     }
 
     fn kind(&self, row: &Row) -> std::sync::RwLockReadGuard<'_, KindCache> {
@@ -333,10 +347,22 @@ impl WatchCache {
         let wait = receiver.wait_for(|r| *r >= revision);
         match tokio::time::timeout(Duration::from_secs(3), wait).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(Status::timeout(format!(
-                "Timeout: Too large resource version: {revision}, current: {}",
-                self.revision()
-            ))),
+            _ => {
+                let current = self.revision();
+                let mut status =
+                    Status::timeout(format!("Timeout: Too large resource version: {revision}, current: {current}"));
+                status.details = Some(api::status::Details {
+                    // By this cause clients know that they must list from another revision.
+                    causes: vec![api::Cause {
+                        reason: "ResourceVersionTooLarge".into(),
+                        message: "Too large resource version".into(),
+                        field: String::new(),
+                    }],
+                    retry_after_seconds: Some(1),
+                    ..Default::default()
+                });
+                Err(status)
+            }
         }
     }
 

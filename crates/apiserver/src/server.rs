@@ -110,7 +110,8 @@ impl ApiServer {
         if head {
             *response.body_mut() = body::full(Bytes::new());
         }
-        response.headers_mut().insert("cache-control", HeaderValue::from_static("no-cache, private"));
+        // What may be kept says so itself.
+        response.headers_mut().entry("cache-control").or_insert(HeaderValue::from_static("no-cache, private"));
         response
     }
 

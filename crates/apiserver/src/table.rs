@@ -3,7 +3,7 @@
 use crate::catalog::Row;
 use api::{ObjectExt, time};
 use jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// A column: header, type, priority (1: only with `-o wide`), and its cell.
 pub struct Column {
@@ -262,7 +262,11 @@ pub fn many<'a>(row: &Row, objects: impl Iterator<Item = &'a Value>, now: Timest
     let rows: Vec<Value> = objects
         .map(|o| {
             let cells: Vec<Value> = row.columns.iter().map(|c| (c.cell)(o, now)).collect();
-            json!({"cells": cells, "object": partial(o)})
+            // Nobody reads the managers in a table, and they would be most of it.
+            let metadata = o.get("metadata").and_then(Value::as_object).into_iter().flatten();
+            let metadata: Map<String, Value> =
+                metadata.filter(|(k, _)| *k != "managedFields").map(|(k, v)| (k.clone(), v.clone())).collect();
+            json!({"cells": cells, "object": partial_of(Value::Object(metadata))})
         })
         .collect();
     json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "columnDefinitions": columns, "rows": rows})
@@ -277,6 +281,10 @@ pub fn one(row: &Row, object: &Value, now: Timestamp) -> Value {
 /// The object's metadata alone.
 pub fn partial(object: &Value) -> Value {
     let metadata = object.get("metadata").cloned().unwrap_or(json!({}));
+    partial_of(metadata)
+}
+
+fn partial_of(metadata: Value) -> Value {
     json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata})
 }
 

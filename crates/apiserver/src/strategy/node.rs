@@ -71,14 +71,14 @@ impl Strategy for Node {
     fn validate(&self, object: &Value, old: Option<&Value>) -> Vec<Cause> {
         let mut causes = Vec::new();
         if let Some(old) = old {
-            for field in ["podCIDR", "podCIDRs", "providerID"] {
+            for (field, shown) in [("podCIDRs", "podCIDR"), ("providerID", "providerID")] {
                 let pointer = format!("/spec/{field}");
                 if let (Some(before), after) = (old.pointer(&pointer), object.pointer(&pointer))
                     && Some(before) != after
                 {
                     causes.push(Cause::forbidden(
                         format!("spec.{field}"),
-                        "node updates may only change labels, taints, or capacity (or configSource, if the DynamicKubeletConfig feature gate is enabled)",
+                        format!("node updates may not change {shown} except from \"\" to valid"),
                     ));
                 }
             }

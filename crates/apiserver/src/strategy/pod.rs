@@ -493,7 +493,7 @@ fn update_causes(spec: &Value, old: &Value) -> Vec<Cause> {
             .collect();
         let count = before.get(list).and_then(Value::as_array).map_or(0, Vec::len);
         if images.len() != count {
-            return vec![Cause::forbidden("spec", "pod updates may not add or remove containers")];
+            return vec![Cause::forbidden(format!("spec.{list}"), "pod updates may not add or remove containers")];
         }
         for (container, image) in before.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten().zip(images) {
             container["image"] = image;

@@ -110,6 +110,34 @@ impl Strategy for Service {
             }
             return;
         }
+        // Who changes the one address without the list changes the list's first.
+        let text = |field: &str| spec.get(field).and_then(Value::as_str).unwrap_or("").to_string();
+        let (first, before) = (text("clusterIP"), old.text("/spec/clusterIP"));
+        let list = spec.get("clusterIPs").and_then(Value::as_array).cloned().unwrap_or_default();
+        let list_before = old.pointer("/spec/clusterIPs").and_then(Value::as_array);
+        if !first.is_empty() && first != before && (list.is_empty() || Some(&list) == list_before) {
+            let mut changed = list;
+            match changed.first_mut() {
+                Some(slot) => *slot = json!(first),
+                None => changed.push(json!(first)),
+            }
+            spec.insert("clusterIPs".into(), Value::Array(changed));
+        }
+        // What the new type has no use for goes, unless the client has just said it.
+        let external = |type_: &str, ips: Option<&Value>| {
+            matches!(type_, "NodePort" | "LoadBalancer") || ips.and_then(Value::as_array).is_some_and(|l| !l.is_empty())
+        };
+        let was_external = external(kind(old), old.pointer("/spec/externalIPs"));
+        let is_external = external(&now, spec.get("externalIPs"));
+        let mut drop_field = |field: &str, had: bool, has: bool| {
+            if had && !has && spec.get(field) == old.pointer(&format!("/spec/{field}")) {
+                spec.remove(field);
+            }
+        };
+        drop_field("externalTrafficPolicy", was_external, is_external);
+        for field in ["allocateLoadBalancerNodePorts", "loadBalancerClass"] {
+            drop_field(field, kind(old) == "LoadBalancer", now == "LoadBalancer");
+        }
         // What the server chose is kept when the client leaves it out.
         for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
             let empty = spec.get(field).is_none_or(|v| v.is_null() || v == "" || v == &json!([]));

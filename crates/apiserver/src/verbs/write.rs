@@ -72,6 +72,7 @@ async fn create_object(
             object.metadata_mut().insert("name".into(), json!(name));
         }
         row.strategy.default(&mut object);
+        namespace_takes(call, object.namespace())?;
         row.strategy.prepare_for_create(&call.registry, &call.who, &mut object)?;
         if row.has_status && row.schema.is_some_and(|s| s.field("status").is_some_and(|f| !f.pointer)) {
             crate::strategy::set_default(&mut object, "status", json!({}));
@@ -81,7 +82,6 @@ async fn create_object(
         if !causes.is_empty() {
             return Err(Status::invalid(&row.group, &row.kind, object.name(), causes));
         }
-        namespace_takes(call, object.namespace())?;
         // Before claims: what a living object of this name holds is no complaint of its own.
         if generated.is_none() && call.registry.cache.get(row, object.namespace(), object.name()).is_some() {
             return Err(Status::already_exists(&row.group, &row.plural, object.name()));
@@ -245,20 +245,19 @@ fn patch_error(call: &Call, error: &PatchError) -> Status {
     match error {
         PatchError::Malformed(_) => Status::bad_request(error.to_string()),
         PatchError::TooLarge(_) => Status::too_large(error.to_string()),
-        PatchError::DoesNotApply(_) => {
-            let mut status =
-                Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
-            status.details = Some(api::status::Details {
-                group: call.row.group.to_string(),
-                kind: call.row.kind.to_string(),
-                name: call.info.name.clone(),
-                causes: vec![api::Cause { reason: String::new(), message: error.to_string(), field: "patch".into() }],
-                ..Default::default()
-            });
-            status.message = error.to_string();
-            status
+        // What is wrong with the patch stays unsaid, as in Kubernetes' own answer.
+        PatchError::DoesNotApply(_) if is_json_patch(call) => {
+            Status::new(422, "Invalid", "the server rejected our request due to an error in our request")
         }
+        PatchError::DoesNotApply(_) => Status::new(422, "Invalid", error.to_string()),
     }
+}
+
+fn is_json_patch(call: &Call) -> bool {
+    call.headers
+        .get("content-type")
+        .and_then(|v| v.to_str().ok())
+        .is_some_and(|m| m.starts_with("application/json-patch"))
 }
 
 async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body::Body>, Status> {

@@ -1,6 +1,6 @@
 //! The server as one service: who asks, may they, what is it about, and the verb.
 
-use crate::auth::authenticate::{PeerCertificate, authenticate};
+use crate::auth::authenticate::{ForeignCertificate, PeerCertificate, authenticate};
 use crate::auth::impersonate::impersonate;
 use crate::auth::rbac::{Attributes, Rbac};
 use crate::auth::token::TokenKey;
@@ -126,6 +126,10 @@ impl ApiServer {
             Some(identity) => (**identity).clone(),
             None => {
                 let certificate = request.extensions().get::<PeerCertificate>().cloned();
+                let foreign = request.extensions().get::<ForeignCertificate>().is_some();
+                if foreign && !request.headers().contains_key("authorization") {
+                    return Err(Status::unauthorized());
+                }
                 authenticate(registry, &self.inner.tokens, request.headers(), certificate.as_ref())?
             }
         };

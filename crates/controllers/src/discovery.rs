@@ -109,7 +109,7 @@ static WORDS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 
 fn interned(word: &str) -> &'static str {
     let mut words = WORDS.lock().expect("no holder of this lock panics");
-    if let Some(known) = words.get(word) {
+    if let Some(&known) = words.get(word) {
         return known;
     }
     let word: &'static str = Box::leak(word.to_string().into_boxed_str());

@@ -3,8 +3,8 @@
 //! A controller reads caches fed by watches, decides in a pure `plan`, and acts through [`plan::act`]. It names no
 //! other controller: what one writes, another sees.
 
-pub mod clusterdns;
 pub mod amount;
+pub mod clusterdns;
 pub mod conditions;
 pub mod cronjob;
 pub mod daemonset;
@@ -79,12 +79,19 @@ pub const ALL: &[Descriptor] = &[
 /// Why a key could not be worked on; it is tried again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(transparent)]
-    Api(#[from] reconcile::ApiError),
+    // Boxed: an answer of the API is large, and rare.
+    #[error("{0}")]
+    Api(Box<reconcile::ApiError>),
     #[error("{0}: correct the object's selector")]
     Selector(#[from] api::selector::SelectorError),
     #[error("{0}: correct the object")]
     Object(String),
+}
+
+impl From<reconcile::ApiError> for Error {
+    fn from(error: reconcile::ApiError) -> Error {
+        Error::Api(Box::new(error))
+    }
 }
 
 #[cfg(test)]

@@ -74,15 +74,24 @@ pub async fn act_all(client: &Client, changes: &[Change]) -> Result<(), ApiError
     Ok(())
 }
 
-/// Whether a merge patch would change the value.
+/// Whether a merge patch would change the value. As in Go, a field that is absent is as good as zero.
 pub fn would_change(current: &Value, patch: &Value) -> bool {
     match patch {
-        Value::Object(fields) => fields.iter().any(|(name, wanted)| match (current.get(name), wanted) {
-            (None | Some(Value::Null), Value::Null) => false,
-            (Some(_), Value::Null) | (None, _) => true,
-            (Some(found), wanted) => would_change(found, wanted),
-        }),
-        other => current != other,
+        Value::Object(fields) => {
+            fields.iter().any(|(name, wanted)| would_change(current.get(name).unwrap_or(&Value::Null), wanted))
+        }
+        other => current != other && !(is_zero(current) && is_zero(other)),
+    }
+}
+
+fn is_zero(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(is_so) => !is_so,
+        Value::Number(number) => number.as_i64() == Some(0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
     }
 }
 
@@ -122,6 +131,8 @@ mod tests {
             (json!({"conditions": [{"type": "A"}]}), false),
             (json!({"conditions": []}), true),
             (json!({"inner": {"a": 1, "b": null}}), false),
+            (json!({"readyReplicas": 0, "absent": {"a": null}, "list": []}), false),
+            (json!({"replicas": 0}), true),
         ] {
             assert_eq!(would_change(&current, &patch), expected, "{patch}");
         }

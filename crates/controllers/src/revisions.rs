@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn templates_are_kept_once_and_brought_back_to_the_front() {
         let first = made("a", 1, &[]);
-        let second = made("b", 2, &[first.clone()]);
+        let second = made("b", 2, std::slice::from_ref(&first));
         assert_eq!(crate::template::canonical(&first.template()), crate::template::canonical(&template("a")));
         let owned = [first.clone(), second.clone()];
         let owner = Metadata { name: "db".into(), ..Metadata::default() };

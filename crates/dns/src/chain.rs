@@ -86,7 +86,7 @@ impl Resolver {
         let mut question = question.clone();
         let mut last = Source::ClusterZone;
         for _ in 0..=MAX_ALIASES {
-            let Some((mut answer, source)) = self.from_memory(&question, now) else {
+            let Some((mut answer, source)) = self.recall(&question, now) else {
                 return Progress::Waiting { so_far, question };
             };
             last = source;
@@ -114,7 +114,7 @@ impl Resolver {
         (answer, Source::Forward)
     }
 
-    fn from_memory(&self, question: &Question, now: Instant) -> Option<(Answer, Source)> {
+    fn recall(&self, question: &Question, now: Instant) -> Option<(Answer, Source)> {
         CHAIN.iter().find_map(|source| {
             let answer = match source {
                 Source::ClusterZone => {

@@ -54,6 +54,9 @@ enum Command {
 
 impl Cli {
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        if !matches!(self.command, Command::Server(_) | Command::Agent(_) | Command::Up(_)) {
+            linux::sigpipe::end_on_closed_pipe();
+        }
         match self.command {
             Command::Up(args) => up::run(args),
             Command::Down(args) => down::run(&args),

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use apiserver::ApiServer;
-use apiserver::auth::authenticate::PeerCertificate;
+use apiserver::auth::authenticate::{ForeignCertificate, PeerCertificate};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::BodyExt;
@@ -21,8 +21,11 @@ use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use rustls::RootCertStore;
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -44,22 +47,85 @@ const MAX_CONNECTIONS: usize = 8192;
 /// How much of a body that nobody wants is read, so that its sender gets to see the answer.
 const MAX_DISCARD: u64 = 256 * 1024 * 1024;
 
-/// TLS for a listener with one certificate.
-pub fn api_tls(certificate: &CertifiedKey, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
-    tls_config(Rotating::new(certificate)?, ca_pem)
+/// TLS of the API server. A certificate of a foreign authority ends no handshake: its bearer is told 401, in words.
+#[derive(Clone)]
+pub struct ApiTls {
+    config: Arc<rustls::ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+pub fn api_tls(certificate: &CertifiedKey, ca_pem: &str) -> anyhow::Result<ApiTls> {
+    let verifier = verifier(ca_pem)?;
+    let config = config(Rotating::new(certificate)?, Arc::new(AnyCertificate(verifier.clone())))?;
+    Ok(ApiTls { config, verifier })
+}
+
+/// Takes any client certificate whose key the client holds. Whose it is, is found out after the handshake.
+#[derive(Debug)]
+struct AnyCertificate(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for AnyCertificate {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
 }
 
 /// TLS for a listener: the certificate as it is at each handshake; clients may show one that `ca_pem` signed, and need not.
 pub fn tls_config(certificate: Arc<Rotating>, ca_pem: &str) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+    config(certificate, verifier(ca_pem)?)
+}
+
+fn verifier(ca_pem: &str) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
     for authority in pki::certificates(ca_pem.as_bytes())? {
         roots.add(authority).context("the certificate authority cannot be used for TLS")?;
     }
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .allow_unauthenticated()
-        .build()
-        .context("prepare the check of client certificates")?;
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).allow_unauthenticated().build();
+    Ok(verifier.context("prepare the check of client certificates")?)
+}
+
+fn config(
+    certificate: Arc<Rotating>,
+    verifier: Arc<dyn ClientCertVerifier>,
+) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .context("choose TLS versions")?
@@ -70,13 +136,7 @@ pub fn tls_config(certificate: Arc<Rotating>, ca_pem: &str) -> anyhow::Result<Ar
 }
 
 /// Answers on `listener` until `token` is cancelled; returns when the last connection is through or the drain's time is up.
-pub async fn serve_api(
-    listener: TcpListener,
-    tls: Arc<rustls::ServerConfig>,
-    server: ApiServer,
-    token: CancellationToken,
-) {
-    let acceptor = TlsAcceptor::from(tls);
+pub async fn serve_api(listener: TcpListener, tls: ApiTls, server: ApiServer, token: CancellationToken) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -88,7 +148,7 @@ pub async fn serve_api(
         };
         match accepted {
             Ok((stream, permit)) => {
-                let connection = serve_connection(acceptor.clone(), stream, server.clone(), token.clone());
+                let connection = serve_connection(tls.clone(), stream, server.clone(), token.clone());
                 connections.spawn(async move {
                     connection.await;
                     drop(permit);
@@ -115,7 +175,8 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> io::Result<(Tc
     Ok((stream, permit))
 }
 
-async fn serve_connection(acceptor: TlsAcceptor, stream: TcpStream, server: ApiServer, token: CancellationToken) {
+async fn serve_connection(tls: ApiTls, stream: TcpStream, server: ApiServer, token: CancellationToken) {
+    let acceptor = TlsAcceptor::from(tls.config);
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%error, "TCP_NODELAY");
     }
@@ -128,7 +189,7 @@ async fn serve_connection(acceptor: TlsAcceptor, stream: TcpStream, server: ApiS
         },
         () = token.cancelled() => return,
     };
-    let peer = peer(&stream);
+    let peer = peer(&stream, &*tls.verifier);
     let begun = Arc::new(Begun::default());
     let service = {
         let begun = begun.clone();
@@ -193,19 +254,34 @@ impl Begun {
     }
 }
 
-/// The certificate that the client has shown and TLS has verified.
-fn peer(stream: &TlsStream<TcpStream>) -> Option<PeerCertificate> {
+/// The certificate that the client has shown: ours, or somebody else's.
+#[derive(Clone)]
+enum Peer {
+    Ours(PeerCertificate),
+    Foreign,
+}
+
+fn peer(stream: &TlsStream<TcpStream>, verifier: &dyn ClientCertVerifier) -> Option<Peer> {
     let (_, session) = stream.get_ref();
-    session.peer_certificates().and_then(|chain| chain.first()).map(|leaf| PeerCertificate(leaf.to_vec()))
+    let (leaf, chain) = session.peer_certificates()?.split_first()?;
+    Some(match verifier.verify_client_cert(leaf, chain, UnixTime::now()) {
+        Ok(_) => Peer::Ours(PeerCertificate(leaf.to_vec())),
+        Err(error) => {
+            debug!(%error, "a client's certificate is not of this cluster");
+            Peer::Foreign
+        }
+    })
 }
 
 async fn answer(
     server: ApiServer,
-    peer: Option<PeerCertificate>,
+    peer: Option<Peer>,
     mut request: Request<Incoming>,
 ) -> Result<Response<apiserver::body::Body>, Infallible> {
-    if let Some(peer) = peer {
-        request.extensions_mut().insert(peer);
+    match peer {
+        Some(Peer::Ours(certificate)) => drop(request.extensions_mut().insert(certificate)),
+        Some(Peer::Foreign) => drop(request.extensions_mut().insert(ForeignCertificate)),
+        None => {}
     }
     Ok(server.handle(request.map(|body| Received(Some(body)))).await)
 }

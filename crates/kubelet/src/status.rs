@@ -349,3 +349,80 @@ fn conditions(pod: &Pod, observed: &Observed, init: &[Value], app: &[Value], pha
 fn ours_names() -> [&'static str; 5] {
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use runtime::{ContainerConfig, SandboxConfig, SandboxState, SandboxStatus};
+
+    /// `phase` and the states of all containers, for a pod of one container `a` in the given state.
+    fn show(policy: &str, state: Option<ContainerState>, backoff: bool) -> String {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "p", "namespace": "n", "uid": "u"},
+            "spec": {"restartPolicy": policy, "containers": [{"name": "a"}]}
+        }))
+        .expect("a pod");
+        let now = Timestamp::from_second(1_000_000).expect("a time");
+        let mut observed = Observed::default();
+        observed.sandboxes.push(SandboxStatus {
+            id: "s".into(),
+            config: SandboxConfig::default(),
+            state: SandboxState::Ready,
+            created_at: now,
+            ips: vec![[10, 0, 0, 1].into()],
+            pid: None,
+        });
+        observed.containers.extend(state.map(|state| ContainerStatus {
+            id: "c".into(),
+            sandbox_id: "s".into(),
+            config: ContainerConfig { name: "a".into(), ..ContainerConfig::default() },
+            image_id: String::new(),
+            created_at: now,
+            state,
+        }));
+        if backoff {
+            observed.backoffs.insert("a".into(), crate::plan::BackOff::next(None, now));
+        }
+        let probe = crate::plan::ProbeState { started: true, ready: true, unhealthy: None };
+        observed.probes.insert("c".into(), probe);
+        let status = pod_status(&pod, &observed, &Facts { now, ..Facts::default() });
+        let ready = status["conditions"].as_array().and_then(|all| all.iter().find(|c| c["type"] == "Ready"));
+        let state = &status["containerStatuses"][0]["state"];
+        let (kind, inner) = state.as_object().and_then(|s| s.iter().next()).expect("one state");
+        format!(
+            "{} {kind} {} ready={}",
+            status["phase"].as_str().unwrap_or_default(),
+            inner["reason"].as_str().unwrap_or("-"),
+            ready.and_then(|c| c["status"].as_str()).unwrap_or_default()
+        )
+    }
+
+    #[test]
+    fn phases_and_reasons_are_those_of_kubernetes() {
+        let at = Timestamp::from_second(1_000_000).expect("a time");
+        let started = Started { pid: 1, start_time: 1, at };
+        let exit = |code, oom_killed| {
+            let exit = Exit { code, signal: None, oom_killed, at, message: String::new() };
+            Some(ContainerState::Exited { started: Some(started.clone()), exit })
+        };
+        let unstarted = {
+            let exit = Exit { code: 128, signal: None, oom_killed: false, at, message: "no such file".into() };
+            Some(ContainerState::Exited { started: None, exit })
+        };
+        for (policy, state, backoff, expected) in [
+            ("Always", None, false, "Pending waiting ContainerCreating ready=False"),
+            ("Always", Some(ContainerState::Running(started.clone())), false, "Running running - ready=True"),
+            ("Always", exit(0, false), false, "Running terminated Completed ready=False"),
+            ("Always", exit(1, false), true, "Running waiting CrashLoopBackOff ready=False"),
+            ("OnFailure", exit(1, false), false, "Running terminated Error ready=False"),
+            ("OnFailure", exit(0, false), false, "Succeeded terminated Completed ready=False"),
+            ("Never", exit(0, false), false, "Succeeded terminated Completed ready=False"),
+            ("Never", exit(137, true), false, "Failed terminated OOMKilled ready=False"),
+            ("Never", unstarted, false, "Failed terminated StartError ready=False"),
+        ] {
+            assert_eq!(show(policy, state, backoff), expected, "{policy}");
+        }
+        assert_eq!(duration(10), "10s");
+        assert_eq!(duration(300), "5m0s");
+    }
+}

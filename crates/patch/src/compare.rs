@@ -16,7 +16,6 @@ pub struct Comparison {
 }
 
 impl Comparison {
-
     /// The fields whose values are now the writer's.
     pub fn written(&self) -> FieldSet {
         self.modified.union(&self.added)

@@ -153,6 +153,6 @@ impl Snapshot {
 
     /// Pods with required anti-affinity, each with its node.
     pub fn repelling(&self) -> impl Iterator<Item = (&Pod, &NodeInfo)> {
-        self.repelling.iter().filter_map(|(key, pod)| Some((pod.as_ref(), self.node(self.place_of(key)?)?)))
+        self.repelling.iter().filter_map(move |(key, pod)| Some((pod.as_ref(), self.node(self.place_of(key)?)?)))
     }
 }

@@ -14,6 +14,7 @@ impl Inventory {
     /// Things of the host's network count whoever made them: nothing of ours may touch it. Processes, mounts and cgroups
     /// count when they are Fairlead's, since a machine has others come and go.
     pub fn take(data_dir: &Path) -> Result<Inventory> {
+        let others = others(data_dir);
         let mut things = BTreeSet::new();
         things.extend(entries(Path::new("/sys/class/net")).map(|name| format!("link {name}")));
         for table in ["/proc/net/route", "/proc/net/ipv6_route"] {
@@ -23,8 +24,9 @@ impl Inventory {
         things.extend(entries(Path::new("/run/netns")).map(|name| format!("namespace {name}")));
         things.extend(entries(Path::new("/run/fairlead")).map(|name| format!("state /run/fairlead/{name}")));
         things.extend(mounts(data_dir)?);
-        things.extend(processes(data_dir));
+        things.extend(processes(data_dir, &others));
         cgroups(Path::new("/sys/fs/cgroup"), 0, &mut things);
+        things.retain(|thing| !others.iter().any(|id| thing.contains(id)));
         Ok(Inventory(things))
     }
 
@@ -55,14 +57,33 @@ fn mounts(data_dir: &Path) -> Result<Vec<String>> {
     Ok(points.filter(|point| is_ours(point, data_dir)).map(|point| format!("mount {point}")).collect())
 }
 
+/// The ids of other clusters that run on this machine: they come and go as they like.
+fn others(data_dir: &Path) -> Vec<String> {
+    let ours = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+    entries(Path::new("/run/fairlead"))
+        .filter(|id| {
+            let file = Path::new("/run/fairlead").join(id).join("cluster.json");
+            let text = fs::read_to_string(file).unwrap_or_default();
+            let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            let dir = config.pointer("/config/data_dir").and_then(serde_json::Value::as_str).map(Path::new);
+            dir.is_some_and(|dir| dir != ours && dir != data_dir)
+        })
+        .collect()
+}
+
 /// Ours by what it runs, where it is rooted or which cgroup holds it.
-fn processes(data_dir: &Path) -> Vec<String> {
+fn processes(data_dir: &Path, others: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for pid in entries(Path::new("/proc")).filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
         let dir = Path::new("/proc").join(&pid);
         let exe = fs::read_link(dir.join("exe")).unwrap_or_default();
         let root = fs::read_link(dir.join("root")).unwrap_or_default();
         let cgroup = fs::read_to_string(dir.join("cgroup")).unwrap_or_default();
+        let command = fs::read(dir.join("cmdline")).unwrap_or_default();
+        let is_another = |id: &String| cgroup.contains(id) || String::from_utf8_lossy(&command).contains(id.as_str());
+        if others.iter().any(is_another) {
+            continue;
+        }
         let runs_us = exe.file_name().is_some_and(|name| name.as_bytes().starts_with(b"fairlead"));
         if runs_us || is_ours(&root.to_string_lossy(), data_dir) || cgroup.contains("fairlead") {
             let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();

@@ -158,7 +158,9 @@ fn check(
                 if item.is_null() && matches!(**inner, Type::String | Type::Bytes) {
                     *item = Value::String(String::new());
                 }
-                check(item, inner, owner, &format!("{path}.{key}"), unknown)?;
+                // Go names no keys of maps in an error about their values; an unknown field below is named by its key.
+                let here = if matches!(**inner, Type::Message(_)) { format!("{path}.{key}") } else { path.to_string() };
+                check(item, inner, owner, &here, unknown)?;
             }
         }
     }

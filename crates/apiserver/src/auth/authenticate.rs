@@ -13,6 +13,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 #[derive(Debug, Clone)]
 pub struct PeerCertificate(pub Vec<u8>);
 
+/// The client has shown a certificate that the cluster's authority did not sign; an extension of the request.
+#[derive(Debug, Clone, Copy)]
+pub struct ForeignCertificate;
+
 /// The identity of a request.
 ///
 /// # Errors

@@ -5,7 +5,6 @@ use super::rbac::{Attributes, Rule};
 use crate::registry::Registry;
 use api::{ObjectExt, Status};
 use serde_json::Value;
-use std::collections::BTreeMap;
 
 const GROUP: &str = "rbac.authorization.k8s.io";
 
@@ -141,30 +140,33 @@ fn covers(held: &Rule, part: &Rule) -> bool {
 
 /// Rights on the same thing as one line, as Kubernetes prints them.
 fn compact(parts: &[Rule]) -> Vec<String> {
-    let mut verbs: BTreeMap<(&[String], &[String], &[String], &[String]), Vec<String>> = BTreeMap::new();
+    let mut merged: Vec<Rule> = Vec::new();
     for part in parts {
-        let held = verbs.entry((&part.groups, &part.resources, &part.names, &part.paths)).or_default();
-        held.extend(part.verbs.iter().filter(|v| !held.contains(v)).cloned().collect::<Vec<_>>());
+        let same =
+            |m: &&mut Rule| Rule { verbs: Vec::new(), ..(**m).clone() } == Rule { verbs: Vec::new(), ..part.clone() };
+        match merged.iter_mut().find(same) {
+            Some(rule) => rule.verbs.extend(part.verbs.iter().cloned()),
+            None => merged.push(part.clone()),
+        }
     }
-    let mut lines: Vec<String> = verbs
-        .iter()
-        .map(|((groups, resources, names, paths), verbs)| {
-            let fields: Vec<String> = [
-                ("APIGroups", *groups),
-                ("Resources", *resources),
-                ("NonResourceURLs", *paths),
-                ("ResourceNames", *names),
-                ("Verbs", verbs.as_slice()),
-            ]
-            .into_iter()
-            .filter(|(_, list)| !list.is_empty())
-            .map(|(name, list)| format!("{name}:[{}]", quoted(list)))
-            .collect();
-            format!("{{{}}}", fields.join(", "))
-        })
-        .collect();
+    let mut lines: Vec<String> = merged.iter().map(line).collect();
     lines.sort();
     lines
+}
+
+fn line(rule: &Rule) -> String {
+    let fields: Vec<String> = [
+        ("APIGroups", &rule.groups),
+        ("Resources", &rule.resources),
+        ("NonResourceURLs", &rule.paths),
+        ("ResourceNames", &rule.names),
+        ("Verbs", &rule.verbs),
+    ]
+    .into_iter()
+    .filter(|(_, list)| !list.is_empty())
+    .map(|(name, list)| format!("{name}:[{}]", quoted(list)))
+    .collect();
+    format!("{{{}}}", fields.join(", "))
 }
 
 fn quoted(list: &[String]) -> String {

@@ -26,9 +26,8 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
         "secrets" | "configmaps" if asked.group.is_empty() => {
             // What every agent reads before it has a pod.
             let cluster = asked.namespace == "kube-system" && asked.name == "fairlead" && asked.plural == "configmaps";
-            let known = asked.verb == "get" && cluster
-                || asked.verb == "get"
-                    && pods_of(registry, node, &asked.namespace).any(|p| names(&p, &asked.plural, &asked.name));
+            let used = || pods_of(registry, node, &asked.namespace).any(|p| names(&p, &asked.plural, &asked.name));
+            let known = asked.verb == "get" && (cluster || used());
             (!known).then(|| format!("no relationship found between node {node:?} and this object"))
         }
         "serviceaccounts" if asked.subresource == "token" => {

@@ -324,7 +324,13 @@ pub fn validate_pod_spec(path: &str, spec: &Value) -> Vec<Cause> {
         if value.is_empty() {
             causes.push(Cause::required(format!("{path}.{field}"), ""));
         } else if !allowed.contains(&value) {
-            causes.push(Cause::unsupported(format!("{path}.{field}"), value, allowed));
+            let mut cause = Cause::unsupported(format!("{path}.{field}"), value, allowed);
+            if field == "restartPolicy" {
+                // Listed in their own order, not sorted, in Kubernetes too.
+                cause.message =
+                    format!("Unsupported value: {value:?}: supported values: \"Always\", \"OnFailure\", \"Never\"");
+            }
+            causes.push(cause);
         }
     }
     if let Some(seconds) = spec.get("terminationGracePeriodSeconds").and_then(Value::as_i64).filter(|s| *s < 0) {

@@ -360,7 +360,8 @@ fn fill_addresses(
         families.push(available.first().copied().unwrap_or("IPv4").into());
     }
     for (i, family) in families.iter().enumerate() {
-        if !available.contains(&family.as_str()) && !(headless && selectorless) {
+        let any_family = headless && selectorless;
+        if !available.contains(&family.as_str()) && !any_family {
             return Err(invalid(
                 name,
                 Cause::invalid(

@@ -28,14 +28,14 @@ impl Selection {
             .map_err(|e| Status::bad_request(e.to_string()))?;
         for term in &fields.terms {
             if !call.row.has_field(&term.path) {
-                return Err(Status::bad_request(format!(
-                    "Unable to find {:?} that match label selector \"{}\", field selector \"{}\": \"{}\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\"{}",
-                    format!("{}, Resource={}", call.row.api_version(), call.row.plural),
-                    call.info.query.get("labelSelector"),
-                    call.info.query.get("fieldSelector"),
-                    term.path,
-                    call.row.fields.iter().map(|(p, _)| format!(", {p:?}")).collect::<String>(),
-                )));
+                // Kinds that select by fields of their own say it in other words than the rest.
+                let why = if call.row.fields.is_empty() {
+                    let known = "only \"metadata.name\", \"metadata.namespace\"";
+                    format!("{:?} is not a known field selector: {known}", term.path)
+                } else {
+                    format!("field label not supported: {}", term.path)
+                };
+                return Err(Status::bad_request(why));
             }
         }
         Ok(Selection { labels, fields })

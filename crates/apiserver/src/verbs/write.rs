@@ -72,6 +72,7 @@ async fn create_object(
             object.metadata_mut().insert("name".into(), json!(name));
         }
         row.strategy.default(&mut object);
+        namespace_takes(call, object.namespace(), object.name())?;
         row.strategy.prepare_for_create(&call.registry, &call.who, &mut object)?;
         if row.has_status && row.schema.is_some_and(|s| s.field("status").is_some_and(|f| !f.pointer)) {
             crate::strategy::set_default(&mut object, "status", json!({}));
@@ -82,15 +83,14 @@ async fn create_object(
         if !causes.is_empty() {
             return Err(Status::invalid(&row.group, &row.kind, object.name(), causes));
         }
-        namespace_takes(call, object.namespace(), object.name())?;
+        // Before claims: what a living object of this name holds is no complaint of its own.
+        if generated.is_none() && call.registry.cache.get(row, object.namespace(), object.name()).is_some() {
+            return Err(Status::already_exists(&row.group, &row.plural, object.name()));
+        }
         let claims = row.strategy.claims(&call.registry, &mut object, None)?;
         finish(&mut object);
         let key = row.key(object.namespace(), object.name());
-        let exists = || Status::already_exists(&row.group, &row.plural, object.name());
         if call.info.query.is_dry_run() {
-            if call.registry.cache.get(row, object.namespace(), object.name()).is_some() {
-                return Err(exists());
-            }
             return Ok((object, 0));
         }
         let txn = with_claims(Txn::new().when(Compare::Absent(key.clone())).put(key, to_stored(&object)), &claims);
@@ -99,7 +99,9 @@ async fn create_object(
                 object.metadata_mut().insert("resourceVersion".into(), json!(revision.to_string()));
                 return Ok((object, revision));
             }
-            Outcome::Failed { index: 0, .. } if generated.is_none() => return Err(exists()),
+            Outcome::Failed { index: 0, .. } if generated.is_none() => {
+                return Err(Status::already_exists(&row.group, &row.plural, object.name()));
+            }
             Outcome::Failed { .. } if attempt + 1 == ATTEMPTS => break,
             Outcome::Failed { .. } => {}
         }
@@ -240,20 +242,19 @@ fn patch_error(call: &Call, error: &PatchError) -> Status {
     match error {
         PatchError::Malformed(_) => Status::bad_request(error.to_string()),
         PatchError::TooLarge(_) => Status::too_large(error.to_string()),
-        PatchError::DoesNotApply(_) => {
-            let mut status =
-                Status::new(422, "Invalid", "the server rejected our request due to an error in our request");
-            status.details = Some(api::status::Details {
-                group: call.row.group.to_string(),
-                kind: call.row.kind.to_string(),
-                name: call.info.name.clone(),
-                causes: vec![api::Cause { reason: String::new(), message: error.to_string(), field: "patch".into() }],
-                ..Default::default()
-            });
-            status.message = error.to_string();
-            status
+        // What is wrong with the patch stays unsaid, as in Kubernetes' own answer.
+        PatchError::DoesNotApply(_) if is_json_patch(call) => {
+            Status::new(422, "Invalid", "the server rejected our request due to an error in our request")
         }
+        PatchError::DoesNotApply(_) => Status::new(422, "Invalid", error.to_string()),
     }
+}
+
+fn is_json_patch(call: &Call) -> bool {
+    call.headers
+        .get("content-type")
+        .and_then(|v| v.to_str().ok())
+        .is_some_and(|m| m.starts_with("application/json-patch"))
 }
 
 async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body::Body>, Status> {

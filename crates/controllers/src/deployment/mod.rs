@@ -11,7 +11,7 @@ mod tests;
 use crate::owners::{claim, owner_key};
 use crate::plan::{Change, act};
 use crate::pods::Pod;
-use crate::{Context, Descriptor, Error, template};
+use crate::{Context, Descriptor, Error};
 use api::kinds::{DEPLOYMENTS, EVENTS, PODS, REPLICA_SETS};
 use api::object::Key;
 use api::selector::LabelSelectorSpec;
@@ -116,7 +116,7 @@ impl Controller {
     }
 
     /// Creates the new ReplicaSet. Its name follows from the template, so one that is there is either ours, seen late,
-    /// or of another template with the same hash; then the next attempt uses another hash.
+    /// or somebody else's; then the next attempt uses another hash.
     async fn create(&self, deployment: &Deployment, set: serde_json::Value) -> Result<(), Error> {
         let api = Api::new(&self.client, &REPLICA_SETS);
         let namespace = &deployment.metadata.namespace;
@@ -127,8 +127,7 @@ impl Controller {
         let key = deployment.metadata.key();
         if error.is_already_exists() {
             let live = api.get(namespace, set.name()).await?;
-            let is_ours = live.text("/metadata/ownerReferences/0/uid") == deployment.metadata.uid
-                && template::canonical(&live["spec"]["template"]) == template::canonical(&set["spec"]["template"]);
+            let is_ours = live.text("/metadata/ownerReferences/0/uid") == deployment.metadata.uid;
             if is_ours {
                 return Ok(());
             }

@@ -133,7 +133,10 @@ impl<'a> Rollout<'a> {
         let mut sets = owned.to_vec();
         sets.sort_by(|a, b| age(a).cmp(&age(b)));
         let wanted = template::canonical(&deployment.spec.template);
-        let position = sets.iter().position(|s| template::canonical(&s.spec.template) == wanted);
+        // By template, as upstream; or by name, which follows from it: a server may default the two templates unlike.
+        let name = set_name(deployment);
+        let same = sets.iter().position(|s| template::canonical(&s.spec.template) == wanted);
+        let position = same.or_else(|| sets.iter().position(|s| s.metadata.name == name));
         let new = position.map(|i| View::of(sets.remove(i)));
         Rollout {
             deployment,
@@ -244,8 +247,7 @@ impl<'a> Rollout<'a> {
             return self.revise_existing();
         }
         let deployment = self.deployment;
-        let hash = template::hash(&deployment.spec.template, deployment.collisions());
-        let name = format!("{}-{hash}", deployment.metadata.name);
+        let (hash, name) = (set_hash(deployment), set_name(deployment));
         let revision = self.next_revision().to_string();
         let (wanted, replicas) = (self.wanted(), self.size_of_new(0));
         let mut annotations: BTreeMap<&str, String> = inherited(deployment).map(|(k, v)| (k, v.to_string())).collect();
@@ -327,8 +329,9 @@ impl<'a> Rollout<'a> {
         for index in 0..self.old.len() {
             let view = &self.old[index];
             let unhealthy = (view.replicas - view.available()).clamp(0, may_go - gone);
+            let size = view.replicas - unhealthy;
             if unhealthy > 0 {
-                self.resize(Which::Old(index), view.replicas - unhealthy);
+                self.resize(Which::Old(index), size);
                 gone += unhealthy;
             }
         }
@@ -337,8 +340,9 @@ impl<'a> Rollout<'a> {
         for index in 0..self.old.len() {
             let view = &self.old[index];
             let step = view.replicas.min(spare);
+            let size = view.replicas - step;
             if step > 0 {
-                self.resize(Which::Old(index), view.replicas - step);
+                self.resize(Which::Old(index), size);
                 spare -= step;
                 gone += step;
             }
@@ -495,6 +499,15 @@ fn share(view: &View, deployment: &Deployment, maximum: i64, to_add: i64, added:
         (view.replicas * maximum * 2 + before) / (before * 2) - view.replicas
     };
     if to_add > 0 { part.clamp(0, to_add - added) } else { part.clamp(to_add - added, 0) }
+}
+
+fn set_hash(deployment: &Deployment) -> String {
+    template::hash(&deployment.spec.template, deployment.collisions())
+}
+
+/// What the ReplicaSet of the template as it is now is called.
+fn set_name(deployment: &Deployment) -> String {
+    format!("{}-{}", deployment.metadata.name, set_hash(deployment))
 }
 
 fn inherited(deployment: &Deployment) -> impl Iterator<Item = (&str, &str)> {

@@ -82,7 +82,7 @@ impl Graph {
 
     pub fn dependents(&self, uid: &str) -> impl Iterator<Item = (&str, &Node)> {
         let uids = self.dependents.get(uid).into_iter().flatten();
-        uids.filter_map(|uid| Some((uid.as_str(), self.nodes.get(uid)?)))
+        uids.filter_map(move |uid| Some((uid.as_str(), self.nodes.get(uid)?)))
     }
 
     /// Notes an object; returns the uids that have to be looked at.

@@ -70,7 +70,7 @@ impl Collector {
     async fn follow(self: Arc<Self>, token: CancellationToken) {
         let changed = Arc::new(Notify::new());
         let mut watches = JoinSet::new();
-        let mut running: BTreeMap<(&'static str, &'static str), CancellationToken> = BTreeMap::new();
+        let mut running: BTreeMap<(&'static str, &'static str), (Resource, CancellationToken)> = BTreeMap::new();
         changed.notify_one();
         loop {
             tokio::select! {
@@ -93,18 +93,25 @@ impl Collector {
                 wanted.insert((kind.resource.group, kind.resource.plural), kind.resource);
             }
             *self.kinds.lock().expect("no holder of this lock panics") = found;
-            running.retain(|name, stop| {
+            let mut gone = Vec::new();
+            running.retain(|name, (resource, stop)| {
                 let stays = wanted.contains_key(name);
                 if !stays {
                     stop.cancel();
+                    gone.push(*resource);
                 }
                 stays
             });
+            // With a kind go its objects.
+            for resource in gone {
+                let affected = self.note(&resource, reconcile::Change::Reset(Vec::new()));
+                self.add_all(affected);
+            }
             for (name, resource) in wanted {
                 running.entry(name).or_insert_with(|| {
                     let stop = token.child_token();
                     watches.spawn(self.clone().watch_kind(resource, changed.clone(), stop.clone()));
-                    stop
+                    (resource, stop)
                 });
             }
         }
@@ -128,12 +135,6 @@ impl Collector {
             let affected = self.note(&resource, change);
             self.add_all(affected);
         }
-        // The kind is gone, and with it its objects.
-        if !stop.is_cancelled() {
-            return;
-        }
-        let affected = self.note(&resource, reconcile::Change::Reset(Vec::new()));
-        self.add_all(affected);
     }
 
     fn note(&self, resource: &Resource, change: reconcile::Change<Item>) -> BTreeSet<String> {
@@ -251,7 +252,7 @@ impl Collector {
     }
 
     /// Takes one owner out of an object's references.
-    async fn drop_owner(&self, dependent: &str, owner: &str) -> Result<(), ApiError> {
+    async fn drop_owner(&self, dependent: &str, owner: &str) -> Result<(), Error> {
         let Some((resource, key)) = self.graph().get(dependent).map(|n| (n.resource, n.key.clone())) else {
             return Ok(());
         };
@@ -265,7 +266,7 @@ impl Collector {
         gone_is_fine(api.patch(&key.namespace, &key.name, Patch::Merge, &body).await)
     }
 
-    async fn drop_finalizer(&self, node: &Node, uid: &str, finalizer: &str) -> Result<(), ApiError> {
+    async fn drop_finalizer(&self, node: &Node, uid: &str, finalizer: &str) -> Result<(), Error> {
         let Some(object) = self.same(&node.resource, &node.key, uid).await? else { return Ok(()) };
         let finalizers = object.finalizers();
         if !finalizers.contains(&finalizer) {
@@ -286,11 +287,11 @@ impl Collector {
     }
 }
 
-fn gone_is_fine(result: Result<Value, ApiError>) -> Result<(), ApiError> {
+fn gone_is_fine(result: Result<Value, ApiError>) -> Result<(), Error> {
     match result {
         Ok(_) => Ok(()),
         Err(error) if error.is_not_found() => Ok(()),
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -13,7 +13,7 @@ use api::object::Key;
 use jiff::Timestamp;
 use plan::{FINALIZER, JOBS, Job, Plan, Pod, plan};
 use reconcile::{Api, Cache, Client, EventKind, ObjectRef, Outcome, Queue, Recorder, Scope, feed, run_queue};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -187,7 +187,8 @@ async fn what_is_not_a_question_gets_an_error_or_nothing() {
     let mut edns = Edns::new();
     edns.set_version(1);
     future.set_edns(edns);
-    assert_eq!(server.udp(&future).await.metadata.response_code, ResponseCode::BADVERS);
+    // 16 is BADVERS here and BADSIG in signed messages; the library reads it as the latter.
+    assert_eq!(u16::from(server.udp(&future).await.metadata.response_code), u16::from(ResponseCode::BADVERS));
     server.stop().await;
 }
 

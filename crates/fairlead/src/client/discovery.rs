@@ -110,7 +110,7 @@ impl Kinds {
     pub fn one(&self, word: &str) -> anyhow::Result<&Kind> {
         let lower = word.to_lowercase();
         let whole = self.0.iter().find(|k| k.is_called(&lower));
-        let short = || self.0.iter().find(|k| k.short_names.iter().any(|s| *s == lower));
+        let short = || self.0.iter().find(|k| k.short_names.contains(&lower));
         let with_group = || {
             let (name, rest) = lower.split_once('.')?;
             let called = |k: &&Kind| k.is_called(name) || k.short_names.iter().any(|s| s == name);

@@ -363,7 +363,13 @@ impl Builtin {
         .await?;
         let removed = {
             let mut state = self.state();
-            state.containers.retain(|_, c| c.sandbox_id != id);
+            state.containers.retain(|container, c| {
+                let is_other = c.sandbox_id != id;
+                if !is_other {
+                    self.images().unpin(container);
+                }
+                is_other
+            });
             state.sandboxes.remove(id)
         };
         if let Some(sandbox) = removed {

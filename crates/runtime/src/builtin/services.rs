@@ -71,6 +71,7 @@ impl RuntimeService for Builtin {
                 gone(std::fs::remove_dir_all(&bundle)).context(|| format!("cannot remove {}", bundle.display()))
             })
             .await?;
+            self.images().unpin(id);
             self.state().containers.remove(id);
             self.announce(&status.sandbox_id);
             Ok(())
@@ -195,6 +196,7 @@ impl Builtin {
             state: ContainerState::Created,
         };
         std::fs::create_dir_all(&bundle).context(|| format!("cannot make {}", bundle.display()))?;
+        self.images().pin(&status.image_id, &id, &bundle)?;
         let bytes = serde_json::to_vec(&spec).expect("plain data");
         std::fs::write(bundle.join("config.json"), bytes).context(|| "cannot write config.json".into())?;
         self.container_record(sandbox, &id).save(&status)?;
@@ -442,19 +444,9 @@ impl ImageService for Builtin {
     }
 
     fn remove_image<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<(), ImageError>> {
-        let images = self.images().clone();
-        let used: Vec<String> = self.state().containers.values().map(|c| c.image_id.clone()).collect();
-        let reference = reference.to_owned();
+        let (images, reference) = (self.images().clone(), reference.to_owned());
         async move {
-            let work = move || {
-                if let Some(image) = images.find(&reference)?
-                    && used.contains(&image.id)
-                {
-                    return Err(ImageError::InUse(reference));
-                }
-                images.remove(&reference)
-            };
-            tokio::task::spawn_blocking(work)
+            tokio::task::spawn_blocking(move || images.remove(&reference))
                 .await
                 .map_err(|e| ImageError::Broken(format!("removing was interrupted: {e}")))?
         }

@@ -54,7 +54,7 @@ struct Index {
 impl ImageStore {
     pub fn open(root: impl Into<PathBuf>) -> Result<ImageStore, ImageError> {
         let store = ImageStore { root: root.into() };
-        for directory in ["blobs/sha256", "layers", "tmp"] {
+        for directory in ["blobs/sha256", "layers", "pins", "tmp"] {
             let path = store.root.join(directory);
             fs::create_dir_all(&path).context(|| format!("cannot make {}", path.display()))?;
         }
@@ -82,6 +82,33 @@ impl ImageStore {
         Ok(find(&images, reference)?.cloned())
     }
 
+    /// Keeps an image's layers while `bundle` exists: a container runs on them, perhaps one of another agent that shares
+    /// this store.
+    pub(crate) fn pin(&self, image: &str, container: &str, bundle: &Path) -> Result<(), ImageError> {
+        let pin = self.root.join("pins").join(container);
+        let text = format!("{image}\n{}", bundle.display());
+        fs::write(&pin, text).context(|| format!("cannot write {}", pin.display()))
+    }
+
+    pub(crate) fn unpin(&self, container: &str) {
+        // One that is left is removed when its bundle is found missing.
+        let _ = fs::remove_file(self.root.join("pins").join(container));
+    }
+
+    fn is_pinned(&self, image: &str) -> Result<bool, ImageError> {
+        let mut pinned = false;
+        for entry in fs::read_dir(self.root.join("pins")).context(|| "cannot list pins".into())?.flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let Some((of, bundle)) = text.split_once('\n') else { continue };
+            if !Path::new(bundle).exists() {
+                let _ = fs::remove_file(entry.path());
+            } else if of == image {
+                pinned = true;
+            }
+        }
+        Ok(pinned)
+    }
+
     /// Removes a name, and the image itself with its last name or when named by id.
     pub fn remove(&self, reference: &str) -> Result<(), ImageError> {
         let _lock = self.lock(FlockArg::LockExclusive)?;
@@ -89,6 +116,10 @@ impl ImageStore {
         let Some(id) = find(&index.images, reference)?.map(|i| i.id.clone()) else { return Ok(()) };
         let by_id = id == reference || id.trim_start_matches("sha256:").starts_with(reference);
         let name = Reference::parse(reference).map(|r| r.to_string()).unwrap_or_default();
+        let is_last = |image: &Image| by_id || image.tags.iter().all(|tag| *tag == name);
+        if index.images.iter().any(|i| i.id == id && is_last(i)) && self.is_pinned(&id)? {
+            return Err(ImageError::InUse(reference.to_owned()));
+        }
         index.images.retain_mut(|image| {
             if image.id != id {
                 return true;

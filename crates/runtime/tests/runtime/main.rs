@@ -462,12 +462,15 @@ async fn images(lab: Arc<Lab>) -> Result<()> {
     ensure!(lab.runtime.list_images().await?.len() == 1);
     let pod = lab.pod(|_| ()).await?;
     lab.start(&pod, "main", "sleep 1000", |_| ()).await?;
+    lab.runtime.remove_image("busybox:oci").await?;
     ensure!(lab.runtime.remove_image("busybox:test").await.is_err(), "an image in use was removed");
+    let beside = runtime::image::ImageStore::open(lab.root.join("images"))?;
+    ensure!(beside.remove("busybox:test").is_err(), "another agent removed an image in use");
     lab.runtime.remove_pod_sandbox(&pod).await?;
     lab.runtime.remove_image("busybox:test").await?;
     ensure!(lab.runtime.image_status("busybox:test").await?.is_none());
-    lab.runtime.remove_image("busybox:oci").await?;
     ensure!(lab.runtime.list_images().await?.is_empty());
+    ensure!(std::fs::read_dir(lab.root.join("images/pins"))?.next().is_none(), "pins are left");
     ensure!(std::fs::read_dir(lab.root.join("images/layers"))?.next().is_none(), "layers are left");
     let mut damaged = again.clone();
     damaged.truncate(again.len() / 2);

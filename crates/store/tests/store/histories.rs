@@ -188,7 +188,10 @@ async fn compare_all(store: &dyn Store, model: &Model, random: &mut Random) {
 }
 
 /// `reopen` closes a store and opens it again, or gives it back as it is.
-async fn run(seed: u64, mut store: Arc<dyn Store>, reopen: Option<&dyn Fn(Arc<dyn Store>) -> Arc<dyn Store>>) {
+/// Closes a store and opens it again.
+type Reopen<'a> = &'a dyn Fn(Arc<dyn Store>) -> Arc<dyn Store>;
+
+async fn run(seed: u64, mut store: Arc<dyn Store>, reopen: Option<Reopen<'_>>) {
     println!("seed {seed}");
     let mut random = Random(seed);
     let mut model = Model::new(store.revision().await.expect("it answers"));

@@ -49,6 +49,11 @@ impl Query {
         matches!(self.get(key), "true" | "1")
     }
 
+    /// Asks for a dry run and nothing else.
+    pub fn dry_run() -> Query {
+        Query(BTreeMap::from([("dryRun".to_string(), vec!["All".to_string()])]))
+    }
+
     pub fn is_dry_run(&self) -> bool {
         self.all("dryRun").iter().any(|v| v == "All")
     }

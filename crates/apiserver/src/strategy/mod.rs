@@ -41,6 +41,16 @@ pub trait Strategy: Send + Sync {
         Ok(())
     }
 
+    /// Whether a PUT of an object that is not there creates it.
+    fn creates_on_update(&self) -> bool {
+        false
+    }
+
+    /// Whether a PUT that names no revision is taken.
+    fn updates_unseen(&self) -> bool {
+        true
+    }
+
     /// Why nobody may delete this object, if so.
     fn keeps(&self, _object: &Value) -> Option<&'static str> {
         None
@@ -82,6 +92,7 @@ pub struct Rbac;
 pub struct Review;
 pub struct Csr;
 pub struct Endpoints;
+pub struct Budget;
 
 pub static PLAIN: Plain = Plain;
 pub static CONFIG: Config = Config;
@@ -91,6 +102,7 @@ pub static RBAC: Rbac = Rbac;
 pub static REVIEW: Review = Review;
 pub static CSR: Csr = Csr;
 pub static ENDPOINTS: Endpoints = Endpoints;
+pub static BUDGET: Budget = Budget;
 pub use node::{LEASE, NODE};
 pub use pod::POD;
 pub use service::SERVICE;
@@ -101,12 +113,20 @@ impl Strategy for Plain {}
 impl Strategy for Review {}
 
 impl Strategy for Event {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::dns_subdomain(name)
     }
 }
 
 impl Strategy for Rbac {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     // RBAC names may hold colons: system:node.
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::path_segment(name)
@@ -265,7 +285,31 @@ impl Strategy for Csr {
     }
 }
 
+/// Disruption budgets: what is left of one is counted down by evictions, so nobody writes it unseen.
+impl Strategy for Budget {
+    fn updates_unseen(&self) -> bool {
+        false
+    }
+
+    fn has_generation(&self) -> bool {
+        true
+    }
+
+    fn validate(&self, object: &Value, _: Option<&Value>) -> Vec<Cause> {
+        let Some(spec) = object.get("spec") else { return Vec::new() };
+        if spec.get("minAvailable").is_some() && spec.get("maxUnavailable").is_some() {
+            let why = "minAvailable and maxUnavailable cannot be both set";
+            return vec![Cause::invalid("spec", compact(spec), why)];
+        }
+        Vec::new()
+    }
+}
+
 impl Strategy for Endpoints {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, object: &mut Value) {
         for subset in object.get_mut("subsets").and_then(Value::as_array_mut).into_iter().flatten() {
             for port in subset.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {

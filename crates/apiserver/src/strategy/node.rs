@@ -31,6 +31,14 @@ fn free(registry: &Registry, range: &IpNet) -> Option<IpNet> {
 }
 
 impl Strategy for Lease {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
+    fn updates_unseen(&self) -> bool {
+        false
+    }
+
     fn permits(&self, _: &Registry, who: &Identity, object: &Value, _: Option<&Value>) -> Result<(), Status> {
         let refused = |why: &str| Err(Status::refused("coordination.k8s.io", "leases", object.name(), why));
         match who.node() {

@@ -10,10 +10,10 @@ use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
 pub async fn create(server: &ApiServer, call: &Call) -> Result<Response<Body>, Status> {
-    let mut request = decode::object(&call.headers, &call.body)?;
+    let (mut request, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
     if let Some(message) = schema::message("authentication.v1.TokenRequest") {
         let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-        decode::conform_to(message, "TokenRequest", "v1", &mut request, validation)?;
+        decode::conform_to(message, "TokenRequest", "v1", &mut request, &repeated, validation)?;
     }
     let account = call
         .registry

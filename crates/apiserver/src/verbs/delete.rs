@@ -34,7 +34,7 @@ fn options(call: &Call) -> Result<Options, Status> {
     if !call.body.is_empty() {
         let mut body = decode::object(&call.headers, &call.body)?;
         if let Some(schema) = schema::message("meta.v1.DeleteOptions") {
-            decode::conform_to(schema, "DeleteOptions", "v1", &mut body, decode::FieldValidation::Ignore)?;
+            decode::conform_to(schema, "DeleteOptions", "v1", &mut body, &[], decode::FieldValidation::Ignore)?;
         }
         let text = |pointer: &str| Some(body.text(pointer).to_string()).filter(|t| !t.is_empty());
         options.grace = body.get("gracePeriodSeconds").and_then(Value::as_i64).or(options.grace);

@@ -11,8 +11,9 @@ use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
 pub async fn review(call: &Call, key: &TokenKey) -> Result<Response<body::Body>, Status> {
-    let mut object = decode::object(&call.headers, &call.body)?;
-    decode::conform(&call.row, &mut object, FieldValidation::parse(call.info.query.get("fieldValidation"))?)?;
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
+    decode::conform(&call.row, &mut object, &repeated, validation)?;
     let status = match &*call.row.kind {
         "SelfSubjectReview" => json!({"userInfo": user_info(&call.who)}),
         "TokenReview" => {

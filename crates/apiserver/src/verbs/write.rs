@@ -1,10 +1,13 @@
 //! Create, update and patch.
 
 use super::Call;
+use crate::auth::forbidden;
+use crate::auth::rbac::Attributes;
 use crate::body;
 use crate::cache::to_stored;
 use crate::catalog::Row;
 use crate::decode::{self, FieldValidation};
+use crate::json;
 use crate::managed;
 use crate::registry::{Claims, parse_revision};
 use crate::strategy::{validate_meta, validate_meta_update};
@@ -20,8 +23,8 @@ const ATTEMPTS: usize = 8;
 
 pub async fn create(call: &Call) -> Result<Response<body::Body>, Status> {
     let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-    let mut object = decode::object(&call.headers, &call.body)?;
-    let warnings = decode::conform(&call.row, &mut object, validation)?;
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let warnings = decode::conform(&call.row, &mut object, &repeated, validation)?;
     if !call.info.name.is_empty() {
         return Err(Status::method_not_allowed());
     }
@@ -172,8 +175,8 @@ type Change<'a> = dyn Fn(&Value) -> Result<Value, Status> + Send + Sync + 'a;
 
 pub async fn update(call: &Call) -> Result<Response<body::Body>, Status> {
     let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-    let mut object = decode::object(&call.headers, &call.body)?;
-    let warnings = decode::conform(&call.row, &mut object, validation)?;
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let warnings = decode::conform(&call.row, &mut object, &repeated, validation)?;
     place(call, &mut object)?;
     if object.name() != call.info.name {
         return Err(Status::bad_request(format!(
@@ -183,11 +186,46 @@ pub async fn update(call: &Call) -> Result<Response<body::Body>, Status> {
         )));
     }
     let manager = managed::manager(&call.info, call.user_agent());
+    let live = call.registry.cache.get(&call.row, &call.info.namespace, &call.info.name);
+    let unseen = matches!(object.resource_version(), "" | "0");
+    if unseen && live.is_some() && !call.row.strategy.updates_unseen() {
+        let cause = api::Cause::invalid("metadata.resourceVersion", "0x0", "must be specified for an update");
+        return Err(Status::invalid(&call.row.group, &call.row.plural, &call.info.name, vec![cause]));
+    }
+    if unseen && live.is_none() && call.row.strategy.creates_on_update() && call.info.subresource.is_empty() {
+        may_create(call)?;
+        let track = |object: &mut Value| {
+            managed::track(&call.row, None, object, &manager, "", call.registry.now());
+        };
+        match create_object(call, object.clone(), track).await {
+            // Somebody else was first: then it is an update after all, as far as the kind takes one unseen.
+            Err(status) if status.reason == "AlreadyExists" && call.row.strategy.updates_unseen() => {}
+            Err(status) => return Err(status),
+            Ok((created, _)) => return Ok(with_warnings(answer(call, StatusCode::CREATED, &created), &warnings)),
+        }
+    }
     let changed = change(call, &|_: &Value| Ok(object.clone()), &|old, new| {
         managed::track(&call.row, Some(old), new, &manager, &call.info.subresource, call.registry.now());
     })
     .await?;
     Ok(with_warnings(answer(call, StatusCode::OK, &changed), &warnings))
+}
+
+/// An update or apply that creates needs the right to create, too.
+fn may_create(call: &Call) -> Result<(), Status> {
+    let asked = Attributes {
+        verb: "create".into(),
+        group: call.info.group.clone(),
+        plural: call.info.plural.clone(),
+        namespace: call.info.namespace.clone(),
+        name: call.info.name.clone(),
+        ..Attributes::default()
+    };
+    if call.registry.rbac.allows(&call.registry, &call.who, &asked) {
+        Ok(())
+    } else {
+        Err(forbidden(&call.who, &asked))
+    }
 }
 
 pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
@@ -197,8 +235,8 @@ pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
     if media == "application/apply-patch+yaml" {
         return apply(call, validation).await;
     }
-    let body: Value =
-        serde_json::from_slice(&call.body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
+    let (body, repeated) =
+        json::parse(&call.body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
     let schema = call.row.schema;
     let manager = managed::manager(&call.info, call.user_agent());
     let warnings = std::sync::Mutex::new(Vec::new());
@@ -220,7 +258,8 @@ pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
             }
         };
         let mut patched = result.map_err(|e| patch_error(call, &e))?;
-        *warnings.lock().expect("nobody panics with the lock") = decode::conform(&call.row, &mut patched, validation)?;
+        *warnings.lock().expect("nobody panics with the lock") =
+            decode::conform(&call.row, &mut patched, &repeated, validation)?;
         Ok(patched)
     };
     let changed = change(call, &make, &|old, new| {
@@ -260,7 +299,7 @@ fn is_json_patch(call: &Call) -> bool {
 async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body::Body>, Status> {
     let mut config: Value =
         serde_saphyr::from_slice(&call.body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-    let warnings = decode::conform(&call.row, &mut config, validation)?;
+    let warnings = decode::conform(&call.row, &mut config, &[], validation)?;
     place(call, &mut config)?;
     if config.name() != call.info.name {
         config.metadata_mut().insert("name".into(), json!(call.info.name));
@@ -306,6 +345,7 @@ async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body
         if !call.info.subresource.is_empty() {
             return Err(call.not_found());
         }
+        may_create(call)?;
         let fresh = merged(None)?;
         match create_object(call, fresh, |_| {}).await {
             Ok((created, _)) => return Ok(with_warnings(answer(call, StatusCode::CREATED, &created), &warnings)),

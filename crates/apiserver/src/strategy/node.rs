@@ -6,6 +6,7 @@ use crate::registry::{Claim, Claims, Registry};
 use api::{Cause, ObjectExt, Status};
 use ipnet::IpNet;
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
 
 pub struct Node;
 pub struct Lease;
@@ -28,6 +29,16 @@ fn cidrs(object: &Value) -> Vec<IpNet> {
 fn free(registry: &Registry, range: &IpNet) -> Option<IpNet> {
     let mask = if range.addr().is_ipv4() { MASK_V4 } else { MASK_V6 };
     range.subnets(mask.max(range.prefix_len())).ok()?.find(|c| !registry.cache.is_claimed(&key(c)))
+}
+
+/// Labels that a node may not give itself.
+fn restricted(object: Option<&Value>) -> BTreeMap<&str, &Value> {
+    let labels = object.and_then(|o| o.pointer("/metadata/labels")).and_then(Value::as_object);
+    let held = |key: &str| {
+        let domain = key.split_once('/').map_or("", |(domain, _)| domain);
+        domain == "node-restriction.kubernetes.io" || domain.ends_with(".node-restriction.kubernetes.io")
+    };
+    labels.into_iter().flatten().filter(|(k, _)| held(k)).map(|(k, v)| (k.as_str(), v)).collect()
 }
 
 impl Strategy for Lease {
@@ -54,14 +65,24 @@ impl Strategy for Lease {
 }
 
 impl Strategy for Node {
-    fn permits(&self, _: &Registry, who: &Identity, object: &Value, _: Option<&Value>) -> Result<(), Status> {
-        match who.node() {
-            Some(node) if node != object.name() => {
-                let why = format!("node {node:?} is not allowed to modify node {:?}", object.name());
-                Err(Status::refused("", "nodes", object.name(), &why))
-            }
-            _ => Ok(()),
+    fn permits(&self, _: &Registry, who: &Identity, object: &Value, old: Option<&Value>) -> Result<(), Status> {
+        let Some(node) = who.node() else { return Ok(()) };
+        let refused = |why: String| Err(Status::refused("", "nodes", object.name(), &why));
+        if node != object.name() {
+            return refused(format!("node {node:?} is not allowed to modify node {:?}", object.name()));
         }
+        if old.is_some_and(|old| old.pointer("/spec/taints") != object.pointer("/spec/taints")) {
+            return refused(format!("node {node:?} is not allowed to modify taints"));
+        }
+        // By these labels pods are kept off nodes that may be lost to somebody else.
+        let (before, after) = (restricted(old), restricted(Some(object)));
+        let changed: BTreeSet<&str> =
+            before.keys().chain(after.keys()).filter(|k| before.get(*k) != after.get(*k)).copied().collect();
+        if !changed.is_empty() {
+            let changed: Vec<&str> = changed.into_iter().collect();
+            return refused(format!("node {node:?} is not allowed to modify labels: {}", changed.join(", ")));
+        }
+        Ok(())
     }
 
     fn claims(&self, registry: &Registry, object: &mut Value, old: Option<&Value>) -> Result<Claims, Status> {

@@ -1,5 +1,6 @@
 //! `serviceaccounts/NAME/token`: a TokenRequest becomes a signed token.
 
+use crate::auth::node::NODE_COMPONENTS;
 use crate::auth::token::{Claims, TokenKey};
 use crate::body::{self, Body};
 use crate::decode::{self, FieldValidation};
@@ -83,6 +84,11 @@ pub async fn create(server: &ApiServer, call: &Call) -> Result<Response<Body>, S
             }
         }
     } else if let Some(node) = call.who.node() {
+        let component = account.namespace() == "kube-system" && NODE_COMPONENTS.contains(&account.name());
+        if !component {
+            let why = "node requested token not bound to a pod";
+            return Err(Status::refused("", "serviceaccounts", account.name(), why));
+        }
         claims.node = Some(node.into());
     }
     let now = call.registry.now();

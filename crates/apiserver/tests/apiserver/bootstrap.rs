@@ -3,6 +3,8 @@
 use crate::cluster::{Cluster, Options};
 use apiserver::bootstrap::{self, Advertise, Component};
 use serde_json::json;
+use std::sync::Arc;
+use store::MemoryStore;
 
 #[tokio::test]
 async fn a_second_start_writes_nothing() {
@@ -47,4 +49,12 @@ async fn objects_outlive_the_server() {
     let again = Cluster::bare(cluster.store.clone(), Options::default()).await;
     let after = again.admin().get("/api/v1/namespaces/default").await;
     assert_eq!(before.json(), after.json());
+}
+
+/// A store that is away for a moment delays the start and does not end it.
+#[tokio::test]
+async fn a_store_that_refuses_now_and_then_is_tried_again() {
+    let cluster = Cluster::bare(Arc::new(MemoryStore::new().refusing_every(3)), Options::default()).await;
+    bootstrap::run(&cluster.server, &[]).await.expect("it is made at last");
+    assert_eq!(cluster.admin().get("/api/v1/namespaces/kube-system").await.code, 200);
 }

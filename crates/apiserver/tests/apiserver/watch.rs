@@ -290,3 +290,41 @@ async fn fifty_watchers_see_a_thousand_creates_once_and_in_order() {
         assert_eq!(watcher.await.expect("the watcher ends").len(), CREATES);
     }
 }
+
+/// A transaction is seen whole: no list shows half of it, and a watcher that reads while it is taken over misses nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_is_seen_whole() {
+    let cluster = Cluster::new(Options::default()).await;
+    let admin = cluster.admin();
+    let from = now(&admin).await;
+    let mut watch = admin.watch(&format!("{CONFIG_MAPS}?watch=true&resourceVersion={from}"), &[]).await;
+    const OBJECTS: usize = 50;
+    const ROUNDS: usize = 60;
+    let store = cluster.store.clone();
+    let writer = tokio::spawn(async move {
+        for round in 0..ROUNDS {
+            let mut txn = Txn::new();
+            for i in 0..OBJECTS {
+                let name = format!("c{i:02}");
+                let object = json!({"apiVersion": "v1", "kind": "ConfigMap",
+                    "metadata": {"name": name, "namespace": "default"}, "data": {"round": round.to_string()}});
+                let key = format!("registry/core/configmaps/default/{name}");
+                txn.ops.push(Op::Put { key, value: object.to_string().into() });
+            }
+            store.commit(txn).await.expect("the store takes it");
+        }
+    });
+    while !writer.is_finished() {
+        let list = admin.get(CONFIG_MAPS).await.json();
+        let items = list["items"].as_array().expect("a list has items");
+        assert!(items.is_empty() || items.len() == OBJECTS, "{} of {OBJECTS}", items.len());
+        assert!(items.iter().all(|i| i["data"] == items[0]["data"]), "half of a transaction is shown");
+    }
+    writer.await.expect("the writer is done");
+    for round in 0..ROUNDS {
+        for i in 0..OBJECTS {
+            let (_, name, object) = watch.event().await;
+            assert_eq!((name, &object["data"]["round"]), (format!("c{i:02}"), &json!(round.to_string())));
+        }
+    }
+}

@@ -117,6 +117,12 @@ impl Status {
         Status::new(403, "Forbidden", message)
     }
 
+    /// A rule beyond the caller's rights says no: `namespaces "default" is forbidden: why`.
+    pub fn refused(group: &str, plural: &str, name: &str, why: &str) -> Status {
+        Status::forbidden(format!("{} {name:?} is forbidden: {why}", qualified(plural, group)))
+            .named(group, plural, name)
+    }
+
     /// `plural` as in the URL, with its group: `deployments.apps "web" not found`.
     pub fn not_found(group: &str, plural: &str, name: &str) -> Status {
         let resource = qualified(plural, group);

@@ -219,6 +219,9 @@ impl KindCache {
     }
 }
 
+/// Key, new state (`None`: deleted), revision.
+type Change = (Arc<str>, Option<Arc<Stored>>, Revision);
+
 /// How many changes of a kind a watcher may lag behind.
 const EVENTS_KEPT: usize = 8192;
 
@@ -295,7 +298,7 @@ impl WatchCache {
     /// Takes over changes. Those of one kind become visible together: nobody sees half of a transaction in a kind,
     /// and a watcher that stands at a revision has seen all of it.
     fn apply(&self, changes: impl Iterator<Item = (Arc<str>, Option<Bytes>, Revision)>) {
-        let mut by_kind: BTreeMap<&str, Vec<(Arc<str>, Option<Arc<Stored>>, Revision)>> = BTreeMap::new();
+        let mut by_kind: BTreeMap<&str, Vec<Change>> = BTreeMap::new();
         for (key, value, revision) in changes {
             if key.starts_with("claims/") {
                 let mut claims = self.claims.write().expect("no writer of the cache panics");

@@ -1,6 +1,7 @@
 //! Request bodies become objects: JSON, YAML or protobuf in, one canonical form out.
 
 use crate::catalog::Row;
+use crate::json;
 use api::protobuf;
 use api::schema::{self, Message};
 use api::{ObjectExt, Status};
@@ -37,17 +38,24 @@ impl FieldValidation {
 
 /// Decodes a body by its content type.
 pub fn object(headers: &HeaderMap, body: &Bytes) -> Result<Value, Status> {
+    object_with_repeats(headers, body).map(|(object, _)| object)
+}
+
+/// Decodes a body, and names the fields that it holds twice.
+pub fn object_with_repeats(headers: &HeaderMap, body: &Bytes) -> Result<(Value, Vec<String>), Status> {
     let content_type = headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or("application/json");
     let media = content_type.split(';').next().unwrap_or("").trim();
     if body.is_empty() {
         return Err(Status::bad_request("the request body is empty: send an object"));
     }
     match media {
-        "application/vnd.kubernetes.protobuf" => protobuf::decode(body).map_err(|e| Status::bad_request(e.to_string())),
-        "application/yaml" => {
-            serde_saphyr::from_slice::<Value>(body).map_err(|e| Status::bad_request(format!("error parsing YAML: {e}")))
+        "application/vnd.kubernetes.protobuf" => {
+            protobuf::decode(body).map(|o| (o, Vec::new())).map_err(|e| Status::bad_request(e.to_string()))
         }
-        "" | "application/json" | "*/*" => serde_json::from_slice(body).map_err(|e| {
+        "application/yaml" => serde_saphyr::from_slice::<Value>(body)
+            .map(|o| (o, Vec::new()))
+            .map_err(|e| Status::bad_request(format!("error parsing YAML: {e}"))),
+        "" | "application/json" | "*/*" => json::parse(body).map_err(|e| {
             let kind = if e.is_eof() { "unexpected end of JSON input".to_string() } else { e.to_string() };
             Status::bad_request(format!("couldn't get version/kind; json parse error: {kind}"))
         }),
@@ -57,8 +65,14 @@ pub fn object(headers: &HeaderMap, body: &Bytes) -> Result<Value, Status> {
     }
 }
 
-/// Checks that an object is of the row's kind, and makes it canonical. Returns warnings about unknown fields.
-pub fn conform(row: &Row, object: &mut Value, validation: FieldValidation) -> Result<Vec<String>, Status> {
+/// Checks that an object is of the row's kind, and makes it canonical. Returns warnings about unknown and repeated
+/// fields.
+pub fn conform(
+    row: &Row,
+    object: &mut Value,
+    repeated: &[String],
+    validation: FieldValidation,
+) -> Result<Vec<String>, Status> {
     if !object.is_object() {
         return Err(Status::bad_request("couldn't get version/kind; json parse error: the body is not a JSON object"));
     }
@@ -82,7 +96,7 @@ pub fn conform(row: &Row, object: &mut Value, validation: FieldValidation) -> Re
         return Err(Status::bad_request(message));
     }
     match row.schema {
-        Some(schema) => conform_to(schema, &row.kind, &row.version, object, validation),
+        Some(schema) => conform_to(schema, &row.kind, &row.version, object, repeated, validation),
         None => Ok(Vec::new()),
     }
 }
@@ -93,12 +107,14 @@ pub fn conform_to(
     kind: &str,
     version: &str,
     object: &mut Value,
+    repeated: &[String],
     validation: FieldValidation,
 ) -> Result<Vec<String>, Status> {
     let unknown = schema::normalize(object, schema).map_err(|e| {
         Status::bad_request(format!("{kind} in version {version:?} cannot be handled as a {kind}: {e}"))
     })?;
-    let sentences: Vec<String> = unknown.iter().map(|path| format!("unknown field {path:?}")).collect();
+    let repeated = repeated.iter().map(|path| format!("duplicate field {path:?}"));
+    let sentences: Vec<String> = repeated.chain(unknown.iter().map(|path| format!("unknown field {path:?}"))).collect();
     match validation {
         FieldValidation::Strict if !sentences.is_empty() => Err(Status::bad_request(format!(
             "{kind} in version {version:?} cannot be handled as a {kind}: strict decoding error: {}",

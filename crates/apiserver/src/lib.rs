@@ -10,6 +10,7 @@ pub mod cache;
 pub mod catalog;
 mod decode;
 mod discovery;
+mod json;
 mod managed;
 mod openapi;
 mod registry;

@@ -1,5 +1,6 @@
 //! What verbs and strategies stand on: catalog, store, cache, and the ranges that claims are taken from.
 
+use crate::auth::rbac::Rbac;
 use crate::cache::{Stored, WatchCache};
 use crate::catalog::{Catalog, Row};
 use api::Status;
@@ -25,6 +26,7 @@ pub struct Registry {
     pub store: Arc<dyn Store>,
     pub cache: Arc<WatchCache>,
     pub allocation: Allocation,
+    pub rbac: Rbac,
     /// Cancelled when the server ends; watches end with it.
     pub token: CancellationToken,
 }

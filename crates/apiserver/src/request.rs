@@ -49,6 +49,11 @@ impl Query {
         matches!(self.get(key), "true" | "1")
     }
 
+    /// Asks for a dry run and nothing else.
+    pub fn dry_run() -> Query {
+        Query(BTreeMap::from([("dryRun".to_string(), vec!["All".to_string()])]))
+    }
+
     pub fn is_dry_run(&self) -> bool {
         self.all("dryRun").iter().any(|v| v == "All")
     }
@@ -59,6 +64,15 @@ fn decode(text: &str) -> String {
 }
 
 impl RequestInfo {
+    /// The one object that the request is about, for RBAC: a list or watch may be pinned to a name by its selector.
+    pub fn one_name(&self) -> String {
+        if !self.name.is_empty() || !matches!(self.verb, "list" | "watch") {
+            return self.name.clone();
+        }
+        let selector = api::FieldSelector::parse(self.query.get("fieldSelector")).unwrap_or_default();
+        selector.pinned("metadata.name").unwrap_or_default().to_string()
+    }
+
     pub fn parse(method: &http::Method, uri: &http::Uri) -> RequestInfo {
         let query = Query::parse(uri.query().unwrap_or(""));
         let path = uri.path().to_string();

@@ -1,9 +1,10 @@
 //! The server as one service: who asks, may they, what is it about, and the verb.
 
 use crate::auth::authenticate::{ForeignCertificate, PeerCertificate, authenticate};
+use crate::auth::impersonate::impersonate;
 use crate::auth::rbac::{Attributes, Rbac};
 use crate::auth::token::TokenKey;
-use crate::auth::{AUTHENTICATED, Identity, node};
+use crate::auth::{Identity, forbidden, node};
 use crate::body::{self, Body, BoxError};
 use crate::cache::WatchCache;
 use crate::catalog::{Catalog, builtin};
@@ -37,7 +38,6 @@ pub struct Config {
 
 struct Inner {
     registry: Arc<Registry>,
-    rbac: Rbac,
     tokens: TokenKey,
     openapi: OpenApi,
     connector: Option<Arc<dyn Connector>>,
@@ -65,11 +65,11 @@ impl ApiServer {
             store: config.store,
             cache,
             allocation: config.allocation,
+            rbac: Rbac::default(),
             token: config.token,
         });
         let inner = Inner {
             registry,
-            rbac: Rbac::default(),
             tokens: config.tokens,
             openapi: OpenApi::default(),
             connector: config.connector,
@@ -133,7 +133,7 @@ impl ApiServer {
                 authenticate(registry, &self.inner.tokens, request.headers(), certificate.as_ref())?
             }
         };
-        let who = self.impersonate(who, request.headers())?;
+        let who = impersonate(registry, who, request.headers())?;
         if !info.is_resource {
             return self.path(&info, &who, &request);
         }
@@ -174,9 +174,10 @@ impl ApiServer {
         upgrade: Option<hyper::upgrade::OnUpgrade>,
     ) -> Result<Response<Body>, Status> {
         let row = &call.row;
+        verbs::known_dry_run(call)?;
         if row.is_virtual {
             return match call.info.verb {
-                "create" => verbs::review(call, &self.inner.rbac, &self.inner.tokens).await,
+                "create" => verbs::review(call, &self.inner.tokens).await,
                 _ => Err(Status::method_not_allowed()),
             };
         }
@@ -201,35 +202,6 @@ impl ApiServer {
         }
     }
 
-    /// `Impersonate-User` and `Impersonate-Group`, for those who may.
-    fn impersonate(&self, who: Identity, headers: &http::HeaderMap) -> Result<Identity, Status> {
-        let Some(user) = headers.get("impersonate-user").and_then(|v| v.to_str().ok()) else { return Ok(who) };
-        let groups: Vec<String> =
-            headers.get_all("impersonate-group").iter().filter_map(|v| v.to_str().ok()).map(str::to_string).collect();
-        let wanted = std::iter::once(("users", user)).chain(groups.iter().map(|g| ("groups", g.as_str())));
-        for (plural, name) in wanted {
-            let asked = Attributes {
-                verb: "impersonate".into(),
-                plural: plural.into(),
-                name: name.into(),
-                ..Attributes::default()
-            };
-            if !self.inner.rbac.allows(&self.inner.registry, &who, &asked) {
-                return Err(forbidden(&who, &asked));
-            }
-        }
-        let mut identity = Identity { user: user.into(), groups, ..Identity::default() };
-        if let Some((namespace, _)) = user.strip_prefix("system:serviceaccount:").and_then(|r| r.split_once(':'))
-            && identity.groups.is_empty()
-        {
-            identity.groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
-        }
-        if user != "system:anonymous" {
-            identity.groups.push(AUTHENTICATED.into());
-        }
-        Ok(identity)
-    }
-
     fn authorize(&self, info: &RequestInfo, who: &Identity) -> Result<(), Status> {
         let asked = if info.is_resource && !info.plural.is_empty() {
             Attributes {
@@ -238,16 +210,17 @@ impl ApiServer {
                 plural: info.plural.clone(),
                 subresource: info.subresource.clone(),
                 namespace: info.namespace.clone(),
-                name: info.name.clone(),
+                name: info.one_name(),
                 path: None,
             }
         } else {
             Attributes { verb: info.verb.into(), path: Some(info.path.clone()), ..Attributes::default() }
         };
-        if !self.inner.rbac.allows(&self.inner.registry, who, &asked) {
+        let registry = &self.inner.registry;
+        if !registry.rbac.allows(registry, who, &asked) {
             return Err(forbidden(who, &asked));
         }
-        match node::refuses(&self.inner.registry, who, &asked) {
+        match node::refuses(registry, who, &asked) {
             Some(why) => {
                 let mut status = forbidden(who, &asked);
                 status.message = format!("{}: {why}", status.message);
@@ -314,41 +287,6 @@ fn version() -> serde_json::Value {
         "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
         "goVersion": "none", "compiler": "rustc", "platform": "linux/amd64",
     })
-}
-
-fn forbidden(who: &Identity, asked: &Attributes) -> Status {
-    let message = match &asked.path {
-        Some(path) => format!("forbidden: User {:?} cannot {} path {path:?}", who.user, asked.verb),
-        None => {
-            let resource = if asked.subresource.is_empty() {
-                asked.plural.clone()
-            } else {
-                format!("{}/{}", asked.plural, asked.subresource)
-            };
-            let qualified =
-                if asked.group.is_empty() { asked.plural.clone() } else { format!("{}.{}", asked.plural, asked.group) };
-            let named = if asked.name.is_empty() { String::new() } else { format!(" {:?}", asked.name) };
-            let scope = if asked.namespace.is_empty() {
-                "at the cluster scope".to_string()
-            } else {
-                format!("in the namespace {:?}", asked.namespace)
-            };
-            format!(
-                "{qualified}{named} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {scope}",
-                who.user, asked.verb, asked.group
-            )
-        }
-    };
-    let mut status = Status::forbidden(message);
-    if asked.path.is_none() {
-        status.details = Some(api::status::Details {
-            name: asked.name.clone(),
-            group: asked.group.clone(),
-            kind: asked.plural.clone(),
-            ..Default::default()
-        });
-    }
-    status
 }
 
 impl<B> tower::Service<Request<B>> for ApiServer

@@ -40,6 +40,31 @@ impl Call {
     }
 }
 
+/// Refuses a write whose `dryRun` is misspelled: it must not be done in earnest.
+pub fn known_dry_run(call: &Call) -> Result<(), api::Status> {
+    let options = match call.info.verb {
+        "create" => "CreateOptions",
+        "update" => "UpdateOptions",
+        "patch" => "PatchOptions",
+        "delete" | "deletecollection" => "DeleteOptions",
+        _ => return Ok(()),
+    };
+    check_dry_run(options, call.info.query.all("dryRun").iter().map(String::as_str))
+}
+
+pub fn check_dry_run<'a>(options: &str, values: impl Iterator<Item = &'a str>) -> Result<(), api::Status> {
+    let values: Vec<String> = values.filter(|v| !v.is_empty()).map(|v| format!("{v:?}")).collect();
+    if values.iter().all(|v| v == "\"All\"") {
+        return Ok(());
+    }
+    let cause = api::Cause {
+        reason: "FieldValueNotSupported".into(),
+        message: format!("Unsupported value: []string{{{}}}: supported values: \"All\"", values.join(", ")),
+        field: "dryRun".into(),
+    };
+    Err(api::Status::invalid("meta.k8s.io", options, "", vec![cause]))
+}
+
 /// Five characters that spell no word, as `generateName` appends them.
 pub fn random_suffix() -> String {
     const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";

@@ -34,7 +34,7 @@ pub fn authenticate(
     let Some(token) = header.strip_prefix("Bearer ").map(str::trim).filter(|t| !t.is_empty()) else {
         return Ok(Identity::anonymous());
     };
-    from_token(registry, key, token).ok_or_else(Status::unauthorized)
+    from_token(registry, key, token, &[&key.issuer]).map(|(who, _)| who).ok_or_else(Status::unauthorized)
 }
 
 /// Common name is the user, organizations are the groups.
@@ -48,10 +48,19 @@ pub fn from_certificate(der: &[u8]) -> Option<Identity> {
     Some(Identity { user, groups, ..Identity::default() })
 }
 
-/// The identity of a service account token or a bootstrap token.
-pub fn from_token(registry: &Registry, key: &TokenKey, token: &str) -> Option<Identity> {
+/// The identity of a service account token or a bootstrap token, and for which of `audiences` it is good: at least one.
+pub fn from_token(
+    registry: &Registry,
+    key: &TokenKey,
+    token: &str,
+    audiences: &[&str],
+) -> Option<(Identity, Vec<String>)> {
     let now = registry.now();
     if let Some(claims) = key.verify(token, now) {
+        let good_for: Vec<String> = claims.audiences.into_iter().filter(|a| audiences.contains(&a.as_str())).collect();
+        if good_for.is_empty() {
+            return None;
+        }
         let account = registry.read(&kinds::SERVICE_ACCOUNTS, &claims.namespace, &claims.account)?.parse();
         if account.uid() != claims.account_uid {
             return None;
@@ -70,9 +79,11 @@ pub fn from_token(registry: &Registry, key: &TokenKey, token: &str) -> Option<Id
         if let Some(node) = claims.node {
             identity.extra.push(("authentication.kubernetes.io/node-name".into(), node));
         }
-        return Some(identity);
+        return Some((identity, good_for));
     }
-    bootstrap(registry, token, now)
+    // Such a token says nothing of audiences: it is for this server.
+    let identity = bootstrap(registry, token, now).filter(|_| audiences.contains(&key.issuer.as_str()))?;
+    Some((identity, vec![key.issuer.clone()]))
 }
 
 /// `abcdef.0123456789abcdef`, kept in the Secret `kube-system/bootstrap-token-abcdef`.

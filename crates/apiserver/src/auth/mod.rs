@@ -1,9 +1,14 @@
 //! Who asks, and what they may.
 
 pub mod authenticate;
+pub mod escalation;
+pub mod impersonate;
 pub mod node;
 pub mod rbac;
 pub mod token;
+
+use api::Status;
+use rbac::Attributes;
 
 /// A caller as RBAC sees it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,4 +54,40 @@ impl Identity {
         let is_node = self.groups.iter().any(|g| g == "system:nodes");
         self.user.strip_prefix("system:node:").filter(|_| is_node)
     }
+}
+
+/// The refusal of who lacks a right.
+pub(crate) fn forbidden(who: &Identity, asked: &Attributes) -> Status {
+    let message = match &asked.path {
+        Some(path) => format!("forbidden: User {:?} cannot {} path {path:?}", who.user, asked.verb),
+        None => {
+            let resource = if asked.subresource.is_empty() {
+                asked.plural.clone()
+            } else {
+                format!("{}/{}", asked.plural, asked.subresource)
+            };
+            let qualified =
+                if asked.group.is_empty() { asked.plural.clone() } else { format!("{}.{}", asked.plural, asked.group) };
+            let named = if asked.name.is_empty() { String::new() } else { format!(" {:?}", asked.name) };
+            let scope = if asked.namespace.is_empty() {
+                "at the cluster scope".to_string()
+            } else {
+                format!("in the namespace {:?}", asked.namespace)
+            };
+            format!(
+                "{qualified}{named} is forbidden: User {:?} cannot {} resource {resource:?} in API group {:?} {scope}",
+                who.user, asked.verb, asked.group
+            )
+        }
+    };
+    let mut status = Status::forbidden(message);
+    if asked.path.is_none() {
+        status.details = Some(api::status::Details {
+            name: asked.name.clone(),
+            group: asked.group.clone(),
+            kind: asked.plural.clone(),
+            ..Default::default()
+        });
+    }
+    status
 }

@@ -20,7 +20,7 @@ pub struct Attributes {
     pub path: Option<String>,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rule {
     pub verbs: Vec<String>,
     pub groups: Vec<String>,
@@ -46,6 +46,11 @@ impl Rule {
             names: list("resourceNames"),
             paths: list("nonResourceURLs"),
         }
+    }
+
+    /// The rules of a role.
+    pub fn list(role: &Value) -> Vec<Rule> {
+        role.get("rules").and_then(Value::as_array).into_iter().flatten().map(Rule::parse).collect()
     }
 
     fn allows(&self, asked: &Attributes) -> bool {
@@ -81,6 +86,8 @@ struct Grant {
 struct Index {
     /// By `u:NAME`, `g:NAME`.
     grants: HashMap<String, Vec<Grant>>,
+    /// By namespace (none for ClusterRoles) and name.
+    roles: HashMap<(String, String), Arc<Vec<Rule>>>,
 }
 
 /// The authorizer.
@@ -121,6 +128,11 @@ impl Rbac {
         all
     }
 
+    /// The rules of a role; the namespace is empty for a ClusterRole.
+    pub fn role(&self, registry: &Registry, namespace: &str, name: &str) -> Option<Arc<Vec<Rule>>> {
+        self.index(registry).roles.get(&(namespace.to_string(), name.to_string())).cloned()
+    }
+
     fn index(&self, registry: &Registry) -> Arc<Index> {
         let stamps = [&kinds::ROLES, &kinds::ROLE_BINDINGS, &kinds::CLUSTER_ROLES, &kinds::CLUSTER_ROLE_BINDINGS]
             .map(|r| registry.cache.last_change(registry.row(r)));
@@ -145,7 +157,7 @@ fn build(registry: &Registry) -> Index {
         let (_, items) = registry.cache.list(registry.row(resource), "");
         let objects: Vec<Value> = items.iter().map(|s| s.parse()).collect();
         for role in &objects {
-            let mut rules = rules_of(role);
+            let mut rules = Rule::list(role);
             rules.extend(aggregated(role, &objects));
             roles.insert((role.namespace().into(), role.name().into()), Arc::new(rules));
         }
@@ -174,11 +186,8 @@ fn build(registry: &Registry) -> Index {
             }
         }
     }
+    index.roles = roles;
     index
-}
-
-fn rules_of(role: &Value) -> Vec<Rule> {
-    role.get("rules").and_then(Value::as_array).into_iter().flatten().map(Rule::parse).collect()
 }
 
 /// The rules of all roles that an aggregation rule selects.
@@ -192,7 +201,7 @@ fn aggregated(role: &Value, all: &[Value]) -> Vec<Rule> {
             continue;
         };
         for other in all.iter().filter(|o| o.name() != role.name() && selector.matches_object(o)) {
-            rules.extend(rules_of(other));
+            rules.extend(Rule::list(other));
         }
     }
     rules

@@ -2,8 +2,8 @@
 
 use super::{Row, Subresource};
 use crate::strategy::{
-    self, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, JOB, NAMESPACE, NODE, PLAIN, POD, RBAC, REPLICA_SET,
-    REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
+    self, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, JOB, LEASE, NAMESPACE, NODE, PLAIN, POD, RBAC,
+    REPLICA_SET, REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
 };
 use crate::table::{self as t, Column};
 use api::schema;
@@ -142,7 +142,7 @@ pub fn rows() -> Vec<Row> {
         row("apps", "StatefulSet", "statefulsets", true).short(&["sts"]).all().status().is(&STATEFUL_SET).subs(&[SCALE]).cols(t::STATEFUL_SET),
         row("batch", "CronJob", "cronjobs", true).short(&["cj"]).all().status().is(&strategy::CRON_JOB).cols(t::CRON_JOB),
         row("batch", "Job", "jobs", true).all().status().is(&JOB).cols(t::JOB).selectable(&[("status.successful", "/status/succeeded")]),
-        row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status(),
+        row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status().is(&BUDGET),
         row("networking.k8s.io", "IngressClass", "ingressclasses", false),
         row("networking.k8s.io", "Ingress", "ingresses", true).short(&["ing"]).status().cols(t::INGRESS),
         row("discovery.k8s.io", "EndpointSlice", "endpointslices", true).is(&SLICE).cols(t::SLICE),
@@ -152,7 +152,7 @@ pub fn rows() -> Vec<Row> {
         row(RBAC_GROUP, "Role", "roles", true).is(&RBAC).cols(t::NAME_CREATED),
         row("storage.k8s.io", "StorageClass", "storageclasses", false).short(&["sc"]),
         row("scheduling.k8s.io", "PriorityClass", "priorityclasses", false).short(&["pc"]).cols(t::PRIORITY_CLASS),
-        row("coordination.k8s.io", "Lease", "leases", true).cols(t::LEASE),
+        row("coordination.k8s.io", "Lease", "leases", true).is(&LEASE).cols(t::LEASE),
         row("certificates.k8s.io", "CertificateSigningRequest", "certificatesigningrequests", false).short(&["csr"]).status().is(&CSR).subs(CSR_SUBRESOURCES).cols(t::CSR).selectable(&[("spec.signerName", "/spec/signerName")]),
         row("authentication.k8s.io", "SelfSubjectReview", "selfsubjectreviews", false).review(),
         row("authentication.k8s.io", "TokenReview", "tokenreviews", false).review(),

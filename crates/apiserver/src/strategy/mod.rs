@@ -9,7 +9,7 @@ mod workload;
 
 pub use meta::{validate_meta, validate_meta_update};
 
-use crate::auth::Identity;
+use crate::auth::{Identity, escalation};
 use crate::registry::{Claims, Registry};
 use api::{Cause, ObjectExt, Status, names};
 use serde_json::{Value, json};
@@ -34,6 +34,26 @@ pub trait Strategy: Send + Sync {
     /// Admission: what the cluster adds or refuses at creation.
     fn prepare_for_create(&self, _registry: &Registry, _who: &Identity, _object: &mut Value) -> Result<(), Status> {
         Ok(())
+    }
+
+    /// Rights that this write needs beyond its verb, such as those it would give away.
+    fn permits(&self, _: &Registry, _: &Identity, _object: &Value, _old: Option<&Value>) -> Result<(), Status> {
+        Ok(())
+    }
+
+    /// Whether a PUT of an object that is not there creates it.
+    fn creates_on_update(&self) -> bool {
+        false
+    }
+
+    /// Whether a PUT that names no revision is taken.
+    fn updates_unseen(&self) -> bool {
+        true
+    }
+
+    /// Why nobody may delete this object, if so.
+    fn keeps(&self, _object: &Value) -> Option<&'static str> {
+        None
     }
 
     /// Carries over what an update may not change silently.
@@ -72,6 +92,7 @@ pub struct Rbac;
 pub struct Review;
 pub struct Csr;
 pub struct Endpoints;
+pub struct Budget;
 
 pub static PLAIN: Plain = Plain;
 pub static CONFIG: Config = Config;
@@ -81,7 +102,8 @@ pub static RBAC: Rbac = Rbac;
 pub static REVIEW: Review = Review;
 pub static CSR: Csr = Csr;
 pub static ENDPOINTS: Endpoints = Endpoints;
-pub use node::NODE;
+pub static BUDGET: Budget = Budget;
+pub use node::{LEASE, NODE};
 pub use pod::POD;
 pub use service::SERVICE;
 pub use slice::SLICE;
@@ -91,15 +113,27 @@ impl Strategy for Plain {}
 impl Strategy for Review {}
 
 impl Strategy for Event {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::dns_subdomain(name)
     }
 }
 
 impl Strategy for Rbac {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     // RBAC names may hold colons: system:node.
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::path_segment(name)
+    }
+
+    fn permits(&self, registry: &Registry, who: &Identity, object: &Value, old: Option<&Value>) -> Result<(), Status> {
+        escalation::check(registry, who, object, old)
     }
 
     fn default(&self, object: &mut Value) {
@@ -199,6 +233,11 @@ impl Strategy for Namespace {
         }
     }
 
+    fn keeps(&self, object: &Value) -> Option<&'static str> {
+        let kept = matches!(object.name(), "default" | "kube-system" | "kube-public");
+        kept.then_some("this namespace may not be deleted")
+    }
+
     fn prepare_for_create(&self, _: &Registry, _: &Identity, object: &mut Value) -> Result<(), Status> {
         if let Some(map) = object.as_object_mut() {
             map.insert("spec".into(), json!({"finalizers": ["kubernetes"]}));
@@ -246,7 +285,31 @@ impl Strategy for Csr {
     }
 }
 
+/// Disruption budgets: what is left of one is counted down by evictions, so nobody writes it unseen.
+impl Strategy for Budget {
+    fn updates_unseen(&self) -> bool {
+        false
+    }
+
+    fn has_generation(&self) -> bool {
+        true
+    }
+
+    fn validate(&self, object: &Value, _: Option<&Value>) -> Vec<Cause> {
+        let Some(spec) = object.get("spec") else { return Vec::new() };
+        if spec.get("minAvailable").is_some() && spec.get("maxUnavailable").is_some() {
+            let why = "minAvailable and maxUnavailable cannot be both set";
+            return vec![Cause::invalid("spec", compact(spec), why)];
+        }
+        Vec::new()
+    }
+}
+
 impl Strategy for Endpoints {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, object: &mut Value) {
         for subset in object.get_mut("subsets").and_then(Value::as_array_mut).into_iter().flatten() {
             for port in subset.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {

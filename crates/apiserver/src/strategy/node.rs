@@ -1,13 +1,16 @@
-//! Nodes: addresses of pods are given here, so that two nodes never share a pod CIDR.
+//! Nodes and their leases: addresses of pods are given here, so that two nodes never share a pod CIDR.
 
 use super::Strategy;
+use crate::auth::Identity;
 use crate::registry::{Claim, Claims, Registry};
 use api::{Cause, ObjectExt, Status};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
 pub struct Node;
+pub struct Lease;
 pub static NODE: Node = Node;
+pub static LEASE: Lease = Lease;
 
 /// A node's share of a cluster's pod range.
 const MASK_V4: u8 = 24;
@@ -27,7 +30,40 @@ fn free(registry: &Registry, range: &IpNet) -> Option<IpNet> {
     range.subnets(mask.max(range.prefix_len())).ok()?.find(|c| !registry.cache.is_claimed(&key(c)))
 }
 
+impl Strategy for Lease {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
+    fn updates_unseen(&self) -> bool {
+        false
+    }
+
+    fn permits(&self, _: &Registry, who: &Identity, object: &Value, _: Option<&Value>) -> Result<(), Status> {
+        let refused = |why: &str| Err(Status::refused("coordination.k8s.io", "leases", object.name(), why));
+        match who.node() {
+            Some(_) if object.namespace() != "kube-node-lease" => {
+                refused("can only access leases in the \"kube-node-lease\" system namespace")
+            }
+            Some(node) if node != object.name() => {
+                refused("can only access node lease with the same name as the requesting node")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Strategy for Node {
+    fn permits(&self, _: &Registry, who: &Identity, object: &Value, _: Option<&Value>) -> Result<(), Status> {
+        match who.node() {
+            Some(node) if node != object.name() => {
+                let why = format!("node {node:?} is not allowed to modify node {:?}", object.name());
+                Err(Status::refused("", "nodes", object.name(), &why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn claims(&self, registry: &Registry, object: &mut Value, old: Option<&Value>) -> Result<Claims, Status> {
         let held: Vec<String> = old.map(cidrs).unwrap_or_default().iter().map(key).collect();
         let mut wanted = cidrs(object);

@@ -51,6 +51,10 @@ fn wants_health_port(object: &Value) -> bool {
 }
 
 impl Strategy for Service {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn name_problems(&self, name: &str) -> Vec<String> {
         names::dns_1035_label(name)
     }

@@ -2,10 +2,12 @@
 
 use crate::body::{self, Body};
 use crate::decode;
+use crate::request::{Query, RequestInfo};
 use crate::verbs::{self, Call};
 use api::{LabelSelector, ObjectExt, Status, time};
 use http::{Response, StatusCode};
-use serde_json::{Value, json};
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Map, Value, json};
 
 pub async fn bind(call: &Call) -> Result<Response<Body>, Status> {
     let binding = decode::object(&call.headers, &call.body)?;
@@ -58,20 +60,8 @@ pub async fn evict(call: &Call) -> Result<Response<Body>, Status> {
         .get(&call.row, &call.info.namespace, &call.info.name)
         .ok_or_else(|| call.not_found())?
         .parse();
-    if let Some(budget) = blocking_budget(call, &pod) {
-        let mut status =
-            Status::new(429, "TooManyRequests", "Cannot evict pod as it would violate the pod's disruption budget.");
-        status.details = Some(api::status::Details {
-            causes: vec![api::Cause {
-                reason: "DisruptionBudget".into(),
-                message: format!("The disruption budget {budget} does not allow evicting pods currently"),
-                field: String::new(),
-            }],
-            retry_after_seconds: Some(5),
-            ..Default::default()
-        });
-        return Err(status);
-    }
+    let dry = eviction.pointer("/deleteOptions/dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty());
+    spend(call, &pod, dry || call.info.query.is_dry_run()).await?;
     let options = eviction.get("deleteOptions").cloned().unwrap_or(json!({}));
     let mut query = call.info.clone();
     query.subresource.clear();
@@ -93,44 +83,116 @@ pub async fn evict(call: &Call) -> Result<Response<Body>, Status> {
     Ok(body::value(StatusCode::CREATED, &status))
 }
 
-/// The name of a budget that this eviction would break.
-fn blocking_budget(call: &Call, pod: &Value) -> Option<String> {
-    let row = call.registry.catalog.find("policy", "v1", "poddisruptionbudgets")?;
+/// Takes this pod's disruption from every budget that covers it, in a write of the budget: of two evictions at once, the
+/// second sees the first.
+async fn spend(call: &Call, pod: &Value, dry: bool) -> Result<(), Status> {
+    let Some(row) = call.registry.catalog.find("policy", "v1", "poddisruptionbudgets") else { return Ok(()) };
+    // A pod that serves nobody costs no disruption.
+    if !is_ready(pod) {
+        return Ok(());
+    }
     let (_, budgets) = call.registry.cache.list(row, pod.namespace());
-    let (_, pods) = call.registry.cache.list(&call.row, pod.namespace());
-    let pods: Vec<Value> = pods.iter().map(|p| p.parse()).collect();
-    for budget in budgets {
-        let budget = budget.parse();
-        let selector = budget.pointer("/spec/selector").cloned().unwrap_or(json!({}));
-        let Some(selector) = serde_json::from_value(selector).ok().and_then(|s| LabelSelector::from_spec(&s).ok())
-        else {
-            continue;
+    for budget in budgets.iter().map(|b| b.parse()).filter(|b| selector(b).is_some_and(|s| s.matches_object(pod))) {
+        let write = Call {
+            registry: call.registry.clone(),
+            row: row.clone(),
+            info: RequestInfo {
+                verb: "patch",
+                is_resource: true,
+                group: "policy".into(),
+                version: "v1".into(),
+                namespace: pod.namespace().into(),
+                plural: row.plural.to_string(),
+                name: budget.name().into(),
+                subresource: "status".into(),
+                query: if dry { Query::dry_run() } else { Query::default() },
+                ..RequestInfo::default()
+            },
+            headers: call.headers.clone(),
+            who: call.who.clone(),
+            body: bytes::Bytes::new(),
         };
-        if !selector.matches_object(pod) {
-            continue;
-        }
-        let covered: Vec<&Value> = pods.iter().filter(|p| selector.matches_object(p)).collect();
-        let healthy = covered.iter().filter(|p| is_ready(p)).count();
-        let total = covered.len();
-        let scaled = |value: &Value| match value {
-            Value::Number(n) => n.as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0),
-            Value::String(text) => {
-                let percent: usize = text.trim_end_matches('%').parse().unwrap_or(0);
-                (total * percent).div_ceil(100)
-            }
-            _ => 0,
+        let now = call.registry.now();
+        let spent = |live: &Value| {
+            let (_, pods) = call.registry.cache.list(&call.row, pod.namespace());
+            let pods: Vec<Value> = pods.iter().map(|p| p.parse()).collect();
+            without(live, pod, &pods, now).ok_or_else(|| too_many(live.name()))
         };
-        let needed = match (budget.pointer("/spec/minAvailable"), budget.pointer("/spec/maxUnavailable")) {
-            (Some(min), _) => scaled(min),
-            (None, Some(max)) => total.saturating_sub(scaled(max)),
-            (None, None) => continue,
-        };
-        let after = healthy - usize::from(is_ready(pod));
-        if is_ready(pod) && after < needed {
-            return Some(budget.name().to_string());
+        match verbs::change(&write, &spent, &|_, _| {}).await {
+            // A budget that has just gone binds nobody.
+            Err(status) if status.is_not_found() => {}
+            other => drop(other?),
         }
     }
-    None
+    Ok(())
+}
+
+fn too_many(budget: &str) -> Status {
+    let mut status =
+        Status::new(429, "TooManyRequests", "Cannot evict pod as it would violate the pod's disruption budget.");
+    status.details = Some(api::status::Details {
+        causes: vec![api::Cause {
+            reason: "DisruptionBudget".into(),
+            message: format!("The disruption budget {budget} does not allow evicting pods currently"),
+            field: String::new(),
+        }],
+        retry_after_seconds: Some(5),
+        ..Default::default()
+    });
+    status
+}
+
+fn selector(budget: &Value) -> Option<LabelSelector> {
+    let selector = budget.pointer("/spec/selector").cloned().unwrap_or(json!({}));
+    serde_json::from_value(selector).ok().and_then(|s| LabelSelector::from_spec(&s).ok())
+}
+
+/// How long an eviction counts whose pod does not go.
+const DISRUPTION: SignedDuration = SignedDuration::from_mins(2);
+
+/// The budget after this pod's eviction; `None` if it cannot spare the pod.
+fn without(budget: &Value, pod: &Value, pods: &[Value], now: Timestamp) -> Option<Value> {
+    let selector = selector(budget)?;
+    let covered: Vec<&Value> = pods.iter().filter(|p| selector.matches_object(p)).collect();
+    let total = covered.len();
+    let scaled = |value: &Value| match value {
+        Value::Number(n) => n.as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0),
+        Value::String(text) => {
+            let percent: usize = text.trim_end_matches('%').parse().unwrap_or(0);
+            (total * percent).div_ceil(100)
+        }
+        _ => 0,
+    };
+    let needed = match (budget.pointer("/spec/minAvailable"), budget.pointer("/spec/maxUnavailable")) {
+        (Some(min), _) => scaled(min),
+        (None, Some(max)) => total.saturating_sub(scaled(max)),
+        (None, None) => 0,
+    };
+    // Evicted pods that are still to be seen going.
+    let leaving: Map<String, Value> = budget
+        .pointer("/status/disruptedPods")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter(|(name, at)| {
+            let at = at.as_str().and_then(time::parse);
+            let made = covered.iter().find(|p| p.name() == *name && !p.is_deleting());
+            let made = made.and_then(|p| time::parse(p.text("/metadata/creationTimestamp")));
+            matches!((at, made), (Some(at), Some(made)) if made <= at && now.duration_since(at) < DISRUPTION)
+        })
+        .map(|(name, at)| (name.clone(), at.clone()))
+        .collect();
+    let others = covered.iter().filter(|p| is_ready(p) && p.name() != pod.name() && !leaving.contains_key(p.name()));
+    let allowed = others.count().checked_sub(needed)?;
+    let mut new = budget.clone();
+    crate::strategy::set_default(&mut new, "status", json!({}));
+    for field in ["currentHealthy", "desiredHealthy", "expectedPods"] {
+        crate::strategy::set_default(&mut new["status"], field, json!(0));
+    }
+    new["status"]["disruptionsAllowed"] = json!(allowed);
+    new["status"]["disruptedPods"] = Value::Object(leaving);
+    new["status"]["disruptedPods"][pod.name()] = json!(time::seconds(now));
+    Some(new)
 }
 
 fn is_ready(pod: &Value) -> bool {

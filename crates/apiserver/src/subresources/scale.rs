@@ -57,7 +57,7 @@ pub async fn serve(call: &Call) -> Result<Response<Body>, Status> {
     };
     if let Some(message) = schema::message("autoscaling.v1.Scale") {
         let validation = decode::FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-        decode::conform_to(message, "Scale", "v1", &mut wanted, validation)?;
+        decode::conform_to(message, "Scale", "v1", &mut wanted, &[], validation)?;
     }
     let replicas = wanted.pointer("/spec/replicas").and_then(Value::as_i64).unwrap_or(0);
     if replicas < 0 {

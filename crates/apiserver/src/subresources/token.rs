@@ -10,10 +10,10 @@ use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
 pub async fn create(server: &ApiServer, call: &Call) -> Result<Response<Body>, Status> {
-    let mut request = decode::object(&call.headers, &call.body)?;
+    let (mut request, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
     if let Some(message) = schema::message("authentication.v1.TokenRequest") {
         let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-        decode::conform_to(message, "TokenRequest", "v1", &mut request, validation)?;
+        decode::conform_to(message, "TokenRequest", "v1", &mut request, &repeated, validation)?;
     }
     let account = call
         .registry
@@ -44,6 +44,7 @@ pub async fn create(server: &ApiServer, call: &Call) -> Result<Response<Body>, S
         audiences: request
             .pointer("/spec/audiences")
             .and_then(Value::as_array)
+            .filter(|a| !a.is_empty())
             .map(|a| a.iter().filter_map(Value::as_str).map(str::to_string).collect())
             .unwrap_or_else(|| vec![server.tokens().issuer.clone()]),
         ..Claims::default()

@@ -34,14 +34,16 @@ fn options(call: &Call) -> Result<Options, Status> {
     if !call.body.is_empty() {
         let mut body = decode::object(&call.headers, &call.body)?;
         if let Some(schema) = schema::message("meta.v1.DeleteOptions") {
-            decode::conform_to(schema, "DeleteOptions", "v1", &mut body, decode::FieldValidation::Ignore)?;
+            decode::conform_to(schema, "DeleteOptions", "v1", &mut body, &[], decode::FieldValidation::Ignore)?;
         }
         let text = |pointer: &str| Some(body.text(pointer).to_string()).filter(|t| !t.is_empty());
         options.grace = body.get("gracePeriodSeconds").and_then(Value::as_i64).or(options.grace);
         options.uid = text("/preconditions/uid");
         options.revision = text("/preconditions/resourceVersion");
         options.propagation = text("/propagationPolicy").unwrap_or(options.propagation);
-        options.dry_run |= body.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty());
+        let dry_run = body.get("dryRun").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        super::check_dry_run("DeleteOptions", dry_run.iter().filter_map(Value::as_str))?;
+        options.dry_run |= !dry_run.is_empty();
         if let Some(orphan) = body.get("orphanDependents").and_then(Value::as_bool) {
             options.propagation = if orphan { "Orphan" } else { "Background" }.into();
         }
@@ -70,11 +72,8 @@ pub fn txn(row: &Row, old: &Value, compare: Compare) -> Txn {
 pub async fn delete(call: &Call) -> Result<Response<body::Body>, Status> {
     let options = options(call)?;
     match delete_one(call, &call.info.namespace, &call.info.name, &options).await? {
-        Some(kept) => Ok(body::value(StatusCode::OK, &kept)),
-        None => {
-            let uid = String::new();
-            Ok(body::value(StatusCode::OK, &success(call, &call.info.name, &uid)))
-        }
+        Deleted::Marked(kept) => Ok(body::value(StatusCode::OK, &kept)),
+        Deleted::Gone(last) => Ok(body::value(StatusCode::OK, &success(call, &call.info.name, last.uid()))),
     }
 }
 
@@ -89,13 +88,24 @@ fn success(call: &Call, name: &str, uid: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details})
 }
 
-/// Deletes one object. `Some` is the object as it stays for now: marked, waiting for grace or finalizers.
-async fn delete_one(call: &Call, namespace: &str, name: &str, options: &Options) -> Result<Option<Value>, Status> {
+/// What became of an object.
+enum Deleted {
+    /// It was removed; this was its last state.
+    Gone(Value),
+    /// It stays for now, marked, and waits for grace or finalizers.
+    Marked(Value),
+}
+
+/// Deletes one object.
+async fn delete_one(call: &Call, namespace: &str, name: &str, options: &Options) -> Result<Deleted, Status> {
     let row = &call.row;
     let not_found = || Status::not_found(&row.group, &row.plural, name);
     for _ in 0..16 {
         let live = call.registry.cache.get(row, namespace, name).ok_or_else(not_found)?;
         let old = live.parse();
+        if let Some(why) = row.strategy.keeps(&old) {
+            return Err(Status::refused(&row.group, &row.plural, name, why));
+        }
         if let Some(uid) = options.uid.as_ref().filter(|u| u.as_str() != old.uid()) {
             return Err(Status::conflict(
                 &row.group,
@@ -138,11 +148,10 @@ async fn delete_one(call: &Call, namespace: &str, name: &str, options: &Options)
         let compare = Compare::Unchanged(row.key(namespace, name), live.revision);
         if !waits {
             if options.dry_run {
-                return Ok(Some(old));
+                return Ok(Deleted::Gone(old));
             }
             match call.registry.commit(txn(row, &old, compare)).await? {
-                // The answer of a finished deletion is the last state of the object, as for every real kind.
-                Outcome::Committed(_) => return Ok(None),
+                Outcome::Committed(_) => return Ok(Deleted::Gone(old)),
                 Outcome::Failed { .. } => continue,
             }
         }
@@ -166,13 +175,13 @@ async fn delete_one(call: &Call, namespace: &str, name: &str, options: &Options)
             new["status"] = json!({"phase": "Terminating"});
         }
         if options.dry_run || new == old {
-            return Ok(Some(new));
+            return Ok(Deleted::Marked(new));
         }
         let txn = Txn::new().when(compare).put(row.key(namespace, name), to_stored(&new));
         match call.registry.commit(txn).await? {
             Outcome::Committed(revision) => {
                 new.metadata_mut().insert("resourceVersion".into(), json!(revision.to_string()));
-                return Ok(Some(new));
+                return Ok(Deleted::Marked(new));
             }
             Outcome::Failed { .. } => {}
         }
@@ -184,16 +193,17 @@ pub async fn delete_collection(call: &Call) -> Result<Response<body::Body>, Stat
     let options = options(call)?;
     let selection = Selection::parse(call)?;
     let (revision, items) = call.registry.cache.list(&call.row, &call.info.namespace);
+    let mut deleted = Vec::new();
     for stored in items.iter().filter(|s| selection.selects(&call.row, s)) {
         match delete_one(call, &stored.namespace, &stored.name, &options).await {
-            Ok(_) => {}
+            Ok(Deleted::Gone(object) | Deleted::Marked(object)) => deleted.push(object),
             Err(status) if status.is_not_found() => {}
             Err(status) => return Err(status),
         }
     }
     let list = json!({
         "kind": format!("{}List", call.row.kind), "apiVersion": call.row.api_version(),
-        "metadata": {"resourceVersion": revision.to_string()}, "items": [],
+        "metadata": {"resourceVersion": revision.to_string()}, "items": deleted,
     });
     Ok(body::value(StatusCode::OK, &list))
 }

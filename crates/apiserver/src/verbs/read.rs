@@ -28,7 +28,14 @@ impl Selection {
             .map_err(|e| Status::bad_request(e.to_string()))?;
         for term in &fields.terms {
             if !call.row.has_field(&term.path) {
-                return Err(Status::bad_request(format!("field label not supported: {}", term.path)));
+                // Kinds that select by fields of their own say it in other words than the rest.
+                let why = if call.row.fields.is_empty() {
+                    let known = "only \"metadata.name\", \"metadata.namespace\"";
+                    format!("{:?} is not a known field selector: {known}", term.path)
+                } else {
+                    format!("field label not supported: {}", term.path)
+                };
+                return Err(Status::bad_request(why));
             }
         }
         Ok(Selection { labels, fields })

@@ -1,7 +1,7 @@
 //! Reviews: questions to the API server that are answered and not stored.
 
 use super::Call;
-use crate::auth::rbac::{Attributes, Rbac};
+use crate::auth::rbac::Attributes;
 use crate::auth::token::TokenKey;
 use crate::auth::{Identity, authenticate};
 use crate::body;
@@ -10,21 +10,30 @@ use api::{ObjectExt, Status};
 use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
-pub async fn review(call: &Call, rbac: &Rbac, key: &TokenKey) -> Result<Response<body::Body>, Status> {
-    let mut object = decode::object(&call.headers, &call.body)?;
-    decode::conform(&call.row, &mut object, FieldValidation::parse(call.info.query.get("fieldValidation"))?)?;
+pub async fn review(call: &Call, key: &TokenKey) -> Result<Response<body::Body>, Status> {
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
+    decode::conform(&call.row, &mut object, &repeated, validation)?;
     let status = match &*call.row.kind {
         "SelfSubjectReview" => json!({"userInfo": user_info(&call.who)}),
-        "TokenReview" => match authenticate::from_token(&call.registry, key, object.text("/spec/token")) {
-            Some(identity) => json!({"authenticated": true, "user": user_info(&identity),
-                "audiences": object.pointer("/spec/audiences").cloned().unwrap_or(json!([key.issuer]))}),
-            None => json!({"authenticated": false, "user": {}, "error": "invalid bearer token"}),
-        },
-        "SelfSubjectRulesReview" => rules(call, rbac, object.text("/spec/namespace")),
+        "TokenReview" => {
+            let named = object.pointer("/spec/audiences").and_then(Value::as_array).filter(|a| !a.is_empty());
+            let audiences: Vec<&str> = match named {
+                Some(list) => list.iter().filter_map(Value::as_str).collect(),
+                None => vec![&key.issuer],
+            };
+            match authenticate::from_token(&call.registry, key, object.text("/spec/token"), &audiences) {
+                Some((identity, good_for)) => {
+                    json!({"authenticated": true, "user": user_info(&identity), "audiences": good_for})
+                }
+                None => json!({"authenticated": false, "user": {}, "error": "invalid bearer token"}),
+            }
+        }
+        "SelfSubjectRulesReview" => rules(call, object.text("/spec/namespace")),
         kind => {
             let who = if kind == "SelfSubjectAccessReview" { call.who.clone() } else { named(&object) };
             let asked = attributes(&object);
-            let allowed = rbac.allows(&call.registry, &who, &asked);
+            let allowed = call.registry.rbac.allows(&call.registry, &who, &asked);
             json!({"allowed": allowed, "reason": if allowed { "RBAC: allowed" } else { "" }})
         }
     };
@@ -76,10 +85,10 @@ fn attributes(object: &Value) -> Attributes {
     }
 }
 
-fn rules(call: &Call, rbac: &Rbac, namespace: &str) -> Value {
+fn rules(call: &Call, namespace: &str) -> Value {
     let mut resources = Vec::new();
     let mut paths = Vec::new();
-    let mut all = rbac.rules(&call.registry, &call.who, namespace);
+    let mut all = call.registry.rbac.rules(&call.registry, &call.who, namespace);
     if call.who.is_master() {
         let any = || vec!["*".to_string()];
         all.push(crate::auth::rbac::Rule { verbs: any(), groups: any(), resources: any(), ..Default::default() });

@@ -1,10 +1,13 @@
 //! Create, update and patch.
 
 use super::Call;
+use crate::auth::forbidden;
+use crate::auth::rbac::Attributes;
 use crate::body;
 use crate::cache::to_stored;
 use crate::catalog::Row;
 use crate::decode::{self, FieldValidation};
+use crate::json;
 use crate::managed;
 use crate::registry::{Claims, parse_revision};
 use crate::strategy::{validate_meta, validate_meta_update};
@@ -20,8 +23,8 @@ const ATTEMPTS: usize = 8;
 
 pub async fn create(call: &Call) -> Result<Response<body::Body>, Status> {
     let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-    let mut object = decode::object(&call.headers, &call.body)?;
-    let warnings = decode::conform(&call.row, &mut object, validation)?;
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let warnings = decode::conform(&call.row, &mut object, &repeated, validation)?;
     if !call.info.name.is_empty() {
         return Err(Status::method_not_allowed());
     }
@@ -72,11 +75,12 @@ async fn create_object(
             object.metadata_mut().insert("name".into(), json!(name));
         }
         row.strategy.default(&mut object);
-        namespace_takes(call, object.namespace())?;
+        namespace_takes(call, object.namespace(), object.name())?;
         row.strategy.prepare_for_create(&call.registry, &call.who, &mut object)?;
         if row.has_status && row.schema.is_some_and(|s| s.field("status").is_some_and(|f| !f.pointer)) {
             crate::strategy::set_default(&mut object, "status", json!({}));
         }
+        row.strategy.permits(&call.registry, &call.who, &object, None)?;
         let mut causes = validate_meta(&object, row.namespaced, |n| row.strategy.name_problems(n));
         causes.extend(row.strategy.validate(&object, None));
         if !causes.is_empty() {
@@ -132,7 +136,7 @@ fn place(call: &Call, object: &mut Value) -> Result<(), Status> {
 }
 
 /// A namespace must be there and not be going to take new objects.
-fn namespace_takes(call: &Call, namespace: &str) -> Result<(), Status> {
+fn namespace_takes(call: &Call, namespace: &str, name: &str) -> Result<(), Status> {
     if !call.row.namespaced {
         return Ok(());
     }
@@ -141,19 +145,15 @@ fn namespace_takes(call: &Call, namespace: &str) -> Result<(), Status> {
     };
     // Events may still tell of the end, and reviews store nothing.
     if found.parse().is_deleting() && *call.row.kind != *"Event" {
-        let (plural, name) = (&call.row.plural, &call.info.name);
-        let mut status = Status::forbidden(format!(
-            "{plural} {name:?} is forbidden: unable to create new content in namespace {namespace} because it is being terminated"
-        ));
-        status.details = Some(api::status::Details {
-            kind: plural.to_string(),
-            causes: vec![api::Cause {
+        let why = format!("unable to create new content in namespace {namespace} because it is being terminated");
+        let mut status = Status::refused(&call.row.group, &call.row.plural, name, &why);
+        if let Some(details) = &mut status.details {
+            details.causes = vec![api::Cause {
                 reason: "NamespaceTerminating".into(),
                 message: format!("namespace {namespace} is being terminated"),
                 field: "metadata.namespace".into(),
-            }],
-            ..Default::default()
-        });
+            }];
+        }
         return Err(status);
     }
     Ok(())
@@ -175,8 +175,8 @@ type Change<'a> = dyn Fn(&Value) -> Result<Value, Status> + Send + Sync + 'a;
 
 pub async fn update(call: &Call) -> Result<Response<body::Body>, Status> {
     let validation = FieldValidation::parse(call.info.query.get("fieldValidation"))?;
-    let mut object = decode::object(&call.headers, &call.body)?;
-    let warnings = decode::conform(&call.row, &mut object, validation)?;
+    let (mut object, repeated) = decode::object_with_repeats(&call.headers, &call.body)?;
+    let warnings = decode::conform(&call.row, &mut object, &repeated, validation)?;
     place(call, &mut object)?;
     if object.name() != call.info.name {
         return Err(Status::bad_request(format!(
@@ -186,11 +186,46 @@ pub async fn update(call: &Call) -> Result<Response<body::Body>, Status> {
         )));
     }
     let manager = managed::manager(&call.info, call.user_agent());
+    let live = call.registry.cache.get(&call.row, &call.info.namespace, &call.info.name);
+    let unseen = matches!(object.resource_version(), "" | "0");
+    if unseen && live.is_some() && !call.row.strategy.updates_unseen() {
+        let cause = api::Cause::invalid("metadata.resourceVersion", "0x0", "must be specified for an update");
+        return Err(Status::invalid(&call.row.group, &call.row.plural, &call.info.name, vec![cause]));
+    }
+    if unseen && live.is_none() && call.row.strategy.creates_on_update() && call.info.subresource.is_empty() {
+        may_create(call)?;
+        let track = |object: &mut Value| {
+            managed::track(&call.row, None, object, &manager, "", call.registry.now());
+        };
+        match create_object(call, object.clone(), track).await {
+            // Somebody else was first: then it is an update after all, as far as the kind takes one unseen.
+            Err(status) if status.reason == "AlreadyExists" && call.row.strategy.updates_unseen() => {}
+            Err(status) => return Err(status),
+            Ok((created, _)) => return Ok(with_warnings(answer(call, StatusCode::CREATED, &created), &warnings)),
+        }
+    }
     let changed = change(call, &|_: &Value| Ok(object.clone()), &|old, new| {
         managed::track(&call.row, Some(old), new, &manager, &call.info.subresource, call.registry.now());
     })
     .await?;
     Ok(with_warnings(answer(call, StatusCode::OK, &changed), &warnings))
+}
+
+/// An update or apply that creates needs the right to create, too.
+fn may_create(call: &Call) -> Result<(), Status> {
+    let asked = Attributes {
+        verb: "create".into(),
+        group: call.info.group.clone(),
+        plural: call.info.plural.clone(),
+        namespace: call.info.namespace.clone(),
+        name: call.info.name.clone(),
+        ..Attributes::default()
+    };
+    if call.registry.rbac.allows(&call.registry, &call.who, &asked) {
+        Ok(())
+    } else {
+        Err(forbidden(&call.who, &asked))
+    }
 }
 
 pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
@@ -200,8 +235,8 @@ pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
     if media == "application/apply-patch+yaml" {
         return apply(call, validation).await;
     }
-    let body: Value =
-        serde_json::from_slice(&call.body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
+    let (body, repeated) =
+        json::parse(&call.body).map_err(|e| Status::bad_request(format!("error decoding patch: {e}")))?;
     let schema = call.row.schema;
     let manager = managed::manager(&call.info, call.user_agent());
     let warnings = std::sync::Mutex::new(Vec::new());
@@ -223,7 +258,8 @@ pub async fn patch(call: &Call) -> Result<Response<body::Body>, Status> {
             }
         };
         let mut patched = result.map_err(|e| patch_error(call, &e))?;
-        *warnings.lock().expect("nobody panics with the lock") = decode::conform(&call.row, &mut patched, validation)?;
+        *warnings.lock().expect("nobody panics with the lock") =
+            decode::conform(&call.row, &mut patched, &repeated, validation)?;
         Ok(patched)
     };
     let changed = change(call, &make, &|old, new| {
@@ -263,7 +299,7 @@ fn is_json_patch(call: &Call) -> bool {
 async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body::Body>, Status> {
     let mut config: Value =
         serde_saphyr::from_slice(&call.body).map_err(|e| Status::bad_request(format!("error decoding YAML: {e}")))?;
-    let warnings = decode::conform(&call.row, &mut config, validation)?;
+    let warnings = decode::conform(&call.row, &mut config, &[], validation)?;
     place(call, &mut config)?;
     if config.name() != call.info.name {
         config.metadata_mut().insert("name".into(), json!(call.info.name));
@@ -309,6 +345,7 @@ async fn apply(call: &Call, validation: FieldValidation) -> Result<Response<body
         if !call.info.subresource.is_empty() {
             return Err(call.not_found());
         }
+        may_create(call)?;
         let fresh = merged(None)?;
         match create_object(call, fresh, |_| {}).await {
             Ok((created, _)) => return Ok(with_warnings(answer(call, StatusCode::CREATED, &created), &warnings)),
@@ -349,6 +386,7 @@ pub async fn change(
         row.strategy.default(&mut new);
         if call.info.subresource.is_empty() {
             row.strategy.prepare_for_update(&call.registry, &mut new, &old);
+            row.strategy.permits(&call.registry, &call.who, &new, Some(&old))?;
         }
         let mut causes = validate_meta(&new, row.namespaced, |_| Vec::new());
         causes.extend(validate_meta_update(&new, &old));

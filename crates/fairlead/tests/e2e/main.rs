@@ -25,6 +25,9 @@ fn play_with(title: &str, text: &str, kubectls: &[Kubectl]) {
     settle(&differences);
 }
 
+/// A kubectl that is known not to get through a script has to fail there: who mends it takes it off the list.
+const KNOWN: &[(&str, &str)] = &[("kubectl.1.28", "it downloads /openapi/v2 before apply and explain")];
+
 fn settle(differences: &[String]) {
     assert!(differences.is_empty(), "{} steps differ:\n\n{}", differences.len(), differences.join("\n\n"));
 }
@@ -47,7 +50,14 @@ fn older_kubectls_do_what_is_done_daily() {
     let mut differences = Vec::new();
     for kubectl in &all[1..] {
         cluster.play_with(kubectl);
-        differences.extend(play::play(&script, &cluster).iter().map(|d| format!("with {}\n{d}", kubectl.name)));
+        let found = play::play(&script, &cluster);
+        match KNOWN.iter().find(|(name, _)| *name == kubectl.name) {
+            None => differences.extend(found.iter().map(|d| format!("with {}\n{d}", kubectl.name))),
+            Some((name, why)) if found.is_empty() => {
+                differences.push(format!("{name} gets through: take its entry ({why}) away"));
+            }
+            Some(_) => {}
+        }
     }
     settle(&differences);
 }

@@ -6,7 +6,7 @@ use crate::cluster::{Cluster, Seen};
 use crate::script::{Script, Step};
 
 const SECONDS_PER_COMMAND: u32 = 90;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// What is known to differ is not waited for as long.
 const LESS_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -76,6 +76,11 @@ fn processes(data_dir: &Path, others: &[String]) -> Vec<String> {
     let mut found = Vec::new();
     for pid in entries(Path::new("/proc")).filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
         let dir = Path::new("/proc").join(&pid);
+        // A process that has ended waits for the machine's init to take note; it holds nothing.
+        let stat = fs::read_to_string(dir.join("stat")).unwrap_or_default();
+        if stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z')) {
+            continue;
+        }
         let exe = fs::read_link(dir.join("exe")).unwrap_or_default();
         let root = fs::read_link(dir.join("root")).unwrap_or_default();
         let cgroup = fs::read_to_string(dir.join("cgroup")).unwrap_or_default();

@@ -15,6 +15,8 @@ pub struct Step {
     pub succeeds: bool,
     /// Repeat until it fits.
     pub until: bool,
+    /// What is known to differ from Kubernetes for now, if anything.
+    pub known: Option<String>,
     pub expected: Vec<String>,
 }
 
@@ -22,16 +24,21 @@ impl Script {
     pub fn parse(name: &str, text: &str) -> Result<Script, String> {
         let mut steps: Vec<Step> = Vec::new();
         let mut title = String::new();
+        let mut known = None;
         let mut open = false;
         for (index, line) in text.lines().enumerate() {
             let number = index + 1;
             if let Some(command) = line.strip_prefix("$ ").or_else(|| line.strip_prefix("! ")) {
-                steps.push(Step::new(number, std::mem::take(&mut title), line.starts_with('$'), command));
+                let mut step = Step::new(number, std::mem::take(&mut title), line.starts_with('$'), command);
+                step.known = known.take();
+                steps.push(step);
                 open = true;
             } else if line.trim().is_empty() {
                 open = false;
             } else if let Some(words) = line.strip_prefix('#').filter(|_| !open) {
                 title = words.trim().to_owned();
+            } else if let Some(words) = line.strip_prefix("known difference:").filter(|_| !open) {
+                known = Some(words.trim().to_owned());
             } else {
                 let step =
                     steps.last_mut().filter(|_| open).ok_or(format!("{name}:{number}: no command before {line:?}"))?;
@@ -53,7 +60,7 @@ impl Step {
             None => (command, false),
         };
         let (input, expected) = (String::new(), Vec::new());
-        Step { line, title, command: command.to_owned(), input, succeeds, until, expected }
+        Step { line, title, command: command.to_owned(), input, succeeds, until, known: None, expected }
     }
 
     pub fn fits(&self, output: &str) -> bool {
@@ -105,7 +112,7 @@ fn walk<T>(pattern: &[T], seen: &[T], is_any: impl Fn(&T) -> bool, fits: impl Fn
 
 #[test]
 fn a_script_is_read_as_it_is_written() {
-    let text = "# Why.\n$ cat   (until)\n< apiVersion: v1\n<   kind: x\nNAME AGE\n...\nweb-* 5s\n\n! false\n";
+    let text = "# Why.\n$ cat   (until)\n< apiVersion: v1\n<   kind: x\nNAME AGE\n...\nweb-* 5s\n\nknown difference: it works\n! false\n";
     let script = Script::parse("t", text).expect("a good script");
     let [first, second] = script.steps.as_slice() else { panic!("two steps") };
     assert_eq!((first.line, first.title.as_str(), first.command.as_str()), (2, "Why.", "cat"));
@@ -114,7 +121,7 @@ fn a_script_is_read_as_it_is_written() {
     assert!(first.fits("NAME     AGE\nweb-1    5s\n"));
     assert!(first.fits("NAME AGE\nother 5s\nweb- 5s"));
     assert!(!first.fits("NAME AGE\nweb-1 5s\nmore"));
-    assert!(second.fits("anything"));
+    assert!(second.fits("anything") && first.known.is_none() && second.known.as_deref() == Some("it works"));
     assert!(Script::parse("t", "stray").is_err());
 }
 

@@ -2,8 +2,8 @@
 
 use super::{Row, Subresource};
 use crate::strategy::{
-    self, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, JOB, LEASE, NAMESPACE, NODE, PLAIN, POD, RBAC,
-    REPLICA_SET, REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
+    self, ACCOUNT, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, INGRESS, JOB, LEASE, NAMESPACE, NODE,
+    PLAIN, POD, RBAC, REPLICA_SET, REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
 };
 use crate::table::{self as t, Column};
 use api::schema;
@@ -133,7 +133,7 @@ pub fn rows() -> Vec<Row> {
         row("", "Pod", "pods", true).short(&["po"]).all().status().is(&POD).subs(POD_SUBRESOURCES).cols(t::POD).selectable(POD_FIELDS),
         row("", "ResourceQuota", "resourcequotas", true).short(&["quota"]).status(),
         row("", "Secret", "secrets", true).is(&CONFIG).cols(t::SECRET).selectable(&[("type", "/type")]),
-        row("", "ServiceAccount", "serviceaccounts", true).short(&["sa"]).subs(ACCOUNT_SUBRESOURCES).cols(t::SERVICE_ACCOUNT),
+        row("", "ServiceAccount", "serviceaccounts", true).short(&["sa"]).is(&ACCOUNT).subs(ACCOUNT_SUBRESOURCES).cols(t::SERVICE_ACCOUNT),
         row("", "Service", "services", true).short(&["svc"]).all().status().is(&SERVICE).cols(t::SERVICE).selectable(SERVICE_FIELDS),
         row("apps", "ControllerRevision", "controllerrevisions", true),
         row("apps", "DaemonSet", "daemonsets", true).short(&["ds"]).all().status().is(&DAEMON_SET).cols(t::DAEMON_SET),
@@ -144,7 +144,7 @@ pub fn rows() -> Vec<Row> {
         row("batch", "Job", "jobs", true).all().status().is(&JOB).cols(t::JOB).selectable(&[("status.successful", "/status/succeeded")]),
         row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status().is(&BUDGET),
         row("networking.k8s.io", "IngressClass", "ingressclasses", false),
-        row("networking.k8s.io", "Ingress", "ingresses", true).short(&["ing"]).status().cols(t::INGRESS),
+        row("networking.k8s.io", "Ingress", "ingresses", true).short(&["ing"]).status().is(&INGRESS).cols(t::INGRESS),
         row("discovery.k8s.io", "EndpointSlice", "endpointslices", true).is(&SLICE).cols(t::SLICE),
         row(RBAC_GROUP, "ClusterRoleBinding", "clusterrolebindings", false).is(&RBAC).cols(t::BINDING),
         row(RBAC_GROUP, "ClusterRole", "clusterroles", false).is(&RBAC).cols(t::NAME_CREATED),

@@ -1,5 +1,6 @@
 //! What is special about a kind: defaults, checks, claims. Every method has the default that most kinds want.
 
+mod ingress;
 mod meta;
 mod node;
 mod pod;
@@ -78,6 +79,11 @@ pub trait Strategy: Send + Sync {
         Deletion::Now
     }
 
+    /// Whether a finished deletion is answered with the object as it last was, not with a Status.
+    fn answers_deleted(&self) -> bool {
+        false
+    }
+
     /// Whether a change between the two counts as a new generation. Status and metadata do not.
     fn has_generation(&self) -> bool {
         false
@@ -93,6 +99,7 @@ pub struct Review;
 pub struct Csr;
 pub struct Endpoints;
 pub struct Budget;
+pub struct Account;
 
 pub static PLAIN: Plain = Plain;
 pub static CONFIG: Config = Config;
@@ -103,6 +110,8 @@ pub static REVIEW: Review = Review;
 pub static CSR: Csr = Csr;
 pub static ENDPOINTS: Endpoints = Endpoints;
 pub static BUDGET: Budget = Budget;
+pub static ACCOUNT: Account = Account;
+pub use ingress::INGRESS;
 pub use node::{LEASE, NODE};
 pub use pod::POD;
 pub use service::SERVICE;
@@ -282,6 +291,12 @@ impl Strategy for Csr {
             causes.push(Cause::required("spec.usages", ""));
         }
         causes
+    }
+}
+
+impl Strategy for Account {
+    fn answers_deleted(&self) -> bool {
+        true
     }
 }
 

@@ -10,6 +10,10 @@ pub struct Pod;
 pub static POD: Pod = Pod;
 
 impl Strategy for Pod {
+    fn answers_deleted(&self) -> bool {
+        true
+    }
+
     fn has_generation(&self) -> bool {
         true
     }

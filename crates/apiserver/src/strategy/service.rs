@@ -51,6 +51,10 @@ fn wants_health_port(object: &Value) -> bool {
 }
 
 impl Strategy for Service {
+    fn answers_deleted(&self) -> bool {
+        true
+    }
+
     fn creates_on_update(&self) -> bool {
         true
     }

@@ -73,6 +73,7 @@ pub async fn delete(call: &Call) -> Result<Response<body::Body>, Status> {
     let options = options(call)?;
     match delete_one(call, &call.info.namespace, &call.info.name, &options).await? {
         Deleted::Marked(kept) => Ok(body::value(StatusCode::OK, &kept)),
+        Deleted::Gone(last) if call.row.strategy.answers_deleted() => Ok(body::value(StatusCode::OK, &last)),
         Deleted::Gone(last) => Ok(body::value(StatusCode::OK, &success(call, &call.info.name, last.uid()))),
     }
 }

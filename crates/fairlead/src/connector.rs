@@ -135,14 +135,15 @@ mod tests {
     use super::*;
     use crate::pki::San;
     use crate::pki::tests::Scratch;
-    use crate::serve::api_tls;
+    use crate::serve::tls_config;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
     use tokio_rustls::TlsAcceptor;
 
     /// A kubelet that tells the caller the common name in the certificate it has shown.
     async fn kubelet(pki: &Pki, certificate: &CertifiedKey) -> SocketAddr {
-        let tls = api_tls(certificate, pki.ca_pem()).expect("TLS");
+        let tls =
+            tls_config(crate::pki::Rotating::new(certificate).expect("a certificate"), pki.ca_pem()).expect("TLS");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = listener.local_addr().expect("an address");
         tokio::spawn(async move {

@@ -661,7 +661,7 @@ mod tests {
     use super::*;
     use crate::pki::Pki;
     use crate::pki::tests::Scratch;
-    use crate::serve::api_tls;
+    use crate::serve::tls_config;
     use tokio::net::TcpListener;
     use tokio_rustls::TlsAcceptor;
 
@@ -681,7 +681,8 @@ mod tests {
         let pki = Pki::open_or_create(&scratch.0).expect("an authority");
         let other = Pki::open_or_create(&elsewhere.0).expect("another");
         let certificate = pki.server_certificate(&[San::from("127.0.0.1")]).expect("a certificate");
-        let tls = api_tls(&certificate, pki.ca_pem()).expect("TLS");
+        let tls =
+            tls_config(crate::pki::Rotating::new(&certificate).expect("a certificate"), pki.ca_pem()).expect("TLS");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let url = format!("https://{}", listener.local_addr().expect("an address"));
         tokio::spawn(async move {

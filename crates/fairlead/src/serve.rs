@@ -118,7 +118,7 @@ fn verifier(ca_pem: &str) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
     }
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).allow_unauthenticated().build();
-    Ok(verifier.context("prepare the check of client certificates")?)
+    verifier.context("prepare the check of client certificates")
 }
 
 fn config(

@@ -16,7 +16,10 @@ fn services_and_pods_outlive_the_processes_that_made_them() {
     let cluster = Cluster::up(&kubectls()[0], NODES);
     let id = status(&cluster)[0].split_whitespace().nth(1).expect("status names the cluster").to_owned();
     expect(&cluster, "kubectl apply -f $EXAMPLES/nginx/");
-    expect(&cluster, "kubectl run count --image=busybox:test1 --restart=Never -- sh -c 'i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done'");
+    expect(
+        &cluster,
+        "kubectl run count --image=busybox:test1 --restart=Never -- sh -c 'i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done'",
+    );
     expect(&cluster, "kubectl rollout status deployment/nginx-deployment --timeout=60s");
     expect(&cluster, "kubectl wait --for=condition=Ready pod/count --timeout=60s");
     let address = expect(&cluster, "kubectl get service nginx-service -o jsonpath='{.spec.clusterIP}'");
@@ -25,7 +28,8 @@ fn services_and_pods_outlive_the_processes_that_made_them() {
     assert_eq!(containers.values().filter(|name| name.starts_with("nginx: master")).count(), 2, "{containers:?}");
     let same = |when: &str| {
         assert_eq!(self::containers(&id), containers, "{when}: the same containers, by pid and start time");
-        let restarts = expect(&cluster, "kubectl get pods -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}'");
+        let restarts =
+            expect(&cluster, "kubectl get pods -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}'");
         assert_eq!(restarts, "0 0 0", "{when}: no restart is counted");
         whole(&expect(&cluster, "kubectl logs count"), when);
     };
@@ -65,7 +69,8 @@ fn services_and_pods_outlive_the_processes_that_made_them() {
     same("after an agent was killed");
 
     // Everything of ours is gone but the pods' helpers.
-    let (helpers, others): (Vec<_>, Vec<_>) = ours(&cluster).into_iter().partition(|(_, line)| line.contains("pod-helper"));
+    let (helpers, others): (Vec<_>, Vec<_>) =
+        ours(&cluster).into_iter().partition(|(_, line)| line.contains("pod-helper"));
     assert!(!helpers.is_empty() && others.len() >= 3, "{helpers:?} {others:?}");
     signal("KILL", &others.iter().map(|(pid, _)| *pid).collect::<Vec<_>>());
     answers(&cluster, &address, "while all but the helpers is dead");
@@ -173,7 +178,8 @@ fn processes() -> Vec<(u32, String)> {
 /// The processes of this cluster that are Fairlead's: server, agents, helpers.
 fn ours(cluster: &Cluster) -> Vec<(u32, String)> {
     let dir = cluster.data_dir();
-    let is_ours = |line: &str| ["server ", "agent ", "pod-helper "].iter().any(|role| line.contains(role)) && line.contains(&dir);
+    let is_ours =
+        |line: &str| ["server ", "agent ", "pod-helper "].iter().any(|role| line.contains(role)) && line.contains(&dir);
     processes().into_iter().filter(|(_, line)| is_ours(line)).collect()
 }
 
@@ -201,7 +207,13 @@ fn leftovers(cluster: &Cluster, id: &str) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts can be read");
     let dir = cluster.data_dir();
     left.extend(mounts.lines().filter(|line| line.contains(&dir) || line.contains(id)).map(str::to_owned));
-    let found = cluster.run(&format!("find /sys/fs/cgroup -type d -name '*{id}*'; ip -o link | grep {id}; ls -d /run/netns/*{id}*"), "", SECONDS);
-    left.extend(found.output.lines().filter(|line| line.contains(id) && !line.contains("cannot access")).map(str::to_owned));
+    let found = cluster.run(
+        &format!("find /sys/fs/cgroup -type d -name '*{id}*'; ip -o link | grep {id}; ls -d /run/netns/*{id}*"),
+        "",
+        SECONDS,
+    );
+    left.extend(
+        found.output.lines().filter(|line| line.contains(id) && !line.contains("cannot access")).map(str::to_owned),
+    );
     left
 }

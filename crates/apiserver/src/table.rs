@@ -1,7 +1,7 @@
 //! Server-side tables: the columns `kubectl get` shows, per kind.
 
 use crate::catalog::Row;
-use api::{ObjectExt, time};
+use api::{ObjectExt, Status, time};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
@@ -229,6 +229,13 @@ pub const BINDING: &[Column] = &[
     wide("Groups", |o, _| json!(subjects(o, "Group"))),
     wide("ServiceAccounts", |o, _| json!(subjects(o, "ServiceAccount"))),
 ];
+pub const DISRUPTION_BUDGET: &[Column] = &[
+    NAME,
+    col("Min Available", |o, _| json!(or_not_available(o.pointer("/spec/minAvailable")))),
+    col("Max Unavailable", |o, _| json!(or_not_available(o.pointer("/spec/maxUnavailable")))),
+    number("Allowed Disruptions", |o, _| json!(int(o, "/status/disruptionsAllowed"))),
+    AGE,
+];
 pub const PRIORITY_CLASS: &[Column] = &[
     NAME,
     number("Value", |o, _| json!(int(o, "/value"))),
@@ -250,7 +257,28 @@ pub const CSR: &[Column] = &[
     }),
 ];
 
-pub fn many<'a>(row: &Row, objects: impl Iterator<Item = &'a Value>, now: Timestamp) -> Value {
+/// What a table's rows carry of their objects: the request's `includeObject`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Include {
+    Metadata,
+    Object,
+    Nothing,
+}
+
+impl Include {
+    /// # Errors
+    /// 400 for a word that is none of Metadata, Object and None.
+    pub fn parse(text: &str) -> Result<Include, Status> {
+        match text {
+            "" | "Metadata" => Ok(Include::Metadata),
+            "Object" => Ok(Include::Object),
+            "None" => Ok(Include::Nothing),
+            other => Err(Status::bad_request(format!("unrecognized includeObject value: {other:?}"))),
+        }
+    }
+}
+
+pub fn many<'a>(row: &Row, objects: impl Iterator<Item = &'a Value>, now: Timestamp, include: Include) -> Value {
     let columns: Vec<Value> = row
         .columns
         .iter()
@@ -266,14 +294,19 @@ pub fn many<'a>(row: &Row, objects: impl Iterator<Item = &'a Value>, now: Timest
             let metadata = o.get("metadata").and_then(Value::as_object).into_iter().flatten();
             let metadata: Map<String, Value> =
                 metadata.filter(|(k, _)| *k != "managedFields").map(|(k, v)| (k.clone(), v.clone())).collect();
-            json!({"cells": cells, "object": partial_of(Value::Object(metadata))})
+            let object = match include {
+                Include::Metadata => partial_of(Value::Object(metadata)),
+                Include::Object => o.clone(),
+                Include::Nothing => Value::Null,
+            };
+            json!({"cells": cells, "object": object})
         })
         .collect();
     json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "columnDefinitions": columns, "rows": rows})
 }
 
-pub fn one(row: &Row, object: &Value, now: Timestamp) -> Value {
-    let mut table = many(row, std::iter::once(object), now);
+pub fn one(row: &Row, object: &Value, now: Timestamp, include: Include) -> Value {
+    let mut table = many(row, std::iter::once(object), now, include);
     table["metadata"] = json!({"resourceVersion": object.resource_version()});
     table
 }
@@ -314,6 +347,10 @@ fn plain(value: Option<&Value>) -> String {
 
 fn or_none(text: &str) -> String {
     if text.is_empty() { "<none>".into() } else { text.into() }
+}
+
+fn or_not_available(value: Option<&Value>) -> String {
+    value.map_or("N/A".into(), |v| plain(Some(v)))
 }
 
 fn or_unknown(text: &str) -> String {

@@ -35,6 +35,11 @@ impl Call {
         self.headers.get("user-agent").and_then(|v| v.to_str().ok()).unwrap_or("")
     }
 
+    /// What the rows of a table are to carry of their objects.
+    pub fn include(&self) -> Result<crate::table::Include, api::Status> {
+        crate::table::Include::parse(self.info.query.get("includeObject"))
+    }
+
     pub fn not_found(&self) -> api::Status {
         api::Status::not_found(&self.row.group, &self.row.plural, &self.info.name)
     }

@@ -142,7 +142,7 @@ pub fn rows() -> Vec<Row> {
         row("apps", "StatefulSet", "statefulsets", true).short(&["sts"]).all().status().is(&STATEFUL_SET).subs(&[SCALE]).cols(t::STATEFUL_SET),
         row("batch", "CronJob", "cronjobs", true).short(&["cj"]).all().status().is(&strategy::CRON_JOB).cols(t::CRON_JOB),
         row("batch", "Job", "jobs", true).all().status().is(&JOB).cols(t::JOB).selectable(&[("status.successful", "/status/succeeded")]),
-        row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status().is(&BUDGET),
+        row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status().cols(t::DISRUPTION_BUDGET).is(&BUDGET),
         row("networking.k8s.io", "IngressClass", "ingressclasses", false),
         row("networking.k8s.io", "Ingress", "ingresses", true).short(&["ing"]).status().is(&INGRESS).cols(t::INGRESS),
         row("discovery.k8s.io", "EndpointSlice", "endpointslices", true).is(&SLICE).cols(t::SLICE),

@@ -63,7 +63,9 @@ pub async fn get(call: &Call) -> Result<Response<body::Body>, Status> {
             let bytes = found.bytes();
             body::maybe_gzip(&call.headers, body::json(StatusCode::OK, bytes.clone()), &bytes)
         }
-        Shape::Table => body::value(StatusCode::OK, &table::one(&call.row, &found.parse(), call.registry.now())),
+        Shape::Table => {
+            body::value(StatusCode::OK, &table::one(&call.row, &found.parse(), call.registry.now(), call.include()?))
+        }
         Shape::PartialMetadata => body::value(StatusCode::OK, &table::partial(&found.parse())),
     })
 }
@@ -114,7 +116,7 @@ pub async fn list(call: &Call) -> Result<Response<body::Body>, Status> {
     // With a selector the rest cannot be counted without reading it.
     let counted = selection.labels.is_empty() && selection.fields.is_empty();
     let remaining = counted.then(|| total - items.len());
-    Ok(respond(call, revision, &items, more, remaining))
+    Ok(respond(call, revision, &items, more, remaining, call.include()?))
 }
 
 /// A page of the list as it was at a revision, from the store's history.
@@ -158,7 +160,7 @@ async fn page(
     }
     let token = objects.last().filter(|_| more).map(|o| encode_continue(at, &row.object_key(o.namespace(), o.name())));
     if body::shape(&call.headers) == Shape::Table {
-        let mut table = table::many(row, objects.iter(), call.registry.now());
+        let mut table = table::many(row, objects.iter(), call.registry.now(), call.include()?);
         table["metadata"] = list_meta(at, token.as_deref(), None);
         return Ok(body::value(StatusCode::OK, &table));
     }
@@ -186,6 +188,7 @@ fn respond(
     items: &[Arc<Stored>],
     token: Option<String>,
     remaining: Option<usize>,
+    include: table::Include,
 ) -> Response<body::Body> {
     let row = &call.row;
     let meta = list_meta(revision, token.as_deref(), remaining);
@@ -210,7 +213,7 @@ fn respond(
         }
         Shape::Table => {
             let objects: Vec<Value> = items.iter().map(|s| s.parse()).collect();
-            let mut table = table::many(row, objects.iter(), call.registry.now());
+            let mut table = table::many(row, objects.iter(), call.registry.now(), include);
             table["metadata"] = meta;
             table.to_string().into()
         }

@@ -38,7 +38,8 @@ pub async fn watch(call: &Arc<Call>) -> Result<Response<body::Body>, Status> {
         }
     }
     let (sender, receiver) = mpsc::channel::<Result<Bytes, body::BoxError>>(64);
-    let watcher = Watcher { call: call.clone(), selection, sender, table: body::shape(&call.headers) };
+    let watcher =
+        Watcher { call: call.clone(), selection, sender, table: body::shape(&call.headers), include: call.include()? };
     let from = if from_state { None } else { Some(parse_revision(asked)?) };
     let seconds: u64 = query.get("timeoutSeconds").parse().unwrap_or(3600);
     let bookmarks = query.flag("allowWatchBookmarks");
@@ -58,6 +59,7 @@ struct Watcher {
     selection: Selection,
     sender: mpsc::Sender<Result<Bytes, body::BoxError>>,
     table: Shape,
+    include: table::Include,
 }
 
 impl Watcher {
@@ -144,7 +146,7 @@ impl Watcher {
         let wrap = |object: Value| Bytes::from(json!({"type": kind.as_str(), "object": object}).to_string() + "\n");
         let bytes = match self.table {
             Shape::Plain => plain(),
-            Shape::Table => wrap(table::one(&self.call.row, &stored.parse(), self.call.registry.now())),
+            Shape::Table => wrap(table::one(&self.call.row, &stored.parse(), self.call.registry.now(), self.include)),
             Shape::PartialMetadata => wrap(table::partial(&stored.parse())),
         };
         self.sender.send(Ok(bytes)).await.is_ok()

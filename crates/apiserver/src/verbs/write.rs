@@ -517,7 +517,10 @@ fn carry_over(row: &Row, subresource: &str, new: &mut Value, old: &Value) {
 
 fn answer(call: &Call, code: StatusCode, object: &Value) -> Response<body::Body> {
     if body::shape(&call.headers) == body::Shape::Table {
-        return body::value(code, &crate::table::one(&call.row, object, call.registry.now()));
+        return body::value(
+            code,
+            &crate::table::one(&call.row, object, call.registry.now(), crate::table::Include::Metadata),
+        );
     }
     body::value(code, object)
 }

@@ -314,11 +314,14 @@ async fn a_transaction_is_seen_whole() {
             store.commit(txn).await.expect("the store takes it");
         }
     });
-    while !writer.is_finished() {
+    let last = json!((ROUNDS - 1).to_string());
+    let mut seen = json!(null);
+    while seen != last {
         let list = admin.get(CONFIG_MAPS).await.json();
         let items = list["items"].as_array().expect("a list has items");
         assert!(items.is_empty() || items.len() == OBJECTS, "{} of {OBJECTS}", items.len());
         assert!(items.iter().all(|i| i["data"] == items[0]["data"]), "half of a transaction is shown");
+        seen = list["items"][0]["data"]["round"].clone();
     }
     writer.await.expect("the writer is done");
     for round in 0..ROUNDS {

@@ -5,6 +5,7 @@ mod list;
 mod memory;
 mod pods;
 mod up;
+mod writes;
 
 use std::fs;
 use std::path::PathBuf;
@@ -23,13 +24,12 @@ struct Bench {
     run: fn() -> Result<Vec<Row>>,
 }
 
-/// Writes per second beside etcd's put, the one figure of the plan that is not here, needs a client of its own: kubectl and
-/// curl would measure themselves.
 const BENCHES: &[Bench] = &[
     Bench { name: "up", run: up::measure },
     Bench { name: "pods", run: pods::measure },
     Bench { name: "memory", run: memory::measure },
     Bench { name: "list", run: list::measure },
+    Bench { name: "writes", run: writes::measure },
 ];
 
 /// One line of the table.
@@ -87,9 +87,9 @@ pub fn import(cluster: &Cluster, name: &str) -> Result<()> {
     shell::output(cluster.fairlead(&["image"]).arg("import").arg(image::archive_path(name)?)).map(drop)
 }
 
-pub fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
+pub fn median<T: PartialOrd + Copy>(mut figures: Vec<T>) -> T {
+    figures.sort_by(|a, b| a.partial_cmp(b).expect("a figure is a number"));
+    figures[figures.len() / 2]
 }
 
 pub fn milliseconds(time: Duration) -> String {

@@ -272,6 +272,11 @@ impl Server {
             if !wanted.stdin {
                 session.stdin = None;
             }
+            if attach {
+                // Who attached was not the one who started it: how the container ended stands in the pod's status.
+                let exit = std::mem::replace(&mut session.exit, Box::pin(std::future::pending()));
+                session.exit = Box::pin(async move { exit.await.map(|_| 0) });
+            }
             Ok::<Session, Value>(session)
         };
         match upgrade_of(request.headers()) {

@@ -560,7 +560,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
                 "node": state.name, "proxyMode": state.mode.to_string(),
-                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error},
+                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about},
                 "services": table.services().count(), "synced": table.is_synced(),
             })
             .to_string())

@@ -70,6 +70,11 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
                         field("/proxy/pending"),
                         field("/services")
                     );
+                    if let Some(about) =
+                        status.pointer("/proxy/about").and_then(Value::as_str).filter(|a| !a.is_empty())
+                    {
+                        line += &format!("\n                 {about}");
+                    }
                     if let Some(error) = status.pointer("/proxy/error").and_then(Value::as_str) {
                         line += &format!("\n      wrong: {error}");
                         wrong += 1;

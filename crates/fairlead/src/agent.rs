@@ -125,6 +125,14 @@ struct NodeSpec {
 #[serde(default)]
 struct NodeStatus {
     addresses: Vec<NodeAddress>,
+    conditions: Vec<NodeCondition>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct NodeCondition {
+    r#type: String,
+    status: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -148,6 +156,10 @@ impl Node {
             addresses: internal.filter_map(|a| a.address.parse().ok()).collect(),
             pod_cidrs: self.spec.pod_cidrs.clone(),
         }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True")
     }
 
     fn zone(&self) -> Option<Arc<str>> {
@@ -289,10 +301,12 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
         reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after: Option<&Arc<Node>>| {
             if let Some(node) = after.filter(|n| n.metadata.name == own) {
+                ready.send_replace(node.is_ready());
                 views.send_if_modified(|view| {
                     let zone = node.zone();
                     let changed = view.place.zone != zone;
@@ -414,7 +428,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         kept.task.await.ok();
     });
 
-    nodes.synced().await;
+    let mut ready = ready_seen;
+    ready.wait_for(|ready| *ready).await.context("nobody follows this node any more")?;
     let mut synced = proxy_seen;
     synced.wait_for(|s| s.synced).await.context("the proxy ended before its first commit")?;
     info!(node = name, "the node is ready");

@@ -63,6 +63,11 @@ fn older_kubectls_do_what_is_done_daily() {
 }
 
 #[test]
+fn kubectl_does_more_than_the_road_needs() {
+    play_with("more.txt", include_str!("../cases/more.txt"), &kubectls()[..1]);
+}
+
+#[test]
 fn bad_input_gets_the_error_that_kubernetes_gives() {
     play_with("bad-input.txt", include_str!("../cases/bad-input.txt"), &kubectls()[..1]);
 }

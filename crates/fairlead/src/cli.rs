@@ -82,10 +82,19 @@ fn blocking(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Res
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-/// Log lines go to standard error; `RUST_LOG` chooses them.
+/// Log lines go to standard error. `RUST_LOG` chooses them by target and level: `info`, `proxy=debug,info`.
 pub fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    use tracing_subscriber::filter::Targets;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+    let wanted = std::env::var("RUST_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
+    let filter = wanted.unwrap_or_else(|| {
+        // The client library tells of every refused connection, without a word of what for; its callers do it better.
+        Targets::new()
+            .with_default(tracing::Level::INFO)
+            .with_target("kube_client", tracing_subscriber::filter::LevelFilter::OFF)
+    });
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     // A second call finds the first subscriber in place, which is as good.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init().ok();
+    tracing_subscriber::registry().with(lines).with(filter).try_init().ok();
 }

@@ -13,6 +13,7 @@ mod discovery;
 mod json;
 mod managed;
 mod openapi;
+mod openapi_v2;
 mod registry;
 mod request;
 mod server;

@@ -3,15 +3,48 @@
 use crate::body::{self, Body};
 use crate::catalog::{Catalog, Row};
 use api::schema::{self, Field, ListKind, Message, Type};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
+/// A document as it is sent, and the hash that names its content.
+#[derive(Clone)]
+pub struct Document {
+    hash: String,
+    bytes: Bytes,
+}
+
+impl Document {
+    pub fn new(bytes: impl Into<Bytes>) -> Document {
+        let bytes = bytes.into();
+        let hash =
+            ring::digest::digest(&ring::digest::SHA256, &bytes).as_ref().iter().map(|b| format!("{b:02X}")).collect();
+        Document { hash, bytes }
+    }
+
+    /// The document, or that what the client holds is still the same.
+    pub fn answer(&self, headers: &HeaderMap, content_type: &'static str) -> Response<Body> {
+        let tag = format!("\"{}\"", self.hash);
+        let unchanged = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()) == Some(tag.as_str());
+        let mut response = if unchanged {
+            body::typed(StatusCode::NOT_MODIFIED, content_type, Bytes::new())
+        } else {
+            let whole = body::typed(StatusCode::OK, content_type, self.bytes.clone());
+            body::maybe_gzip(headers, whole, &self.bytes)
+        };
+        if let Ok(tag) = HeaderValue::from_str(&tag) {
+            response.headers_mut().insert(header::ETAG, tag);
+        }
+        response
+    }
+}
+
 /// Documents are made on first use and kept; they are the same for the life of the server.
 #[derive(Default)]
 pub struct OpenApi {
-    documents: Mutex<BTreeMap<String, (String, bytes::Bytes)>>,
+    documents: Mutex<BTreeMap<String, Document>>,
 }
 
 fn path_of(group: &str, version: &str) -> String {
@@ -19,7 +52,7 @@ fn path_of(group: &str, version: &str) -> String {
 }
 
 impl OpenApi {
-    fn document(&self, catalog: &Catalog, path: &str) -> Option<(String, bytes::Bytes)> {
+    fn document(&self, catalog: &Catalog, path: &str) -> Option<Document> {
         let mut documents = self.documents.lock().expect("no holder of the lock panics");
         if let Some(found) = documents.get(path) {
             return Some(found.clone());
@@ -28,11 +61,9 @@ impl OpenApi {
         if rows.is_empty() {
             return None;
         }
-        let bytes = bytes::Bytes::from(document(&rows).to_string());
-        let hash: String =
-            ring::digest::digest(&ring::digest::SHA256, &bytes).as_ref().iter().map(|b| format!("{b:02X}")).collect();
-        documents.insert(path.into(), (hash.clone(), bytes.clone()));
-        Some((hash, bytes))
+        let made = Document::new(document(&rows).to_string());
+        documents.insert(path.into(), made.clone());
+        Some(made)
     }
 
     pub fn index(&self, catalog: &Catalog) -> Response<Body> {
@@ -40,7 +71,7 @@ impl OpenApi {
         for (group, versions) in catalog.groups() {
             for version in versions {
                 let path = path_of(&group, &version);
-                if let Some((hash, _)) = self.document(catalog, &path) {
+                if let Some(Document { hash, .. }) = self.document(catalog, &path) {
                     let url = format!("/openapi/v3/{path}?hash={hash}");
                     paths.insert(path, json!({"serverRelativeURL": url}));
                 }
@@ -50,17 +81,7 @@ impl OpenApi {
     }
 
     pub fn serve(&self, catalog: &Catalog, path: &str, headers: &HeaderMap) -> Option<Response<Body>> {
-        let (hash, bytes) = self.document(catalog, path)?;
-        let tag = format!("\"{hash}\"");
-        let unchanged = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()) == Some(tag.as_str());
-        let mut response = if unchanged {
-            body::json(StatusCode::NOT_MODIFIED, bytes::Bytes::new())
-        } else {
-            body::maybe_gzip(headers, body::json(StatusCode::OK, bytes.clone()), &bytes)
-        };
-        if let Ok(tag) = HeaderValue::from_str(&tag) {
-            response.headers_mut().insert(header::ETAG, tag);
-        }
+        let mut response = self.document(catalog, path)?.answer(headers, "application/json");
         response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
         Some(response)
     }
@@ -85,14 +106,11 @@ fn document(rows: &[&Arc<Row>]) -> Value {
     let mut paths = Map::new();
     let mut kinds: BTreeMap<&'static str, Vec<Value>> = BTreeMap::new();
     for row in rows {
-        let kind = json!({"group": row.group, "version": row.version, "kind": row.kind});
         if let Some(message) = row.schema {
             todo.push(message);
-            kinds.entry(message.name).or_default().push(kind.clone());
+            kinds.entry(message.name).or_default().push(kind_of(row));
         }
-        for (path, item) in paths_of(row, &kind) {
-            paths.insert(path, item);
-        }
+        paths.extend(paths_of(row));
     }
     todo.extend(schema::message("meta.v1.DeleteOptions"));
     while let Some(message) = todo.pop() {
@@ -170,7 +188,13 @@ fn type_schema(ty: &Type) -> Value {
     }
 }
 
-fn paths_of(row: &Row, kind: &Value) -> Vec<(String, Value)> {
+fn kind_of(row: &Row) -> Value {
+    json!({"group": row.group, "version": row.version, "kind": row.kind})
+}
+
+/// A row's paths with their path items.
+pub fn paths_of(row: &Row) -> Vec<(String, Value)> {
+    let kind = kind_of(row);
     let root = format!("/{}", path_of(&row.group, &row.version));
     let collection = if row.namespaced {
         format!("{root}/namespaces/{{namespace}}/{}", row.plural)

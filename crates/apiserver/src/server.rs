@@ -11,6 +11,7 @@ use crate::catalog::{Catalog, builtin};
 use crate::decode::MAX_BODY;
 use crate::discovery;
 use crate::openapi::OpenApi;
+use crate::openapi_v2::OpenApiV2;
 use crate::registry::{Allocation, Registry};
 use crate::request::RequestInfo;
 use crate::subresources::{self, Connector};
@@ -40,6 +41,7 @@ struct Inner {
     registry: Arc<Registry>,
     tokens: TokenKey,
     openapi: OpenApi,
+    openapi_v2: OpenApiV2,
     connector: Option<Arc<dyn Connector>>,
     requests: AtomicU64,
 }
@@ -72,6 +74,7 @@ impl ApiServer {
             registry,
             tokens: config.tokens,
             openapi: OpenApi::default(),
+            openapi_v2: OpenApiV2::default(),
             connector: config.connector,
             requests: AtomicU64::new(0),
         };
@@ -243,6 +246,7 @@ impl ApiServer {
             "/version" => Ok(body::value(StatusCode::OK, &version())),
             "/api" => Ok(discovery::root(&registry.catalog, headers, true)),
             "/apis" => Ok(discovery::root(&registry.catalog, headers, false)),
+            "/openapi/v2" => self.inner.openapi_v2.serve(&registry.catalog, headers),
             "/openapi/v3" => Ok(self.inner.openapi.index(&registry.catalog)),
             "/healthz" | "/livez" | "/readyz" => Ok(body::typed(StatusCode::OK, "text/plain; charset=utf-8", "ok")),
             "/metrics" => {
@@ -259,8 +263,10 @@ impl ApiServer {
                     paths.push(format!("/apis/{group}"));
                     paths.extend(versions.iter().map(|v| format!("/apis/{group}/{v}")));
                 }
-                paths
-                    .extend(["/healthz", "/livez", "/metrics", "/openapi/v3", "/readyz", "/version"].map(String::from));
+                paths.extend(
+                    ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]
+                        .map(String::from),
+                );
                 Ok(body::value(StatusCode::OK, &json!({"paths": paths})))
             }
             _ => {

@@ -32,7 +32,7 @@ const CASES: &[(&str, Case)] = &[
 
 fn main() {
     if std::env::var_os("LOG").is_some() {
-        tracing_subscriber::fmt().with_env_filter("info,kubelet=debug,runtime=debug").init();
+        tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG).init();
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let Some(("pod-helper", rest)) = arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {

@@ -49,8 +49,7 @@ impl Strategy for Slice {
         } else if !known.contains(&family) {
             causes.push(Cause::unsupported("addressType", family, &known));
         }
-        if let Some(old) = old.filter(|o| o.text("/addressType") != family) {
-            let _ = old;
+        if old.is_some_and(|o| o.text("/addressType") != family) {
             causes.push(Cause::invalid("addressType", format!("{family:?}"), "field is immutable"));
         }
         let endpoints = object.get("endpoints").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);

@@ -17,3 +17,4 @@ pub mod netns;
 pub mod nft;
 pub mod process;
 pub mod sigpipe;
+pub mod splice;

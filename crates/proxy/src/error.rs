@@ -20,6 +20,8 @@ pub enum Error {
     PodCidrs(String),
     #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
     Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("{service} has no address to ask about: {why}")]
+    NoAddress { service: String, why: &'static str },
     #[error(transparent)]
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

@@ -66,6 +66,11 @@ impl<N: Nft, R: Relays> Userspace<N, R> {
         }
     }
 
+    /// The kernel behind it; `None` without privileges.
+    pub fn kernel(&mut self) -> Option<&mut N> {
+        self.kernel.as_mut()
+    }
+
     /// What the kernel and the relays hold, with relays named by what they are for instead of by their port: equal
     /// texts do the same.
     pub fn dump(&self) -> String {

@@ -41,12 +41,12 @@ impl Hosts {
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
-        self.dir("server").join("kubeconfig")
+        self.dir(SERVER).join("kubeconfig")
     }
 
-    /// A host's own directory: its agent's, or the control plane's.
-    pub fn dir(&self, role: &str) -> PathBuf {
-        self.data_dir.join(role)
+    /// A host's own directory. Server and agent of one host share it, as they do by default.
+    pub fn dir(&self, host: &str) -> PathBuf {
+        self.data_dir.join(host)
     }
 
     /// Wires the hosts, starts the control plane on the first one and an agent on each, and returns when the server has
@@ -64,7 +64,7 @@ impl Hosts {
         let address = network::node(1);
         let mut server = self.role(SERVER, "server")?;
         server.args(["server", "--listen", &format!("{address}:{API_PORT}")]).args(to_server);
-        server.arg("--data-dir").arg(self.dir("server"));
+        server.arg("--data-dir").arg(self.dir(SERVER));
         let (child, join) = self.serve(server)?;
         let mut children = vec![child];
         for index in 1..=nodes {

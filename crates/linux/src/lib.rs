@@ -18,3 +18,4 @@ pub mod netns;
 pub mod nft;
 pub mod process;
 pub mod sigpipe;
+pub mod splice;

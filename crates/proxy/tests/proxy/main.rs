@@ -5,3 +5,4 @@ mod history;
 mod live;
 mod net;
 mod objects;
+mod userspace;

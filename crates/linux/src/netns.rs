@@ -214,7 +214,7 @@ impl AsFd for Netns {
 }
 
 /// Whether a namespace is mounted on `path`: a plain file is left behind where a process died between the two steps.
-pub(crate) fn is_pinned(path: &Path) -> bool {
+pub fn is_pinned(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 

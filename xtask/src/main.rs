@@ -4,6 +4,7 @@ mod bench;
 mod cluster;
 mod demo;
 mod deps;
+mod hosts;
 mod image;
 mod interrupt;
 mod lint;

@@ -11,6 +11,7 @@ pub mod enter;
 pub mod fdpass;
 pub mod iptables;
 pub mod link;
+pub mod memory;
 pub mod mntns;
 pub mod mount;
 pub mod netns;

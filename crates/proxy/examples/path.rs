@@ -24,12 +24,6 @@ use services::{Changes, Place, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-#[allow(unsafe_code)]
-fn trim() {
-    unsafe {
-        nix::libc::malloc_trim(0);
-    }
-}
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
@@ -235,13 +229,10 @@ fn program(lab: &Lab, mode: Mode, services: usize, endpoints: usize, changes: us
         table.upsert_service(&service(number))?;
         table.upsert_slice(&slice(number, 8080, nowhere(number, endpoints)))?;
     }
-    eprintln!("table {} MB", pss()?);
     let mut running = Running::start(mode, &node, table)?;
     // Everything known: from here to the kernel holding it.
     let cold = running.change(ServiceTable::set_synced)?;
     let memory = pss()?;
-    trim();
-    eprintln!("after {memory}, trimmed {} MB", pss()?);
     let mut times = Vec::new();
     let mut draw = Draw::new(services as u64);
     for turn in 0..changes.div_ceil(2) {

@@ -271,6 +271,11 @@ impl<D: Dataplane> Loop<D> {
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
+            if whole {
+                // A whole plan takes twice the memory of what is kept of it, and comes once.
+                drop(changes);
+                linux::memory::trim();
+            }
             (kernel, result)
         })
         .await

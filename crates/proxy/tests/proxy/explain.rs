@@ -11,14 +11,14 @@ use proxy::{Mode, NodeView};
 use serde_json::json;
 use services::{Protocol, ServiceTable};
 
-use crate::cases;
+use crate::case::{self, Objects};
 use crate::live::Running;
 use crate::net::{World, node_view};
 use crate::objects::{service, slice};
 
 fn node() -> NodeView {
     let ejected = [("10.244.9.9:80".parse().expect("address"), Protocol::Tcp)];
-    NodeView { ejected: ejected.into(), ..cases::node() }
+    NodeView { ejected: ejected.into(), ..case::node() }
 }
 
 /// `nftables 10.244.0.7 -> 10.96.0.10:80/UDP`
@@ -43,7 +43,7 @@ fn people_are_told_why() {
         let lines: Vec<&str> = case.iter().map(|line| line.trim_end()).collect();
         let sections = lines.iter().filter_map(|line| line.strip_prefix("-- ")?.strip_suffix(" --"));
         let objects: Vec<&str> = lines.iter().skip(2).take_while(|line| !line.starts_with("-- ")).copied().collect();
-        let table = cases::table(&objects);
+        let table = Objects::parse(&objects).table();
         if !said.is_empty() {
             said.push('\n');
         }

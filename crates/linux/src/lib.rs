@@ -14,6 +14,7 @@ pub mod link;
 pub mod mntns;
 pub mod mount;
 pub mod netns;
+pub mod nflog;
 pub mod nft;
 pub mod process;
 pub mod sigpipe;

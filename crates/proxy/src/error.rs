@@ -18,6 +18,12 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
+    #[error("what the table of the watch holds is not known; it is written whole next time")]
+    WatchUnknown,
+    #[error(transparent)]
+    Nflog(#[from] linux::nflog::Error),
+    #[error(transparent)]
+    Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
     #[error("the thread of a commit died: {0}; the commit is repeated")]

@@ -1,5 +1,5 @@
 //! Netlink framing for the netfilter family: messages with nested attributes out, attributes in, and the raw socket.
-//! Shared by nftables and conntrack.
+//! Shared by nftables, conntrack and nflog.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

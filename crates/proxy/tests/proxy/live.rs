@@ -9,16 +9,16 @@ use services::{Changes, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::net::{World, node_view, tcp, udp};
+use crate::net::{Namespace, World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
-struct Running {
-    table: Arc<RwLock<ServiceTable>>,
+pub struct Running {
+    pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
-    status: watch::Receiver<Status>,
+    pub status: watch::Receiver<Status>,
     token: CancellationToken,
-    runtime: tokio::runtime::Runtime,
+    pub runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
     _node: watch::Sender<Arc<proxy::NodeView>>,
@@ -26,7 +26,11 @@ struct Running {
 
 impl Running {
     fn start(world: &World, mode: Mode) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
+        Self::start_in(&world.node, mode, proxy::Watching::default())
+    }
+
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(&node.path).expect("namespace").into();
         let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
@@ -35,14 +39,14 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace) };
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }
     }
 
     /// Changes the table and waits until the kernel has it.
-    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+    pub fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
         let commits = self.status.borrow().commits;
         let changes = change(&mut self.table.write().expect("table"));
         self.changes.send(Arc::new(changes)).expect("the loop listens");
@@ -53,7 +57,7 @@ impl Running {
         });
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.token.cancel();
         self.runtime.block_on(self.task).expect("joined").expect("no error");
     }
@@ -130,7 +134,7 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let has_table = || world.node.command("nft", "list tables").contains("inet fairlead");
+    let has_table = || world.node.command("nft", "list tables").lines().any(|line| line == "table inet fairlead");
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
     for _ in 0..2 {
         for (mode, table, chains) in [(Mode::Iptables, false, true), (Mode::Nftables, true, false)] {

@@ -18,3 +18,4 @@ pub mod nflog;
 pub mod nft;
 pub mod process;
 pub mod sigpipe;
+pub mod sock_diag;

@@ -23,6 +23,10 @@ pub enum Error {
     #[error(transparent)]
     Nflog(#[from] linux::nflog::Error),
     #[error(transparent)]
+    Sockets(#[from] linux::sock_diag::Error),
+    #[error("cannot list processes: {0}; is /proc mounted?")]
+    Processes(std::io::Error),
+    #[error(transparent)]
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),

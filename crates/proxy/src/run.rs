@@ -116,7 +116,7 @@ fn watcher(
         eyes::remove(&mut Socket::open(namespace)?)?;
         return Ok(None);
     }
-    match eyes::start(&config.watching, namespace, feed.table.clone(), status.clone(), token.clone()) {
+    match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
         Ok(watcher) => Ok(Some(watcher)),
         Err(error) => {
             tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");

@@ -5,11 +5,15 @@
 //! and which ones are refused; whether somebody answers is then looked up in the connection table.
 //!
 //! - `evidence`: what is held against each endpoint, and when it is tried again; pure
+//! - `queues`: which listeners take nobody from their queues; pure
+//! - `backlog`: looks into the queues of this machine's pods
 //! - `suspects`: which flows have gone unanswered for too long; pure
 //! - `table`: the rules and sets by which the kernel tells, and holds refusals back
 //! - `task`: waits, looks, tells the commit loop who is out
 
+mod backlog;
 mod evidence;
+mod queues;
 mod suspects;
 mod table;
 mod task;

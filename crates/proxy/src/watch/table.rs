@@ -44,6 +44,8 @@ pub(crate) enum Member {
     Alternative(SocketAddr),
     /// An endpoint that has left the pick of an address, where one other is left.
     Out(SocketAddr, SocketAddr),
+    /// An endpoint of this node that has others beside it: whose proxy picked it does not matter.
+    Here(SocketAddr),
     /// A listener of this node that takes no connections.
     Frozen(SocketAddr),
 }
@@ -54,6 +56,11 @@ impl Alternatives {
         if frontend.name.protocol != Protocol::Tcp || frontend.endpoints.len() < 2 {
             return Alternatives(members);
         }
+        let here = frontend.endpoints.iter().filter(|endpoint| match &endpoint.node {
+            Some(name) => *name == node.place.node,
+            None => true,
+        });
+        members.extend(here.map(|endpoint| Member::Here(endpoint.address)));
         for v6 in [false, true] {
             let scopes = scopes(frontend, node, v6);
             let addresses = crate::stale::addresses(frontend, node).into_iter();
@@ -232,16 +239,18 @@ enum Kind {
     /// The same . endpoint's address . port
     Out,
     /// address . port
+    Here,
     Frozen,
 }
 
 impl Kind {
-    const ALL: [Kind; 3] = [Kind::Alternatives, Kind::Out, Kind::Frozen];
+    const ALL: [Kind; 4] = [Kind::Alternatives, Kind::Out, Kind::Here, Kind::Frozen];
 
     fn name(self, v6: bool) -> String {
         let stem = match self {
             Kind::Alternatives => "alternatives",
             Kind::Out => "out",
+            Kind::Here => "here",
             Kind::Frozen => "frozen",
         };
         format!("{stem}{}", if v6 { 6 } else { 4 })
@@ -253,7 +262,7 @@ impl Kind {
         let key: &[DataType] = match self {
             Kind::Alternatives => &[ip, InetProto, InetService],
             Kind::Out => &[ip, InetProto, InetService, ip, InetService],
-            Kind::Frozen => &[ip, InetService],
+            Kind::Here | Kind::Frozen => &[ip, InetService],
         };
         Set::of(&self.name(v6), key)
     }
@@ -264,6 +273,7 @@ impl Kind {
             (Kind::Out, [ip, _, Datum::Port(port), endpoint, Datum::Port(target)]) => {
                 Some(Member::Out(at(ip, *port)?, at(endpoint, *target)?))
             }
+            (Kind::Here, [ip, Datum::Port(port)]) => Some(Member::Here(at(ip, *port)?)),
             (Kind::Frozen, [ip, Datum::Port(port)]) => Some(Member::Frozen(at(ip, *port)?)),
             _ => None,
         }
@@ -288,6 +298,7 @@ fn place(member: &Member) -> (Kind, bool, Key) {
         Member::Out(address, endpoint) => {
             (Kind::Out, address.is_ipv6(), Key::new(triple(address).into_iter().chain(pair(endpoint))))
         }
+        Member::Here(address) => (Kind::Here, address.is_ipv6(), Key::new(pair(address))),
         Member::Frozen(address) => (Kind::Frozen, address.is_ipv6(), Key::new(pair(address))),
     }
 }
@@ -377,14 +388,15 @@ fn chains(retry: bool) -> Vec<(Chain, Vec<Rule>)> {
         unreachable.push(Rule::new([of_family(v6), has_alternative(), goto("held")]));
         let frozen = Statement::is_in([Value::DestinationIp { v6 }, Value::DestinationPort], &Kind::Frozen.name(v6));
         begun.push(Rule::new([of_family(v6), is_protocol(6), frozen, goto("frozen")]));
-        begun.push(Rule::new([
-            of_family(v6),
-            is_protocol(6),
-            translated(),
-            Statement::is_in(original(v6), &Kind::Alternatives.name(v6)),
-            Statement::Limit { rate: 20, burst: 5 },
-            Statement::Log { group: BEGUN, bytes: 20 },
-        ]));
+        let wake = || [Statement::Limit { rate: 20, burst: 5 }, Statement::Log { group: BEGUN, bytes: 20 }];
+        let alternative = Statement::is_in(original(v6), &Kind::Alternatives.name(v6));
+        let statements = [of_family(v6), is_protocol(6), translated(), alternative].into_iter().chain(wake());
+        begun.push(Rule::new(statements));
+        // What another node picked for its clients.
+        let here = Statement::is_in([Value::DestinationIp { v6 }, Value::DestinationPort], &Kind::Here.name(v6));
+        let elsewhere = Statement::LacksBits(Value::CtStatus, ct_status::DNAT);
+        let statements = [of_family(v6), is_protocol(6), elsewhere, here].into_iter().chain(wake());
+        begun.push(Rule::new(statements));
     }
     let frozen = vec![
         Rule::new([translated(), Statement::drop()]),

@@ -19,11 +19,12 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::backlog::Backlog;
 use super::evidence::{Evidence, Ledger, Step, Target};
 use super::suspects::Suspects;
 use super::table::{BEGUN, Destinations, REFUSED, WatchTable};
 use super::{Notice, Watching};
-use crate::{Error, Status};
+use crate::{Config, Error, NodeView, Status};
 
 /// Between a first packet and the first look: nearly all are answered by then.
 const FIRST_LOOK: Duration = Duration::from_millis(15);
@@ -31,6 +32,8 @@ const FIRST_LOOK: Duration = Duration::from_millis(15);
 /// silent out of the pick within 300 ms of its first unanswered packet.
 const NEXT_LOOK: Duration = Duration::from_millis(75);
 const IDLE_LOOK: Duration = Duration::from_millis(110);
+/// Between looks while a queue stands.
+const QUEUE_LOOK: Duration = Duration::from_millis(200);
 /// Looking may take this part of the time.
 const SHARE: u32 = 20;
 /// Within a cluster a connection takes microseconds.
@@ -54,12 +57,13 @@ pub(crate) struct Watcher {
 
 /// Starts to watch the connections of a network namespace, until the token is cancelled.
 pub(crate) fn start(
-    watching: &Watching,
+    config: &Config,
     namespace: Option<BorrowedFd<'_>>,
     services: Arc<RwLock<ServiceTable>>,
     status: Arc<watch::Sender<Status>>,
     token: CancellationToken,
 ) -> Result<Watcher, Error> {
+    let watching = &config.watching;
     let table = WatchTable::new(Socket::open(namespace)?, watching.retry);
     let path = match namespace {
         Some(namespace) => PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
@@ -78,11 +82,16 @@ pub(crate) fn start(
             destinations: table.destinations(),
             suspects: Suspects::default(),
             retry: watching.retry,
+            backlog: watching.ejection.then(Backlog::default),
+            next_backlog: Duration::ZERO,
+            stuck: BTreeSet::new(),
         }),
         node: Netns::open(&path)?,
+        view: config.node.clone(),
         services,
         status,
         ledger: Ledger::default(),
+        frozen: BTreeSet::new(),
         lost: BTreeSet::new(),
         verdicts: sender,
         start: Instant::now(),
@@ -98,6 +107,11 @@ struct Eyes {
     destinations: Destinations,
     suspects: Suspects,
     retry: bool,
+    backlog: Option<Backlog>,
+    /// When queues are looked into next, if anything is looked at.
+    next_backlog: Duration,
+    /// Listeners that took nobody at the last look into their queues.
+    stuck: BTreeSet<SocketAddr>,
 }
 
 /// What one look found.
@@ -108,6 +122,10 @@ struct Look {
     deleted: u64,
     /// Somebody waits for an answer.
     goes_on: bool,
+    /// Listeners that take nobody from their queues, whether or not they are endpoints.
+    stuck: BTreeSet<SocketAddr>,
+    /// Somebody waits in a queue that may or may not move.
+    is_undecided: bool,
     took: Duration,
 }
 
@@ -125,7 +143,25 @@ impl Eyes {
             }
         }
         let silent = old.iter().map(|flow| flow.reply.0).collect();
-        Ok(Look { silent, deleted, goes_on: !self.suspects.is_empty(), took: begin.elapsed() })
+        let took = begin.elapsed();
+        if let Some(backlog) = &mut self.backlog
+            && now >= self.next_backlog
+        {
+            let begin = Instant::now();
+            self.stuck = backlog.look(now)?;
+            self.next_backlog = now + (begin.elapsed() * SHARE).max(NEXT_LOOK);
+        }
+        let is_undecided = self.backlog.as_ref().is_some_and(Backlog::is_undecided);
+        let goes_on = !self.suspects.is_empty();
+        Ok(Look { silent, deleted, goes_on, stuck: self.stuck.clone(), is_undecided, took })
+    }
+
+    /// Nothing is looked at for a while.
+    fn rest(&mut self) {
+        self.suspects = Suspects::default();
+        if let Some(backlog) = &mut self.backlog {
+            backlog.rest();
+        }
     }
 }
 
@@ -140,6 +176,10 @@ struct Task {
     services: Arc<RwLock<ServiceTable>>,
     status: Arc<watch::Sender<Status>>,
     ledger: Ledger,
+    /// What the other parts of the proxy know of this node.
+    view: watch::Receiver<Arc<NodeView>>,
+    /// Endpoints here that take no connections.
+    frozen: BTreeSet<SocketAddr>,
     /// Endpoints on nodes without a heartbeat.
     lost: BTreeSet<Target>,
     verdicts: watch::Sender<Arc<Verdicts>>,
@@ -243,14 +283,48 @@ impl Task {
             self.status.send_modify(|status| status.retries += look.deleted);
         }
         self.accuse(tcp(look.silent), Evidence::Unanswered);
-        let pause = if look.goes_on { NEXT_LOOK } else { IDLE_LOOK };
-        self.next_look =
-            (look.goes_on || woken).then(|| Instant::now() + pause.max(look.took * SHARE).saturating_sub(look.took));
+        self.judge_queues(&look.stuck);
+        let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
+            (true, ..) => Some(NEXT_LOOK),
+            (false, true, _) => Some(IDLE_LOOK),
+            // Nothing tells when a queue moves.
+            (false, false, true) => Some(QUEUE_LOOK),
+            (false, false, false) => None,
+        };
+        self.next_look = pause.map(|pause| Instant::now() + pause.max(look.took * SHARE).saturating_sub(look.took));
         if self.next_look.is_none()
             && let Some(eyes) = &mut self.eyes
         {
-            eyes.suspects = Suspects::default();
+            eyes.rest();
         }
+    }
+
+    /// Takes over which listeners take nobody. Endpoints of this node among them get no more packets, if others are left:
+    /// never more than half of a Service's, and no endpoint that is the only one of a Service, which may just be slow.
+    fn judge_queues(&mut self, stuck: &BTreeSet<SocketAddr>) {
+        if stuck.is_empty() && self.frozen.is_empty() {
+            return;
+        }
+        let place = self.view.borrow().place.node.clone();
+        let mut frozen = BTreeSet::new();
+        let mut spared: BTreeSet<SocketAddr> = BTreeSet::new();
+        for frontend in self.table().frontends().filter(|frontend| frontend.name.protocol == Protocol::Tcp) {
+            let here = |endpoint: &&Arc<Endpoint>| endpoint.node.as_ref().is_none_or(|node| *node == place);
+            let hit = frontend.endpoints.iter().filter(|endpoint| stuck.contains(&endpoint.address)).filter(here);
+            let hit: BTreeSet<SocketAddr> = hit.map(|endpoint| endpoint.address).collect();
+            let Some(first) = hit.first() else { continue };
+            let others = frontend.endpoints.iter().filter(|endpoint| endpoint.ready);
+            let usable = others.filter(|endpoint| endpoint.address.is_ipv6() == first.is_ipv6()).count();
+            frozen.extend(hit.iter().take(usable / 2));
+            spared.extend(hit.iter().skip(usable / 2));
+        }
+        frozen.retain(|address| !spared.contains(address));
+        let now = self.now();
+        let before = std::mem::replace(&mut self.frozen, frozen.clone());
+        for address in before.difference(&frozen) {
+            self.ledger.withdraw((*address, Protocol::Tcp), Evidence::Frozen, now);
+        }
+        self.accuse(tcp(frozen.difference(&before).copied()), Evidence::Frozen);
     }
 
     fn accuse(&mut self, endpoints: BTreeSet<Target>, evidence: Evidence) {
@@ -351,7 +425,7 @@ impl Task {
     fn publish(&self) {
         let ejected = self.ledger.ejected();
         self.verdicts.send_if_modified(|verdicts| {
-            let next = Verdicts { ejected, frozen: BTreeSet::new() };
+            let next = Verdicts { ejected, frozen: self.frozen.clone() };
             let changed = **verdicts != next;
             if changed {
                 *verdicts = Arc::new(next);

@@ -271,9 +271,100 @@ fn without_the_watch_a_refusal_is_a_refusal() {
     running.stop();
 }
 
-/// At rest nobody is woken, and a person can read the table.
+/// A process of its own, which a signal can stop.
+struct Server(std::process::Child);
+
+impl Server {
+    fn start(pod: &mut Pod) -> Self {
+        pod.close();
+        let address = pod.address.clone();
+        let server = Server(pod.namespace.run(move || {
+            let program = std::env::current_exe().expect("this program");
+            let mut command = std::process::Command::new(program);
+            command.args(["--exact", "ejection::serve_until_killed", "--ignored"]).env("FAIRLEAD_ANSWER", address);
+            command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+            command.spawn().expect("a server")
+        }));
+        pod.namespace.run(|| {
+            while TcpStream::connect("127.0.0.1:8080").is_err() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        server
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
+        nix::sys::signal::kill(pid, signal).expect("it is alive");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// What [`Server`] runs.
 #[test]
-fn the_watch_sleeps_and_its_table_prints() {
+#[ignore = "a server for other tests"]
+fn serve_until_killed() {
+    let Some(answer) = std::env::var_os("FAIRLEAD_ANSWER") else { return };
+    let listener = TcpListener::bind("[::]:8080").expect("bind");
+    for mut stream in listener.incoming().flatten() {
+        drop(stream.write_all(answer.as_encoded_bytes()));
+    }
+}
+
+/// The kernel accepts for a process that is stopped. Its own node sees that nobody takes the connections, and refuses more
+/// of them to others too.
+#[test]
+fn a_frozen_endpoint_is_out_until_it_thaws() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+    let mut stage = Stage::new();
+    let server = Server::start(&mut stage.pods[1]);
+    let told = Told::default();
+    let mut running = stage.serve(Mode::Nftables, 3, telling(&told));
+    let pod = &stage.pods[1];
+    server.signal(SIGSTOP);
+    // Clients that it has taken wait until it thaws; nobody else does.
+    let waiting: Vec<TcpStream> = (0..3)
+        .map(|_| {
+            let to = format!("{}:8080", pod.address).parse().expect("address");
+            stage
+                .client
+                .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("the kernel accepts"))
+        })
+        .collect();
+    Stage::wait(&mut running, "an ejection", |status| status.ejected.contains(&pod.target()));
+    for _ in 0..20 {
+        let (answer, took) = stage.request();
+        assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
+    }
+    // A proxy of another node, which knows nothing of it yet, gets no answer.
+    let direct = |timeout| {
+        let to = format!("{}:8080", pod.address).parse().expect("address");
+        stage
+            .client
+            .run(move || TcpStream::connect_timeout(&to, Duration::from_millis(timeout)).map_err(|error| error.kind()))
+    };
+    assert_eq!(direct(300).map(drop), Err(std::io::ErrorKind::TimedOut));
+    assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Frozen))]);
+    server.signal(SIGCONT);
+    for mut stream in waiting {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("an answer at last");
+        assert_eq!(text, pod.address);
+    }
+    Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+    assert!(direct(3000).is_ok());
+    running.stop();
+}
+
+/// A person can read the table.
+#[test]
+fn the_table_of_the_watch_prints() {
     let stage = Stage::new();
     let running = stage.serve(Mode::Nftables, 3, Watching::default());
     let text = stage.node.command("nft", "list table inet fairlead-watch");

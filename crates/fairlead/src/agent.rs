@@ -1,6 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join;
+use crate::{barrier, join};
 use crate::{cli, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
@@ -301,6 +301,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();

@@ -4,6 +4,7 @@
 //! holds a pod.
 
 mod agent;
+mod barrier;
 mod cli;
 mod client;
 mod components;

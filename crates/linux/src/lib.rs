@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod cgroup_v1v2;
+pub mod connections;
 pub mod conntrack;
 pub mod enter;
 pub mod fdpass;

@@ -3,6 +3,7 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod applied;
 pub mod dataplane;
 mod error;
 mod explain;
@@ -13,6 +14,7 @@ mod run;
 mod scope;
 mod stale;
 
+pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
 pub use linux::nft::Packet;

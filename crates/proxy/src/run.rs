@@ -13,6 +13,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
@@ -49,6 +50,8 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// The slice versions that the kernel follows; the same `Arc` as long as they do not change.
+    pub applied: Arc<AppliedSlices>,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -111,6 +114,7 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    applied: Applied,
 }
 
 /// How the next commit is made.
@@ -134,6 +138,7 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            applied: Applied::default(),
         }
     }
 
@@ -186,13 +191,17 @@ impl<D: Dataplane> Loop<D> {
             while let Ok(changes) = self.feed.changes.try_recv() {
                 self.notice(&changes);
             }
-            let pending = self.pending.len();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+            let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
+            self.status.send_if_modified(|status| {
+                let before = std::mem::replace(&mut status.applied, applied.clone());
+                std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
+            });
         }
     }
 
     fn notice(&mut self, changes: &Changes) {
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
+        self.applied.notice(changes);
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
@@ -210,8 +219,10 @@ impl<D: Dataplane> Loop<D> {
         } else {
             self.pending.clone()
         };
+        let slices;
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
+            slices = whole.then(|| table.terminating_slices());
             ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
@@ -250,11 +261,15 @@ impl<D: Dataplane> Loop<D> {
             }
         }
         self.node = Some(node);
-        let pending = self.pending.len();
+        if let Some(slices) = slices {
+            self.applied.restart(slices);
+        }
+        let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
         self.status.send_modify(|status| {
             status.synced = true;
             status.commits += 1;
             status.pending = pending;
+            status.applied = applied;
             status.error = None;
         });
         Ok(())

@@ -53,6 +53,9 @@ pub struct ServicePort {
 pub struct Slice {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+    pub uid: Arc<str>,
+    /// To be compared for equality only.
+    pub resource_version: Arc<str>,
     /// The Service it belongs to, by label `kubernetes.io/service-name`.
     pub service: Option<Arc<str>>,
     pub ports: Vec<SlicePort>,
@@ -94,6 +97,10 @@ struct RawMeta {
     name: String,
     #[serde(default)]
     namespace: String,
+    #[serde(default)]
+    uid: String,
+    #[serde(default, rename = "resourceVersion")]
+    resource_version: String,
     #[serde(default)]
     labels: Option<RawLabels>,
 }
@@ -401,6 +408,13 @@ impl Slice {
             endpoints,
             namespace: raw.metadata.namespace.as_str().into(),
             name: raw.metadata.name.as_str().into(),
+            uid: raw.metadata.uid.as_str().into(),
+            resource_version: raw.metadata.resource_version.as_str().into(),
         })
+    }
+
+    /// An endpoint of it is on its way out.
+    pub fn has_terminating(&self) -> bool {
+        self.endpoints.iter().any(|endpoint| endpoint.terminating)
     }
 }

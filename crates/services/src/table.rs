@@ -17,19 +17,36 @@ pub struct FrontendChange {
     pub after: Option<Arc<Frontend>>,
 }
 
+/// A slice that has a terminating endpoint, or had one until now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceChange {
+    pub uid: Arc<str>,
+    /// The version that the table holds; `None` once no endpoint of it terminates any more.
+    pub resource_version: Option<Arc<str>>,
+}
+
 /// What one event did. Cheap to send around in an `Arc`.
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     pub frontends: Vec<FrontendChange>,
     /// Services whose names, addresses or endpoints may have changed: what cluster DNS cares for.
     pub services: Vec<ServiceKey>,
+    /// What the removal barrier asks of a proxy; `frontends` names what these versions changed.
+    pub slices: Vec<SliceChange>,
     /// The table became complete with this event.
     pub synced: bool,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.services.is_empty() && !self.synced
+        self.frontends.is_empty() && self.services.is_empty() && self.slices.is_empty() && !self.synced
+    }
+
+    fn append(&mut self, mut later: Changes) {
+        self.frontends.append(&mut later.frontends);
+        self.services.append(&mut later.services);
+        self.slices.append(&mut later.slices);
+        self.synced |= later.synced;
     }
 }
 
@@ -165,8 +182,18 @@ impl ServiceTable {
         }
         let Some(owner) = owner else { return Ok(changes) };
         let entry = self.entries.get_or_add(&owner);
-        if entry.slices.get(&slice.name) == Some(&slice) {
-            return Ok(changes);
+        let had_terminating = entry.slices.get(&slice.name).is_some_and(Slice::has_terminating);
+        if slice.has_terminating() || had_terminating {
+            let resource_version = slice.has_terminating().then(|| slice.resource_version.clone());
+            changes.slices.push(SliceChange { uid: slice.uid.clone(), resource_version });
+        }
+        if let Some(held) = entry.slices.get_mut(&slice.name) {
+            // A version that changes nothing else is no reason to make frontends anew.
+            let is_same_version = held.resource_version == slice.resource_version;
+            held.resource_version = slice.resource_version.clone();
+            if *held == slice {
+                return Ok(if is_same_version { Changes::default() } else { changes });
+            }
         }
         let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
         if let Some(before) = entry.slices.insert(slice.name.clone(), slice) {
@@ -176,19 +203,22 @@ impl ServiceTable {
             self.by_address.entry(address).or_default().push(owner.clone());
         }
         self.slice_owners.insert(at, owner.clone());
-        let mut more = self.rebuild(owner);
-        changes.frontends.append(&mut more.frontends);
-        changes.services.append(&mut more.services);
+        changes.append(self.rebuild(owner));
         Ok(changes)
     }
 
     pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Changes {
         let at: ServiceKey = (namespace.into(), name.into());
         let Some(owner) = self.slice_owners.remove(&at) else { return Changes::default() };
+        let mut changes = Changes::default();
         if let Some(before) = self.entries.get_mut(&owner).and_then(|entry| entry.slices.remove(&at.1)) {
             self.forget_endpoints(&before, &owner);
+            if before.has_terminating() {
+                changes.slices.push(SliceChange { uid: before.uid, resource_version: None });
+            }
         }
-        self.rebuild(owner)
+        changes.append(self.rebuild(owner));
+        changes
     }
 
     /// Deletes the Services that a fresh list no longer has.
@@ -210,9 +240,7 @@ impl ServiceTable {
         gone.sort();
         let mut changes = Changes::default();
         for (namespace, name) in gone {
-            let mut one = delete(self, &namespace, &name);
-            changes.frontends.append(&mut one.frontends);
-            changes.services.append(&mut one.services);
+            changes.append(delete(self, &namespace, &name));
         }
         changes
     }
@@ -251,6 +279,13 @@ impl ServiceTable {
     /// The slices of a Service; each endpoint of a slice has all ports of that slice.
     pub fn slices(&self, namespace: &str, name: &str) -> impl Iterator<Item = &Slice> {
         self.entries.get(namespace, name).into_iter().flat_map(|entry| entry.slices.values())
+    }
+
+    /// The version of each slice that has a terminating endpoint, by uid.
+    pub fn terminating_slices(&self) -> BTreeMap<Arc<str>, Arc<str>> {
+        let slices = self.entries.iter().flat_map(|(_, _, entry)| entry.slices.values());
+        let terminating = slices.filter(|slice| slice.has_terminating());
+        terminating.map(|slice| (slice.uid.clone(), slice.resource_version.clone())).collect()
     }
 
     /// The ready endpoints of a Service that have this hostname, or this address written with dashes.

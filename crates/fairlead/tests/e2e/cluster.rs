@@ -54,6 +54,11 @@ pub struct Seen {
 
 impl Cluster {
     pub fn up(kubectl: &Kubectl, nodes: u8) -> Cluster {
+        Cluster::up_with(kubectl, nodes, &[])
+    }
+
+    /// With further words for `fairlead up`.
+    pub fn up_with(kubectl: &Kubectl, nodes: u8, words: &[&str]) -> Cluster {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         static SWEEP: Once = Once::new();
         SWEEP.call_once(sweep);
@@ -65,7 +70,7 @@ impl Cluster {
         let mut cluster = Cluster { dir, server: String::new() };
         symlink(BINARY, cluster.dir.join("bin/fairlead")).expect("fairlead can be linked");
         cluster.play_with(kubectl);
-        cluster.start(nodes);
+        cluster.start_with(nodes, words);
         for image in IMAGES {
             let file = images().join(image);
             assert!(file.is_file(), "{} is not there: run `cargo xtask image`", file.display());
@@ -81,7 +86,12 @@ impl Cluster {
 
     /// `up`, the first time or again.
     pub fn start(&self, nodes: u8) {
-        self.fairlead(&["up", "--detach", "--nodes", &nodes.to_string(), "--data-dir", &self.data_dir()]);
+        self.start_with(nodes, &[]);
+    }
+
+    fn start_with(&self, nodes: u8, words: &[&str]) {
+        let (nodes, data) = (nodes.to_string(), self.data_dir());
+        self.fairlead(&[&["up", "--detach", "--nodes", &nodes, "--data-dir", &data], words].concat());
     }
 
     pub fn down(&self) {

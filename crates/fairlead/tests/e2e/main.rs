@@ -4,7 +4,9 @@
 
 mod cluster;
 mod death;
+mod load;
 mod play;
+mod rolling;
 mod script;
 
 use cluster::{Cluster, Kubectl, kubectls};

@@ -23,6 +23,7 @@ mod server;
 mod signer;
 mod status;
 mod up;
+mod warnings;
 
 use clap::Parser;
 use std::process::ExitCode;

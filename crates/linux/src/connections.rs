@@ -28,6 +28,8 @@ pub struct Connection {
     pub called: SocketAddr,
     /// Who answers.
     pub endpoint: SocketAddr,
+    /// Where the answers go first: not to the client if it is masqueraded.
+    pub answered: SocketAddr,
 }
 
 impl Connection {
@@ -50,7 +52,7 @@ impl Connections {
     }
 
     /// The TCP connections that this address answers and that are not closed on both sides. One look walks the kernel's whole
-    /// table, but only what fits is copied.
+    /// table, but only what fits is copied (of IPv6, all of TCP).
     pub fn open_to(&mut self, endpoint: IpAddr) -> Result<Vec<Connection>, Error> {
         self.raw.drain()?;
         self.sequence += 1;
@@ -58,19 +60,21 @@ impl Connections {
         let family = if endpoint.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
         writer.begin(MSG_GET, NLM_F_DUMP, self.sequence, family as u8, 0);
         let reply = writer.nest(TUPLE_REPLY);
-        let ip = writer.nest(1);
-        match endpoint {
-            IpAddr::V4(address) => writer.bytes(1, &address.octets()),
-            IpAddr::V6(address) => writer.bytes(3, &address.octets()),
+        let mut flags = FILTER_PROTOCOL;
+        // Of IPv6 addresses the kernel's filter (6.18 still) leaves out just those that are asked for.
+        if let IpAddr::V4(address) = endpoint {
+            let ip = writer.nest(1);
+            writer.bytes(1, &address.octets());
+            writer.close(ip);
+            flags |= FILTER_IP_SOURCE;
         }
-        writer.close(ip);
         let protocol = writer.nest(2);
         writer.u8(1, TCP);
         writer.close(protocol);
         writer.close(reply);
         // A kernel before 5.8 does not know the filter and sends everything.
         let filter = writer.nest(FILTER);
-        writer.bytes(FILTER_REPLY, &(FILTER_IP_SOURCE | FILTER_PROTOCOL).to_ne_bytes());
+        writer.bytes(FILTER_REPLY, &flags.to_ne_bytes());
         writer.close(filter);
         writer.end();
         self.raw.send(&writer.buffer)?;
@@ -96,8 +100,8 @@ impl Connections {
 
 fn decode(attributes: Attributes<'_>) -> Option<Connection> {
     let (protocol, client, called) = tuple(attributes.nested(TUPLE_ORIGINAL)?)?;
-    let (_, endpoint, _) = tuple(attributes.nested(TUPLE_REPLY)?)?;
+    let (_, endpoint, answered) = tuple(attributes.nested(TUPLE_REPLY)?)?;
     let state = *attributes.nested(PROTOINFO)?.nested(1)?.get(1)?.first()?;
     let is_open = state < LAST_ACK || state == SYN_SENT2;
-    (protocol == TCP && is_open).then_some(Connection { client, called, endpoint })
+    (protocol == TCP && is_open).then_some(Connection { client, called, endpoint, answered })
 }

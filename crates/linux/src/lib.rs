@@ -17,4 +17,5 @@ pub mod mount;
 pub mod netns;
 pub mod nft;
 pub mod process;
+pub mod provoke;
 pub mod sigpipe;

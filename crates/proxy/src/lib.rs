@@ -5,6 +5,7 @@
 
 mod applied;
 pub mod dataplane;
+mod end;
 mod error;
 mod explain;
 mod leftovers;

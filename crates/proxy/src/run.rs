@@ -17,6 +17,7 @@ use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
+use crate::end::{self, End};
 use crate::stale::{self, Answerers};
 use crate::{Error, Mode, NodeView, leftovers};
 
@@ -115,6 +116,7 @@ struct Loop<D> {
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
     applied: Applied,
+    end: End,
 }
 
 /// How the next commit is made.
@@ -139,6 +141,7 @@ impl<D: Dataplane> Loop<D> {
             node: None,
             pending: BTreeSet::new(),
             applied: Applied::default(),
+            end: End::default(),
         }
     }
 
@@ -147,6 +150,11 @@ impl<D: Dataplane> Loop<D> {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
+        let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        if let Err(error) = end::clear(namespace.as_ref().map(OwnedFd::as_fd)) {
+            tracing::warn!("proxy: {error}");
+        }
+        self.end = End::new(namespace);
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -173,7 +181,10 @@ impl<D: Dataplane> Loop<D> {
             }
             tokio::select! {
                 biased;
-                () = token.cancelled() => return Ok(()),
+                () = token.cancelled() => {
+                    self.end.finish().await;
+                    return Ok(());
+                }
                 changed = self.config.node.changed(), if node_open => {
                     node_open = changed.is_ok();
                     attempt = Attempt::Whole;
@@ -255,6 +266,7 @@ impl<D: Dataplane> Loop<D> {
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
+            self.end.notice(self.committed.get(&id), after.as_ref(), &node);
             match after {
                 Some(after) => drop(self.committed.insert(id, after)),
                 None => drop(self.committed.remove(&id)),

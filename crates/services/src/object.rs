@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{Affinity, Error, Protocol, TrafficPolicy};
+use crate::{Affinity, EndPolicy, Error, Protocol, TrafficPolicy};
 
 /// A Service, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +26,10 @@ pub struct Service {
     pub health_check_node_port: Option<NonZeroU16>,
     /// No other proxy is named by `service.kubernetes.io/service-proxy-name`.
     pub is_ours: bool,
+    pub end_policy: EndPolicy,
+    pub uid: Arc<str>,
+    /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +96,13 @@ struct RawLabels {
     service_name: Option<String>,
 }
 
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct RawAnnotations {
+    #[serde(rename = "fairlead.io/end-policy")]
+    end_policy: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct RawMeta {
     name: String,
@@ -103,6 +114,8 @@ struct RawMeta {
     resource_version: String,
     #[serde(default)]
     labels: Option<RawLabels>,
+    #[serde(default)]
+    annotations: Option<RawAnnotations>,
 }
 
 #[derive(Deserialize)]
@@ -331,7 +344,24 @@ impl Service {
                 _ => Err(check.error("sessionAffinityConfig.clientIP.timeoutSeconds", seconds, "from 1 to 86400")),
             }
         });
+        let mut warnings = Vec::new();
+        let annotations = raw.metadata.annotations.as_ref();
+        let end_policy = annotations.and_then(|annotations| annotations.end_policy.as_deref()).map_or_else(
+            EndPolicy::default,
+            |text| {
+                EndPolicy::parse(text).unwrap_or_else(|| {
+                    let name = EndPolicy::ANNOTATION;
+                    warnings.push(format!(
+                        "annotation {name} is {text:?}, which is not keep, drain=SECONDS (1 to 86400) or reset; connections are kept"
+                    ));
+                    EndPolicy::default()
+                })
+            },
+        );
         Ok(Service {
+            end_policy,
+            warnings,
+            uid: raw.metadata.uid.as_str().into(),
             kind: kind(&check, spec)?,
             ports,
             external_ips: check.addresses("externalIPs", spec.external_ips.as_ref())?,

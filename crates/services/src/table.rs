@@ -401,6 +401,7 @@ impl ServiceTable {
                     affinity: service.affinity,
                     source_ranges: service.source_ranges.clone(),
                     health_check_node_port: service.health_check_node_port,
+                    end_policy: service.end_policy,
                 };
                 self.ids.insert(id, key.clone());
                 frontends.push(after);

@@ -70,6 +70,7 @@ fn rolling_update(mode: &str) {
             load.add(node.namespace().expect("the node is there"), service, manner, per_second);
         }
     }
+    expect("kubectl annotate service web fairlead.io/end-policy=sometimes", "");
     let begun = Instant::now();
     let before = expect("kubectl get pods -l app=web -o name", "");
     for _ in 0..if many_cases() { 3 } else { 1 } {
@@ -89,4 +90,9 @@ fn rolling_update(mode: &str) {
     assert!(tally.failures.is_empty(), "{mode}: {} failures\n{}", tally.failures.len(), tally.failures.join("\n"));
     let reports = expect("kubectl get leases -n kube-system -l fairlead.io/component=proxy -o name", "");
     assert_eq!(reports.lines().count(), usize::from(NODES), "{mode}: every proxy reports: {reports}");
+    let events = expect("kubectl get events --field-selector reason=NotUnderstood,involvedObject.name=web", "");
+    assert!(
+        events.contains("annotation fairlead.io/end-policy is \"sometimes\", which is not keep"),
+        "{mode}: {events}"
+    );
 }

@@ -13,7 +13,7 @@ use crate::net::{World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
-struct Running {
+pub struct Running {
     table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
     status: watch::Receiver<Status>,
@@ -25,7 +25,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(world: &World, mode: Mode) -> Self {
+    pub fn start(world: &World, mode: Mode) -> Self {
         let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
         let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
@@ -42,7 +42,7 @@ impl Running {
     }
 
     /// Changes the table and waits until the kernel has it.
-    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+    pub fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
         let commits = self.status.borrow().commits;
         let changes = change(&mut self.table.write().expect("table"));
         self.changes.send(Arc::new(changes)).expect("the loop listens");
@@ -53,7 +53,7 @@ impl Running {
         });
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.token.cancel();
         self.runtime.block_on(self.task).expect("joined").expect("no error");
     }

@@ -43,14 +43,14 @@ struct Told {
 
 impl Told {
     fn look(&mut self, key: &ServiceKey, service: Option<&Service>) {
-        let Some(service) = service.filter(|service| !service.warnings.is_empty()) else {
+        let Some((service, warnings)) = service.and_then(|s| Some((s, s.warnings.as_deref()?))) else {
             self.warnings.remove(key);
             return;
         };
-        let before = self.warnings.insert(key.clone(), service.warnings.clone()).unwrap_or_default();
-        let about = ObjectRef::new("v1", "Service", &service.namespace, &service.name, &service.uid);
-        for warning in service.warnings.iter().filter(|warning| !before.contains(warning)) {
-            self.recorder.event(&about, EventKind::Warning, "NotUnderstood", warning.clone());
+        let before = self.warnings.insert(key.clone(), warnings.texts.clone()).unwrap_or_default();
+        let about = ObjectRef::new("v1", "Service", &service.namespace, &service.name, &warnings.uid);
+        for text in warnings.texts.iter().filter(|text| !before.contains(text)) {
+            self.recorder.event(&about, EventKind::Warning, "NotUnderstood", text.clone());
         }
     }
 }

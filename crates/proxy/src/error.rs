@@ -2,9 +2,9 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables or iptables")]
+    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables or userspace")]
     LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables or iptables")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables or userspace")]
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
@@ -18,6 +18,20 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
+    #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
+    Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("{service} has no address to ask about: {why}")]
+    NoAddress { service: String, why: &'static str },
+    #[error("what the table of the watch holds is not known; it is written whole next time")]
+    WatchUnknown,
+    #[error(transparent)]
+    Nflog(#[from] linux::nflog::Error),
+    #[error(transparent)]
+    Sockets(#[from] linux::sock_diag::Error),
+    #[error("cannot list processes: {0}; is /proc mounted?")]
+    Processes(std::io::Error),
+    #[error(transparent)]
+    Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
     #[error("cannot open a raw socket: {0}; end policies other than keep need CAP_NET_RAW")]

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroU16;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -27,9 +27,16 @@ pub struct Service {
     /// No other proxy is named by `service.kubernetes.io/service-proxy-name`.
     pub is_ours: bool,
     pub end_policy: EndPolicy,
-    pub uid: Arc<str>,
     /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
-    pub warnings: Vec<String>,
+    pub warnings: Option<Box<Warnings>>,
+}
+
+/// What people should hear of a Service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Warnings {
+    /// The Service's.
+    pub uid: Arc<str>,
+    pub texts: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -57,13 +64,20 @@ pub struct ServicePort {
 pub struct Slice {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
-    pub uid: Arc<str>,
-    /// To be compared for equality only.
-    pub resource_version: Arc<str>,
+    /// Kept only while an endpoint of it terminates: the removal barrier asks for it then.
+    pub terminating: Option<Box<SliceVersion>>,
     /// The Service it belongs to, by label `kubernetes.io/service-name`.
     pub service: Option<Arc<str>>,
     pub ports: Vec<SlicePort>,
     pub endpoints: Vec<SliceEndpoint>,
+}
+
+/// One version of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceVersion {
+    pub uid: Arc<str>,
+    /// To be compared for equality only.
+    pub resource_version: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -256,6 +270,9 @@ struct RawName {
     name: Arc<str>,
 }
 
+/// Most endpoints have no hints: they share the memory of that.
+static NO_NAMES: LazyLock<Arc<[Arc<str>]>> = LazyLock::new(|| Arc::from([]));
+
 /// Names the object in errors.
 struct Checker<'a> {
     kind: &'static str,
@@ -360,8 +377,8 @@ impl Service {
         );
         Ok(Service {
             end_policy,
-            warnings,
-            uid: raw.metadata.uid.as_str().into(),
+            warnings: (!warnings.is_empty())
+                .then(|| Box::new(Warnings { uid: raw.metadata.uid.as_str().into(), texts: warnings })),
             kind: kind(&check, spec)?,
             ports,
             external_ips: check.addresses("externalIPs", spec.external_ips.as_ref())?,
@@ -418,7 +435,10 @@ impl Slice {
             let conditions = endpoint.conditions.as_ref();
             let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
             let hints = endpoint.hints.as_ref();
-            let names = |list: Option<&Vec<RawName>>| list.into_iter().flatten().map(|one| one.name.clone()).collect();
+            let names = |list: Option<&Vec<RawName>>| match list {
+                Some(list) if !list.is_empty() => list.iter().map(|one| one.name.clone()).collect(),
+                _ => NO_NAMES.clone(),
+            };
             endpoints.push(SliceEndpoint {
                 address: check.address("endpoints.addresses", first)?,
                 hostname: endpoint.hostname.clone().filter(|name| !name.is_empty()),
@@ -431,6 +451,9 @@ impl Slice {
                 for_nodes: names(hints.and_then(|hints| hints.for_nodes.as_ref())),
             });
         }
+        endpoints.shrink_to_fit();
+        ports.shrink_to_fit();
+        let terminating = endpoints.iter().any(|endpoint| endpoint.terminating);
         let service = raw.metadata.labels.as_ref().and_then(|labels| labels.service_name.as_deref());
         Ok(Slice {
             service: service.filter(|name| !name.is_empty()).map(Arc::from),
@@ -438,13 +461,10 @@ impl Slice {
             endpoints,
             namespace: raw.metadata.namespace.as_str().into(),
             name: raw.metadata.name.as_str().into(),
-            uid: raw.metadata.uid.as_str().into(),
-            resource_version: raw.metadata.resource_version.as_str().into(),
+            terminating: terminating.then(|| {
+                let uid = raw.metadata.uid.as_str().into();
+                Box::new(SliceVersion { uid, resource_version: raw.metadata.resource_version.as_str().into() })
+            }),
         })
-    }
-
-    /// An endpoint of it is on its way out.
-    pub fn has_terminating(&self) -> bool {
-        self.endpoints.iter().any(|endpoint| endpoint.terminating)
     }
 }

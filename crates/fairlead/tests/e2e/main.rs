@@ -3,11 +3,16 @@
 //! docs/testing.md describes the scripts in `tests/cases`. Each test has a cluster of its own.
 
 mod cluster;
+mod daemon;
 mod death;
 mod load;
 mod play;
+mod registry;
 mod rolling;
 mod script;
+mod standalone;
+mod uplink;
+mod variants;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

@@ -46,6 +46,11 @@ fn a_rolling_update_fails_no_request_with_iptables() {
     rolling_update("iptables");
 }
 
+#[test]
+fn a_rolling_update_fails_no_request_with_userspace() {
+    rolling_update("userspace");
+}
+
 fn rolling_update(mode: &str) {
     let cluster = Cluster::up_with(&kubectls()[0], NODES, &["--proxy-mode", mode]);
     let expect = |line: &str, input: &str| {

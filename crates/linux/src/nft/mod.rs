@@ -19,7 +19,7 @@ mod socket;
 mod value;
 
 pub use fake::{Fake, Fate, Packet};
-pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, Value, ct_state, ct_status};
+pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
 pub use socket::Socket;
 pub use value::{
     Base, Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Op, Set, SetData, Transaction,
@@ -49,6 +49,12 @@ impl Error {
     /// The kernel says that the table or set asked for does not exist.
     pub fn is_absent(&self) -> bool {
         matches!(self, Error::Refused { cause, .. } if cause.raw_os_error() == Some(libc::ENOENT))
+    }
+
+    /// This process may not look at or change what it asked for: it has no CAP_NET_ADMIN.
+    pub fn is_forbidden(&self) -> bool {
+        let (Error::Refused { cause, .. } | Error::Open(cause) | Error::Socket(cause)) = self else { return false };
+        matches!(cause.raw_os_error(), Some(libc::EPERM | libc::EACCES))
     }
 }
 

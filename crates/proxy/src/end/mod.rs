@@ -7,7 +7,7 @@
 mod kernel;
 mod plan;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,8 @@ use services::Frontend;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::NodeView;
+use crate::{Error, Mode, NodeView};
 use kernel::Kernel;
-pub(crate) use kernel::clear;
 use plan::{Change, Endings, changes};
 
 const RETRY: Duration = Duration::from_secs(1);
@@ -26,6 +25,9 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(crate) struct End {
     namespace: Option<OwnedFd>,
+    /// Whether conntrack knows the mode's connections.
+    is_able: bool,
+    said: bool,
     worker: Option<Worker>,
 }
 
@@ -35,9 +37,13 @@ struct Worker {
 }
 
 impl End {
-    /// `namespace` as in the proxy's configuration.
-    pub fn new(namespace: Option<OwnedFd>) -> Self {
-        End { namespace, worker: None }
+    /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
+    pub fn new(namespace: Option<OwnedFd>, mode: Mode) -> Result<Self, Error> {
+        let is_able = mode.is_watched();
+        if is_able {
+            kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
+        }
+        Ok(End { namespace, is_able, ..End::default() })
     }
 
     /// One frontend as the kernel had it and has it now.
@@ -46,9 +52,17 @@ impl End {
         if found.is_empty() {
             return;
         }
+        if !self.is_able {
+            if !std::mem::replace(&mut self.said, true) {
+                tracing::warn!(
+                    "proxy: this mode keeps connections, whatever end policies say; nftables and iptables end them"
+                );
+            }
+            return;
+        }
         if self.worker.is_none() {
             let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose();
-            match namespace.map_err(crate::Error::Namespace).and_then(Kernel::open) {
+            match namespace.map_err(Error::Namespace).and_then(Kernel::open) {
                 Ok(kernel) => {
                     let (changes, received) = mpsc::unbounded_channel();
                     self.worker = Some(Worker { changes, task: tokio::spawn(work(kernel, received)) });

@@ -634,8 +634,13 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
-            let pending = state.proxy.borrow().pending;
+            let (mode, table) = (state.mode, state.feed.table.clone());
+            let mut view = NodeView::clone(&state.view.borrow());
+            let pending = {
+                let proxy = state.proxy.borrow();
+                view.ejected.extend(&proxy.ejected);
+                proxy.pending
+            };
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {
                     let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);

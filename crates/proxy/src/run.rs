@@ -120,7 +120,14 @@ pub async fn run(
                 Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
                 None => Place::Here,
             };
-            let relays = Sockets::new(place, Handle::current());
+            let (witness, watcher) = eyes::relayed::start(
+                &config.watching,
+                place.clone(),
+                feed.table.clone(),
+                status.clone(),
+                token.clone(),
+            );
+            let relays = Sockets::new(place, Handle::current(), witness);
             let clear: Option<Clear> = if nft.is_some() {
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
@@ -131,7 +138,7 @@ pub async fn run(
                 None
             };
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
     }
 }
@@ -147,7 +154,10 @@ fn watcher(
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let wanted = config.watching.ejection || config.watching.retry;
     if !wanted || !config.mode.is_watched() {
-        eyes::remove(&mut Socket::open(namespace)?)?;
+        // Who may not touch rules has none to take away.
+        if let Some(mut nft) = userspace::open(namespace)? {
+            eyes::remove(&mut nft)?;
+        }
         return Ok(None);
     }
     match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {

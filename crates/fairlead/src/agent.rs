@@ -67,6 +67,9 @@ pub struct AgentArgs {
     /// How Services reach the kernel: nftables, iptables or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -291,12 +294,13 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let mode = args.proxy_mode;
     let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
-    let view = NodeView::new(
+    let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),
     );
+    view.relay_localhost = args.localhost_node_ports;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());

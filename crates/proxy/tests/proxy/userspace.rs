@@ -406,3 +406,39 @@ fn without_privileges_only_the_loopback_answers() {
     assert!(gone, "the relay still listens");
     running.stop();
 }
+
+/// Node ports on 127.0.0.1 and ::1 beside the nftables mode, whose rules cannot do it: by a relay, where it is asked for.
+#[test]
+fn localhost_node_ports_are_relayed_beside_another_mode() {
+    let world = World::new();
+    for relay_localhost in [false, true] {
+        let view = proxy::NodeView { relay_localhost, ..node_view() };
+        let mut running = Running::start_with(&world, Mode::Nftables, view);
+        {
+            let mut table = running.table.write().expect("table");
+            let both = json!({"clusterIPs": ["10.96.0.10", "fd00:10:96::10"], "type": "NodePort", "ports": node_port(30007, "TCP")});
+            table.upsert_service(&service("web", both)).expect("service");
+            table.upsert_slice(&slice("web", 8080, "TCP", &HERE)).expect("slice");
+        }
+        running.change(|table| table.set_synced());
+        running.change(|table| {
+            let mut six: serde_json::Value = serde_json::from_slice(&slice("web", 8080, "TCP", &HERE6)).expect("json");
+            six["metadata"]["name"] = json!("web-6");
+            table.upsert_slice(six.to_string().as_bytes()).expect("slice")
+        });
+        assert!(tcp(&world.client, "192.168.49.2:30007").is_ok());
+        for to in ["127.0.0.1:30007", "[::1]:30007"] {
+            // The relays' own loop may come to it a little later.
+            let answers = (0..100).any(|_| {
+                let answer = tcp(&world.node, to).is_ok();
+                if !answer && relay_localhost {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                answer
+            });
+            assert_eq!(answers, relay_localhost, "{to}");
+        }
+        running.stop();
+        assert!(tcp(&world.node, "127.0.0.1:30007").is_err(), "the relay ends with the proxy");
+    }
+}

@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{bpf, iptables, nft};
 use services::ServiceTable;
 
+use crate::dataplane::ebpf::{Ebpf, LAYOUTS};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
@@ -16,6 +17,7 @@ pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
     match mode {
         Mode::Nftables => dump_of::<Nftables<nft::Fake>>(table, node),
         Mode::Iptables => dump_of::<Iptables<iptables::Fake>>(table, node),
+        Mode::Ebpf => dump_of::<Ebpf<bpf::Fake>>(table, node),
     }
 }
 
@@ -58,6 +60,11 @@ pub fn explain(
             let mut dataplane = Iptables::new(iptables::Fake::default());
             plan(&mut dataplane, table, node)?;
             dataplane.kernel().explain(packet.clone(), &node.addresses, draw, &mut log)
+        }
+        Mode::Ebpf => {
+            let mut dataplane = Ebpf::new(bpf::Fake::new(&LAYOUTS));
+            plan(&mut dataplane, table, node)?;
+            dataplane.explain(&packet, &node.addresses, draw, &mut log)
         }
     };
     let mut text = format!("{} -> {}, protocol {}\n", packet.from, packet.to, packet.protocol);

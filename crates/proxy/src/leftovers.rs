@@ -1,6 +1,7 @@
 //! What another mode left in the kernel: a node may be started with another `--proxy-mode` without cleaning by hand.
 
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use linux::iptables::{Iptables, Tools};
 use linux::nft::Socket;
@@ -25,6 +26,16 @@ pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Er
 pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
     if nftables::remove(nft)? {
         tracing::info!("proxy: removed the table of the nftables mode");
+    }
+    Ok(())
+}
+
+/// Detaches the programs of the ebpf mode, if a node ever had it.
+pub(crate) fn clear_ebpf(pins: Option<&Path>) -> Result<(), Error> {
+    if let Some(pins) = pins
+        && linux::bpf::remove(pins)?
+    {
+        tracing::info!("proxy: removed the programs of the ebpf mode");
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ mod stale;
 
 pub use error::Error;
 pub use explain::{dump, explain};
+pub use linux::bpf::Hooks;
 pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;

@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ebpf,
 }
 
 impl FromStr for Mode {
@@ -21,7 +22,7 @@ impl FromStr for Mode {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Err(Error::LaterMode("ipvs")),
-            "ebpf" => Err(Error::LaterMode("ebpf")),
+            "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Err(Error::LaterMode("userspace")),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
@@ -33,6 +34,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ebpf => "ebpf",
         })
     }
 }

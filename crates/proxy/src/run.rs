@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::bpf::{Hooks, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::nft::Socket;
@@ -13,6 +14,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
@@ -29,6 +31,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
+    pub hooks: Option<Hooks>,
 }
 
 /// The service table and what happens to it. Subscribe before the table's first list is complete.
@@ -54,11 +58,20 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+pub fn found(
+    mode: Mode,
+    namespace: Option<std::os::fd::BorrowedFd<'_>>,
+    hooks: Option<&Hooks>,
+) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables => Ok(Seed::default()),
+        Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
     }
+}
+
+fn pinned(namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+    Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
@@ -72,18 +85,35 @@ pub async fn run(
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack = Box::new(conntrack::Socket::open(namespace())?);
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let pins = config.hooks.as_ref().map(|hooks| hooks.pins.clone());
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
-            let clear = Box::new(move || leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd())));
+            let clear = Box::new(move || {
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_ebpf(pins.as_deref())
+            });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
             let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || leftovers::clear_nftables(&mut nft));
+            let clear = Box::new(move || {
+                leftovers::clear_nftables(&mut nft)?;
+                leftovers::clear_ebpf(pins.as_deref())
+            });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
+        }
+        Mode::Ebpf => {
+            let mut nft = Socket::open(namespace())?;
+            let kernel = pinned(namespace(), config.hooks.as_ref())?;
+            let clear = Box::new(move || {
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_nftables(&mut nft)
+            });
+            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).run(token).await
         }
     }

@@ -142,9 +142,8 @@ impl Netns {
             let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
             let (value, size) = (std::ptr::from_mut(&mut cookie).cast(), std::ptr::from_mut(&mut length));
             // SAFETY: the kernel writes at most `length` bytes to `cookie`, and both live until it returns.
-            let result = unsafe {
-                libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, size)
-            };
+            let result =
+                unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, size) };
             if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
         };
         self.run(read)?.map_err(|source| self.socket_failed("read the cookie".into(), source))

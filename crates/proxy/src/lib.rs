@@ -19,4 +19,4 @@ pub use linux::bpf::Hooks;
 pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
-pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};

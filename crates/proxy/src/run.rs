@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use linux::bpf::{Hooks, Pinned};
+use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::nft::Socket;
@@ -58,15 +58,20 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(
-    mode: Mode,
-    namespace: Option<std::os::fd::BorrowedFd<'_>>,
-    hooks: Option<&Hooks>,
-) -> Result<Seed, Error> {
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables => Ok(Seed::default()),
         Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
+    }
+}
+
+/// Whether this kernel can do what the mode needs. The ebpf mode loads and attaches its programs, which do nothing until
+/// they are told of Services.
+pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables => Ok(()),
+        Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
     }
 }
 

@@ -1,7 +1,8 @@
 //! The packet programs on every network device of a node, those that come later included.
 //!
-//! Not on the loopback, whose packets are those of the node's own sockets, and not on ports of a bridge: what a port
-//! routes passes the bridge itself.
+//! Not on the loopback, whose packets are those of the node's own sockets. And on the ports of a bridge instead of the
+//! bridge: where br_netfilter is on, connection tracking looks at a packet between the two, and it must see both
+//! directions with the same addresses, those between arriving and leaving.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,9 +15,7 @@ use std::thread::JoinHandle;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 
 use super::Error;
 use super::call::Hook;
@@ -70,7 +69,7 @@ impl Devices {
         self.forget_others(&wanted).map_err(|cause| Error::Pins { path: self.dir.clone(), cause })
     }
 
-    /// Removes the pins of devices that have gone or became ports of a bridge, and with the pin the link.
+    /// Removes the pins of devices that have gone, and with the pin the link.
     fn forget_others(&self, wanted: &BTreeSet<u32>) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -88,7 +87,7 @@ impl Devices {
 
 /// Whether packets to Services may come or go through a device. One without a hardware address has another packet layout.
 fn carries_services(link: &Link) -> bool {
-    link.name != "lo" && link.mac.is_some() && link.bridge.is_none()
+    link.name != "lo" && link.mac.is_some() && link.kind != "bridge"
 }
 
 /// A thread that follows the namespace's devices until this is dropped.

@@ -52,7 +52,7 @@ impl Fake {
     fn luck(&mut self, entries: usize) -> usize {
         self.changes += 1;
         match self.fail_every {
-            Some(n) if self.changes % n == 0 => entries / 2,
+            Some(n) if self.changes.is_multiple_of(n) => entries / 2,
             _ => entries,
         }
     }

@@ -20,11 +20,15 @@ pub enum Error {
         "this kernel cannot {what}: {cause}; the ebpf mode needs Linux 6.6 and CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN: use --proxy-mode=nftables"
     )]
     Missing { what: String, cause: String },
-    #[error("{path} is no directory of a cgroup2 file system: {cause}; mount one at /sys/fs/cgroup, or use --proxy-mode=nftables")]
+    #[error(
+        "{path} is no directory of a cgroup2 file system: {cause}; mount one at /sys/fs/cgroup, or use --proxy-mode=nftables"
+    )]
     Cgroup { path: PathBuf, cause: io::Error },
     #[error("cannot keep eBPF objects in {path}: {cause}; it must be a directory where bpffs can be mounted")]
     Pins { path: PathBuf, cause: io::Error },
-    #[error("the eBPF map {map} is full at {limit} entries; use fewer Services and endpoints, or --proxy-mode=nftables")]
+    #[error(
+        "the eBPF map {map} is full at {limit} entries; use fewer Services and endpoints, or --proxy-mode=nftables"
+    )]
     Full { map: String, limit: u32 },
     #[error("the eBPF map {map}: {cause}; look at it with `bpftool map`")]
     Map { map: String, cause: io::Error },

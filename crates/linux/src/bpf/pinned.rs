@@ -183,9 +183,13 @@ pub fn remove(pins: &Path) -> Result<bool, Error> {
         return Ok(false);
     }
     let mut found = false;
-    for directory in fs::read_dir(pins).map_err(failed)? {
-        found = true;
-        fs::remove_dir_all(directory.map_err(failed)?.path()).map_err(failed)?;
+    for entry in fs::read_dir(pins).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        // The kernel has files of its own there.
+        if entry.file_type().map_err(failed)?.is_dir() {
+            found = true;
+            fs::remove_dir_all(entry.path()).map_err(failed)?;
+        }
     }
     crate::mount::unmount(pins).map_err(failed)?;
     Ok(found)

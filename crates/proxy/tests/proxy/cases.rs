@@ -10,14 +10,17 @@
 //! 10.244.0.7 -> 10.96.0.10:80   10.244.2.5:8080
 //! ```
 //! Outcomes are DROP, REJECT, or all places a packet may go to (each equally likely), with `masq` if its source changes.
-//! A line that starts with `nftables:` or `iptables:` holds for that mode only. The node is `node-1` in zone `a`.
+//! A line that starts with `nftables:`, or `nftables,iptables:`, holds for these modes only. The node is `node-1` in zone
+//! `a`. In the ebpf mode the sockets of pods and of the node are balanced when they connect and never masqueraded, so
+//! `masq` counts there only for packets that arrive.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{bpf, iptables, nft};
 use proxy::NodeView;
+use proxy::dataplane::ebpf::{Ebpf, LAYOUTS, Way};
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::{Change, Dataplane};
@@ -165,10 +168,10 @@ fn fates(mut trace: impl FnMut(&mut dyn FnMut(u32) -> u32) -> Fate) -> BTreeMap<
 type Trace<'a> = &'a mut dyn FnMut(Packet, &mut dyn FnMut(u32) -> u32) -> Fate;
 
 /// Checks one line of a trace section; what is wrong with it.
-fn check(line: &str, mode: &str, trace: Trace<'_>) -> Option<String> {
+fn check(line: &str, mode: &str, masquerades: &dyn Fn(&Packet) -> bool, trace: Trace<'_>) -> Option<String> {
     let line = match line.split_once(": ") {
-        Some((only, rest)) if ["nftables", "iptables"].contains(&only) => {
-            if only != mode {
+        Some((only, rest)) if only.split(',').all(|name| name.parse::<proxy::Mode>().is_ok()) => {
+            if !only.split(',').any(|name| name == mode) {
                 return None;
             }
             rest
@@ -183,8 +186,9 @@ fn check(line: &str, mode: &str, trace: Trace<'_>) -> Option<String> {
         to: to.parse().expect("a destination"),
         protocol: Protocol::parse(protocol).expect("a protocol").number(),
     };
-    let masqueraded = expected.last() == Some(&"masq");
-    let places = if masqueraded { &expected[..expected.len() - 1] } else { expected };
+    let says_masq = expected.last() == Some(&"masq");
+    let masqueraded = says_masq && masquerades(&packet);
+    let places = if says_masq { &expected[..expected.len() - 1] } else { expected };
     let expected: Vec<Fate> = match places {
         ["DROP"] => vec![Fate::Dropped],
         ["REJECT"] => vec![Fate::Rejected],
@@ -244,14 +248,35 @@ fn packets_go_where_the_cases_say() {
             let mut iptables = Iptables::new(iptables::Fake::default());
             let base = Iptables::<iptables::Fake>::base(&node);
             iptables.commit(Some(&base), &whole::<Iptables<iptables::Fake>>(&table, &node)).expect("commit");
+            let mut ebpf = Ebpf::new(bpf::Fake::new(&LAYOUTS));
+            let base = Ebpf::<bpf::Fake>::base(&node);
+            ebpf.commit(Some(&base), &whole::<Ebpf<bpf::Fake>>(&table, &node)).expect("commit");
+            let arrives = |packet: &Packet| {
+                let source = packet.from.ip();
+                !node.addresses.contains(&source) && !node.pod_cidrs.iter().any(|cidr| cidr.contains(&source))
+            };
             for line in &case.traces {
                 let found = [
-                    check(line, "nftables", &mut |packet, random| {
+                    check(line, "nftables", &|_| true, &mut |packet, random| {
                         nftables.nft().clone().trace(packet, &node.addresses, random)
                     }),
-                    check(line, "iptables", &mut |packet, random| {
+                    check(line, "iptables", &|_| true, &mut |packet, random| {
                         iptables.kernel().clone().trace(packet, &node.addresses, random)
                     }),
+                    check(line, "ebpf", &arrives, &mut |packet, random| {
+                        ebpf.explain(&packet, &node.addresses, random, &mut Vec::new())
+                    }),
+                    // A pod whose socket was not seen is served by its packets.
+                    check(
+                        line,
+                        "ebpf",
+                        &|packet| !node.addresses.contains(&packet.from.ip()),
+                        &mut |packet, random| {
+                            let from_node = node.addresses.contains(&packet.from.ip());
+                            let way = if from_node { Way::Connect { node: true } } else { Way::Arrive };
+                            ebpf.walk(way, &packet, random, &mut Vec::new())
+                        },
+                    ),
                 ];
                 wrong.extend(found.into_iter().flatten().map(|what| format!("{}\n  {what}", case.title)));
             }
@@ -276,6 +301,15 @@ fn a_packet_is_explained_by_the_rules_it_meets() {
         ": goto pick4_1 }",
         "@slots4 { 0x00000000 . 0x00000000 . 0x00000000 : 10.244.1.5 . 80 }",
         "@masquerade4 masquerade fully-random",
+        "sent to 10.244.1.5:80, masqueraded",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    let text = explain(proxy::Mode::Ebpf);
+    for part in [
+        "arriving",
+        "frontends { 192.168.49.2 . tcp . 30007 : 1 of 0/ipv4/all, masquerade }",
+        "endpoints { 0/ipv4/all . 0 : 10.244.1.5:80 }",
         "sent to 10.244.1.5:80, masqueraded",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");

@@ -1,7 +1,8 @@
 //! However the objects came to be what they are, the kernel holds what a fresh start would write; failures on the way
 //! and restarts change nothing.
 
-use linux::{iptables, nft};
+use linux::{bpf, iptables, nft};
+use proxy::dataplane::ebpf::{Ebpf, LAYOUTS};
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::{Change, Dataplane};
@@ -79,7 +80,7 @@ fn play<D: Dataplane>(mut dataplane: D, mut fresh: D, dump: impl Fn(&mut D) -> S
         let mut tries = 0;
         while let Err(error) = dataplane.commit(None, &changes) {
             tries += 1;
-            assert!(tries < 3, "round {round}: {error}");
+            assert!(tries < 5, "round {round}: {error}");
         }
         if round % 50 == 49 {
             dataplane.read().expect("read");
@@ -108,6 +109,12 @@ fn iptables_ends_where_a_fresh_start_does() {
         }
         text
     });
+}
+
+#[test]
+fn ebpf_ends_where_a_fresh_start_does() {
+    let fake = || Ebpf::new(bpf::Fake::failing(&LAYOUTS, 13));
+    play(fake(), fake(), |dataplane| dataplane.dump().expect("held"));
 }
 
 /// One changed endpoint of a Service with many is one element, and a restart is none.

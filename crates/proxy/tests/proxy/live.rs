@@ -27,7 +27,8 @@ struct Running {
 impl Running {
     fn start(world: &World, mode: Mode) -> Self {
         let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
-        let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
+        let seed =
+            proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace)), world.hooks().as_ref()).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
         let (sender, status) = watch::channel(Status::default());
@@ -35,7 +36,7 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace) };
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks: world.hooks() };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }
@@ -60,7 +61,7 @@ impl Running {
 }
 
 fn endpoints_change_while_clients_talk(mode: Mode) {
-    let world = World::new();
+    let world = if mode == Mode::Ebpf { World::with_ebpf() } else { World::new() };
     let mut running = Running::start(&world, mode);
     let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
     let (first, second) = (("10.244.0.11", "node-1"), ("10.244.0.12", "node-1"));
@@ -104,7 +105,11 @@ fn endpoints_change_while_clients_talk(mode: Mode) {
     running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &[second])).expect("slice");
     running.change(|table| table.set_synced());
     assert_eq!(tcp(&world.pods[0], "10.96.0.10:80").expect("answer").0, 1);
-    assert!(running.status.borrow().about.contains("table") || running.status.borrow().about.contains("-save"));
+    assert!(
+        running.status.borrow().about.contains("table")
+            || running.status.borrow().about.contains("maps")
+            || running.status.borrow().about.contains("-save")
+    );
     running.stop();
 }
 
@@ -116,6 +121,11 @@ fn nftables_follows_endpoints() {
 #[test]
 fn iptables_follows_endpoints() {
     endpoints_change_while_clients_talk(Mode::Iptables);
+}
+
+#[test]
+fn ebpf_follows_endpoints() {
+    endpoints_change_while_clients_talk(Mode::Ebpf);
 }
 
 /// A node changes its mode: Services go on, an open connection too, and nothing of the old mode is left.

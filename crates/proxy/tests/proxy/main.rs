@@ -1,6 +1,7 @@
 //! The data paths, with virtual packets (cases) and real ones (namespaces; these need root).
 
 mod cases;
+mod cgroup;
 mod history;
 mod live;
 mod net;

@@ -113,7 +113,10 @@ impl<K: Kernel> Ebpf<K> {
         let mut touched: HashMap<Key, Claims> = HashMap::new();
         let held = |key: &Key| if afresh { Claims::new() } else { self.claims.get(key).cloned().unwrap_or_default() };
         for Change { id, before, after } in changes {
-            let left = before.iter().flat_map(|before| before.entries.keys()).chain(self.uncertain.get(id).into_iter().flatten());
+            let left = before
+                .iter()
+                .flat_map(|before| before.entries.keys())
+                .chain(self.uncertain.get(id).into_iter().flatten());
             for key in left.filter(|key| is_shared(key)) {
                 touched.entry(*key).or_insert_with(|| held(key)).remove(id);
             }
@@ -193,9 +196,9 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
             changes.iter().for_each(|change| self.own(change, &mut difference));
             for (key, claims) in &touched {
                 let held = self.claims.get(key).and_then(winner);
-                let is_uncertain = changes.iter().any(|change| {
-                    self.uncertain.get(&change.id).is_some_and(|uncertain| uncertain.contains(key))
-                });
+                let is_uncertain = changes
+                    .iter()
+                    .any(|change| self.uncertain.get(&change.id).is_some_and(|uncertain| uncertain.contains(key)));
                 match winner(claims) {
                     Some(value) if is_uncertain || held != Some(value) => drop(difference.put.insert(*key, *value)),
                     None => drop(difference.remove.insert(*key)),
@@ -205,7 +208,8 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
         }
         if let Err(error) = self.apply(&difference) {
             for change in changes {
-                let keys = change.before.iter().chain(&change.after).flat_map(|entries| entries.entries.keys().copied());
+                let keys =
+                    change.before.iter().chain(&change.after).flat_map(|entries| entries.entries.keys().copied());
                 self.uncertain.entry(change.id).or_default().extend(keys);
             }
             return Err(error);

@@ -73,14 +73,29 @@ impl Display for List {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Key {
     /// An address that clients use. Without protocol and port: what the others leave of a cluster IP.
-    Frontend { address: IpAddr, port: Option<(Protocol, u16)> },
-    Endpoint { list: List, slot: u32 },
+    Frontend {
+        address: IpAddr,
+        port: Option<(Protocol, u16)>,
+    },
+    Endpoint {
+        list: List,
+        slot: u32,
+    },
     /// In a list whose frontend has session affinity.
-    Member { list: List, endpoint: SocketAddr },
+    Member {
+        list: List,
+        endpoint: SocketAddr,
+    },
     /// May go on answering a UDP flow that it has.
-    Serving { id: FrontendId, endpoint: SocketAddr },
+    Serving {
+        id: FrontendId,
+        endpoint: SocketAddr,
+    },
     /// May use a frontend with a firewall.
-    Source { id: FrontendId, network: IpNet },
+    Source {
+        id: FrontendId,
+        network: IpNet,
+    },
 }
 
 /// What a frontend's traffic meets.
@@ -302,11 +317,7 @@ pub struct Base {
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
-        Base {
-            addresses: node.primary_addresses(),
-            pods: node.pod_cidrs.clone(),
-            services: node.service_cidrs.clone(),
-        }
+        Base { addresses: node.primary_addresses(), pods: node.pod_cidrs.clone(), services: node.service_cidrs.clone() }
     }
 
     /// Whether there is room for all networks.
@@ -398,7 +409,8 @@ mod tests {
             assert_eq!(Key::read(key.map(), &key_bytes), Some(key));
             assert_eq!(Value::read(key.map(), &value_bytes), value);
         }
-        let base = Base { addresses: vec![address("192.168.49.2")], pods: vec![network("10.244.0.0/16")], services: vec![] };
+        let base =
+            Base { addresses: vec![address("192.168.49.2")], pods: vec![network("10.244.0.0/16")], services: vec![] };
         assert_eq!(base.bytes(1).len(), NODE_SIZE);
     }
 }

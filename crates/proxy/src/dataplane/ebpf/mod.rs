@@ -19,6 +19,7 @@ mod trace;
 pub use commit::Ebpf;
 pub use layout::{Base, LAYOUT, LAYOUTS};
 pub use plan::Entries;
+pub use trace::Way;
 
 /// The compiled programs.
 pub const OBJECT: &[u8] = {

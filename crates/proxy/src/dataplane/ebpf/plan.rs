@@ -77,7 +77,8 @@ impl<'a> Plan<'a> {
         }
         for address in &inside {
             let nobody = self.target(TrafficPolicy::Cluster, TrafficPolicy::Cluster, 0);
-            let nobody = Target { inside: (nobody.inside.0, 0), outside: (nobody.outside.0, 0), flags: flag::REFUSED, ..nobody };
+            let nobody =
+                Target { inside: (nobody.inside.0, 0), outside: (nobody.outside.0, 0), flags: flag::REFUSED, ..nobody };
             self.entries.insert(Key::Frontend { address: *address, port: None }, Value::Target(nobody));
         }
         if name.protocol == Protocol::Sctp {
@@ -168,8 +169,8 @@ impl<'a> Plan<'a> {
     /// The endpoints of one scope.
     fn list(&mut self, policy: TrafficPolicy, sticky: bool) {
         let (list, endpoints) = self.scope(policy);
-        for (slot, endpoint) in endpoints.to_vec().into_iter().enumerate() {
-            let endpoint = endpoint.address;
+        let endpoints: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+        for (slot, endpoint) in endpoints.into_iter().enumerate() {
             self.entries.insert(Key::Endpoint { list, slot: slot as u32 }, Value::Endpoint(endpoint));
             if sticky {
                 self.entries.insert(Key::Member { list, endpoint }, Value::Present);

@@ -90,7 +90,8 @@ impl Walk<'_> {
 
     fn may_use(&mut self, target: &Target, source: IpAddr) -> bool {
         let mut keys = self.fake.iter("sources").filter_map(|(key, _)| Key::read(Map::Sources, key));
-        let mine = |key: &Key| matches!(key, Key::Source { id, network } if *id == target.id && network.contains(&source));
+        let mine =
+            |key: &Key| matches!(key, Key::Source { id, network } if *id == target.id && network.contains(&source));
         match keys.find(mine) {
             _ if target.flags & flag::FIREWALL == 0 => true,
             Some(key) => {

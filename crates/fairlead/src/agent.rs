@@ -1,7 +1,7 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
 use crate::join;
-use crate::{cli, local, serve, server};
+use crate::{cli, explain, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -64,7 +64,7 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables or ebpf.
+    /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
     /// How pods of other nodes are reached.
@@ -313,7 +313,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
-    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, hooks: Some(hooks) };
+    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, hooks: Some(hooks.clone()) };
     let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let proxy_token = token.clone();
     tasks.spawn(async move {
@@ -435,6 +435,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         mode,
         feed: feed.clone(),
         view: view_seen,
+        hooks,
         proxy: proxy_seen.clone(),
         images: runtime.clone(),
         store: runtime.images().clone(),
@@ -541,6 +542,7 @@ struct Local {
     mode: Mode,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
+    hooks: proxy::Hooks,
     proxy: watch::Receiver<proxy::Status>,
     images: Arc<Builtin>,
     store: runtime::image::ImageStore,
@@ -604,6 +606,28 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(proxy::dump(state.mode, &table, &view))
+        }
+        (&Method::POST, "/explain") => {
+            let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
+            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
+            let pending = state.proxy.borrow().pending;
+            let hooks = state.hooks.clone();
+            let report = tokio::task::spawn_blocking(move || {
+                let (mut report, frontends) = {
+                    let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let frontends: Vec<_> = table.frontends().cloned().collect();
+                    (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
+                };
+                // The kernel is asked without holding up those who follow the table.
+                let mut drift = proxy::explain::drift(mode, &frontends, &view, None, Some(&hooks))?;
+                if pending > 0 {
+                    drift.push(format!("{pending} changed ports of Services are being committed"));
+                }
+                report.drift = Some(drift);
+                anyhow::Ok(report)
+            })
+            .await??;
+            Ok(serde_json::to_string(&report)?)
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;

@@ -6,12 +6,13 @@ use std::str::FromStr;
 use crate::Error;
 
 /// How Services reach the kernel, as `--proxy-mode` names it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     #[default]
     Nftables,
     Iptables,
     Ebpf,
+    Userspace,
 }
 
 impl FromStr for Mode {
@@ -23,7 +24,7 @@ impl FromStr for Mode {
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Err(Error::LaterMode("ipvs")),
             "ebpf" => Ok(Mode::Ebpf),
-            "userspace" => Err(Error::LaterMode("userspace")),
+            "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
     }
@@ -35,6 +36,7 @@ impl Display for Mode {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
             Mode::Ebpf => "ebpf",
+            Mode::Userspace => "userspace",
         })
     }
 }

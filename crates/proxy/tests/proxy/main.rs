@@ -1,8 +1,15 @@
 //! The data paths, with virtual packets (cases) and real ones (namespaces; these need root).
 
+mod case;
 mod cases;
 mod cgroup;
+mod differences;
+mod ebpf;
+mod explain;
 mod history;
 mod live;
+mod modes;
 mod net;
 mod objects;
+mod rows;
+mod userspace;

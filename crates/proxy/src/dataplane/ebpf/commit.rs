@@ -3,15 +3,15 @@
 //! Maps know no transactions, so the order makes each moment a valid one: endpoints are there before a frontend counts
 //! them, and go after it has stopped. Every step can be repeated, so that a commit that failed half way is made again.
 //!
-//! Only addresses can be claimed by two frontends: that of the oldest is in the kernel, the next follows when it goes.
+//! Only addresses can be claimed by two frontends: one claim is in the kernel, the next follows when it goes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 
-use linux::bpf::{self, Fake, Kernel};
+use linux::bpf::{self, Kernel};
 use services::{Frontend, FrontendId, Seed};
 
-use super::layout::{Base, Key, Line, List, Map, Value};
+use super::layout::{Base, Key, Line, List, Map, Value, flag};
 use super::plan::{Entries, entries};
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, NodeView};
@@ -148,9 +148,13 @@ fn is_shared(key: &Key) -> bool {
     matches!(key, Key::Frontend { .. })
 }
 
-/// What the programs see of claims: that of the oldest frontend.
+/// What the programs see of claims: that of the oldest frontend that has an endpoint, or whoever refuses.
 fn winner(claims: &Claims) -> Option<&Value> {
-    claims.first_key_value().map(|(_, value)| value)
+    let rank = |value: &Value| match value {
+        Value::Target(target) => (target.inside.1 == 0, target.flags & flag::REFUSED == 0),
+        Value::Endpoint(_) | Value::Present => (false, false),
+    };
+    claims.iter().min_by_key(|(id, value)| (rank(value), **id)).map(|(_, value)| value)
 }
 
 impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
@@ -241,11 +245,10 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
     }
 }
 
-impl Ebpf<Fake> {
-    /// Everything held, as text: equal texts are equal maps.
-    pub fn dump(&mut self) -> Result<String, Error> {
-        let held: BTreeMap<Key, Value> = self.held()?.into_iter().collect();
-        Ok(held.iter().map(|(key, value)| format!("{}\n", Line(key, value))).collect())
+impl<K: Kernel> Ebpf<K> {
+    /// Everything held, a line each.
+    pub fn lines(&mut self) -> Result<BTreeSet<String>, Error> {
+        Ok(self.held()?.iter().map(|(key, value)| Line(key, value).to_string()).collect())
     }
 }
 

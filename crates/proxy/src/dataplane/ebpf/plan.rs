@@ -84,14 +84,14 @@ impl<'a> Plan<'a> {
         if name.protocol == Protocol::Sctp {
             return;
         }
-        let everybody = |masquerade| if node.masquerade_all { flag::MASQUERADE } else { masquerade };
+        let masquerade = if node.masquerade_all { flag::MASQUERADE } else { flag::MASQUERADE_OUTSIDE };
         for address in &inside {
-            let target = self.target(*internal_policy, *internal_policy, everybody(flag::MASQUERADE_OUTSIDE));
+            let target = self.target(*internal_policy, *internal_policy, masquerade);
             self.frontend(*address, *port, target);
         }
         // Outside traffic under policy Cluster: the reply must come back through this node, whose address the client
         // talks to.
-        let masquerade = everybody(if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 });
+        let masquerade = if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 };
         let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade);
         let mut is_outside = false;
         for address in external_ips.iter().filter(of_family) {
@@ -110,7 +110,8 @@ impl<'a> Plan<'a> {
         for address in load_balancer_ips.iter().filter(of_family) {
             is_outside = true;
             let mut guarded = outside;
-            if !ranges.is_empty() {
+            // Where nobody answers, everybody is told so.
+            if !ranges.is_empty() && guarded.flags & flag::REFUSED == 0 {
                 guarded.flags |= flag::FIREWALL;
                 // A node in the ranges may use the address, too, and its packets may come back from the load balancer.
                 if node.addresses.iter().any(|own| ranges.iter().any(|net| net.contains(own))) {

@@ -1,12 +1,13 @@
 //! What another mode left in the kernel: a node may be started with another `--proxy-mode` without cleaning by hand.
 
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 
+use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
 use linux::nft::Socket;
 
 use crate::Error;
+use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{iptables, nftables, userspace};
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
@@ -38,12 +39,13 @@ pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
     Ok(())
 }
 
-/// Detaches the programs of the ebpf mode, if a node ever had it.
-pub(crate) fn clear_ebpf(pins: Option<&Path>) -> Result<(), Error> {
-    if let Some(pins) = pins
-        && linux::bpf::remove(pins)?
-    {
-        tracing::info!("proxy: removed the programs of the ebpf mode");
+/// Ends the ebpf mode, if a node ever had it.
+pub(crate) fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    match ebpf::retire(hooks, namespace)? {
+        Retired::Nothing => {}
+        Retired::Translating => tracing::info!("proxy: the programs of the ebpf mode translate what it has begun"),
+        Retired::Gone => tracing::info!("proxy: removed the programs of the ebpf mode"),
     }
     Ok(())
 }

@@ -98,7 +98,7 @@ pub async fn run(
         Err(error) => return Err(error.into()),
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-    let pins = config.hooks.as_ref().map(|hooks| hooks.pins.clone());
+    let hooks = config.hooks.clone();
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
@@ -106,18 +106,19 @@ pub async fn run(
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut others)?;
                 leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                leftovers::clear_ebpf(pins.as_deref())
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut nft)?;
                 leftovers::clear_nftables(&mut nft)?;
-                leftovers::clear_ebpf(pins.as_deref())
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).run(token).await
@@ -145,7 +146,7 @@ pub async fn run(
                 Some(Box::new(move || {
                     leftovers::clear_nftables(&mut others)?;
                     leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                    leftovers::clear_ebpf(pins.as_deref())
+                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
                 }))
             } else {
                 None

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 const OBJ_PIN: u32 = 6;
 const OBJ_GET: u32 = 7;
@@ -29,6 +30,14 @@ pub enum Hook {
     Getpeername6 = 30,
     Arriving = 46,
     Leaving = 47,
+}
+
+/// The clock by which programs note times (`bpf_ktime_get_ns`): since the machine's start, without its sleep.
+pub fn now() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel fills the struct, which lives until it returns; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 
 fn bpf<T>(command: u32, attributes: &mut T) -> io::Result<RawFd> {

@@ -11,8 +11,9 @@ mod pinned;
 use std::io;
 use std::path::PathBuf;
 
+pub use call::now;
 pub use fake::{Fake, Layout};
-pub use pinned::{Hooks, Pinned, remove};
+pub use pinned::{Hooks, Pinned, is_kept, remove};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -109,10 +109,24 @@ impl Pinned {
         }
         let (arriving, leaving) = (descriptor(&programs, ARRIVING)?, descriptor(&programs, LEAVING)?);
         let devices = Arc::new(Devices::new(self.namespace.clone(), self.dir.clone(), arriving, leaving));
+        forget_other_layouts(&self.hooks.pins, &self.dir).map_err(pins)?;
         // Watching starts before the first look, so that no device is missed.
         let watch = Watch::start(devices.clone())?;
         devices.attach()?;
         Ok(Running { _programs: programs, devices, _watch: watch })
+    }
+
+    /// Detaches the programs of sockets; those of packets stay.
+    pub fn detach_sockets(&self) -> Result<(), Error> {
+        for (name, _) in CGROUP_PROGRAMS {
+            match fs::remove_file(self.dir.join(format!("link-{name}"))) {
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::Pins { path: self.dir.clone(), cause });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn map(&mut self, name: &str) -> Result<&Map, Error> {
@@ -176,7 +190,23 @@ pub(super) fn attach(program: BorrowedFd<'_>, target: u32, hook: Hook, pin: &Pat
     call::pin(link.as_fd(), pin)
 }
 
-/// Takes a node's programs and maps away, when another mode has taken over; whether there were any.
+/// Whatever an older or newer version of us kept is of no use: its maps have another form.
+fn forget_other_layouts(pins: &Path, own: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(pins)? {
+        let path = entry?.path();
+        if path.is_dir() && path != own {
+            fs::remove_dir_all(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a node has, or had, programs and maps here.
+pub fn is_kept(pins: &Path) -> bool {
+    is_bpffs(pins)
+}
+
+/// Takes a node's programs and maps away; whether there were any.
 pub fn remove(pins: &Path) -> Result<bool, Error> {
     let failed = |cause| Error::Pins { path: pins.into(), cause };
     if !is_bpffs(pins) {

@@ -108,9 +108,9 @@ pub struct World {
 impl World {
     /// A world whose node can have eBPF programs. The calling thread, and threads it starts, see mounts that nobody else
     /// sees.
-    pub fn with_ebpf() -> Self {
+    pub fn with_ebpf(bridged: bool) -> Self {
         linux::mount::unshare_mounts().expect("mount namespace");
-        let mut world = World::build(true);
+        let mut world = World::build(bridged);
         // As podnet does. Connection tracking must not be misled by what is translated before and after it.
         let rules = "add table inet pods; add chain inet pods out { type nat hook postrouting priority 101; }; \
             add rule inet pods out ip saddr 10.244.0.0/24 ip daddr { 10.244.0.0/16, 192.168.49.0/24 } return; \
@@ -449,7 +449,7 @@ fn iptables_carries_real_packets() {
 
 #[test]
 fn ebpf_carries_real_packets() {
-    let world = World::with_ebpf();
+    let world = World::with_ebpf(true);
     let namespace = std::fs::File::open(&world.node.path).expect("namespace");
     let hooks = world.hooks().expect("hooks");
     let open = || Ebpf::new(Pinned::open(OBJECT, LAYOUT, hooks.clone(), Some(namespace.as_fd())).expect("open"));

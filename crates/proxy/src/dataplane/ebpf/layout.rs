@@ -3,6 +3,7 @@
 
 use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use linux::bpf::Layout;
@@ -24,6 +25,15 @@ pub const LAYOUTS: [Layout; 5] = [
     Layout { name: "sources", key_size: 24, value_size: 4, limit: 1 << 16 },
     Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 },
 ];
+
+/// Connections whose packets are translated; filled by packets.
+pub const FLOWS: Layout = Layout { name: "flows", key_size: 40, value_size: 40, limit: 1 << 17 };
+
+/// When a packet of the flow was last seen, on the clock of `linux::bpf::now`.
+pub fn flow_seen(flow: &[u8]) -> Duration {
+    let seen = flow.last_chunk().expect("an entry has the length of its layout");
+    Duration::from_nanos(u64::from_ne_bytes(*seen))
+}
 
 const NODE_SIZE: usize = 8 + 2 * 16 + 2 * 4 + 2 * NETWORKS * 32 + 2 * 4;
 

@@ -5,6 +5,7 @@
 //! - `layout`: the same maps as values
 //! - `plan`: a frontend's entries
 //! - `commit`: entries that frontends share, what the kernel held before, the order of changes
+//! - `retire`: what is left when another mode takes over
 //! - `trace`: a packet's way through a plan, as the programs go
 //!
 //! What differs from netfilter: a client's node translates at connect time, so that nothing is masqueraded there, and a
@@ -14,11 +15,13 @@
 mod commit;
 mod layout;
 mod plan;
+mod retire;
 mod trace;
 
 pub use commit::Ebpf;
 pub use layout::{Base, LAYOUT, LAYOUTS};
 pub use plan::Entries;
+pub use retire::{Retired, retire};
 pub use trace::Way;
 
 /// The compiled programs.

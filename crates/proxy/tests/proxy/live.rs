@@ -9,7 +9,7 @@ use services::{Changes, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::net::{World, node_view, tcp, udp};
+use crate::net::{Namespace, World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
@@ -18,7 +18,7 @@ pub struct Running {
     changes: broadcast::Sender<Arc<Changes>>,
     pub status: watch::Receiver<Status>,
     token: CancellationToken,
-    runtime: tokio::runtime::Runtime,
+    pub runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
     _node: watch::Sender<Arc<proxy::NodeView>>,
@@ -26,9 +26,12 @@ pub struct Running {
 
 impl Running {
     pub fn start(world: &World, mode: Mode) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
-        let seed =
-            proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace)), world.hooks().as_ref()).expect("seed");
+        Self::start_in(&world.node, mode, proxy::Watching::default(), world.hooks())
+    }
+
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching, hooks: Option<proxy::Hooks>) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(&node.path).expect("namespace").into();
+        let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace)), hooks.as_ref()).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
         let (sender, status) = watch::channel(Status::default());
@@ -36,7 +39,7 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks: world.hooks() };
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks, watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }
@@ -148,7 +151,8 @@ fn modes_are_swapped_without_cleaning() {
     let tables = || {
         let text = world.node.command("nft", "list tables inet");
         // The world's own.
-        text.lines().filter(|line| *line != "table inet pods").map(str::to_owned).collect::<Vec<_>>()
+        let is_ours = |line: &&str| *line != "table inet pods" && !line.contains("watch");
+        text.lines().filter(is_ours).map(str::to_owned).collect::<Vec<_>>()
     };
     let pins = world.hooks().expect("hooks").pins;
     // The programs that pick; those that translate what has begun may stay.

@@ -5,6 +5,7 @@ mod cases;
 mod cgroup;
 mod differences;
 mod ebpf;
+mod ejection;
 mod explain;
 mod history;
 mod live;

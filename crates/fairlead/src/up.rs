@@ -21,7 +21,7 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables or iptables.
+    /// How Services reach the kernel: nftables, iptables or ipvs.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// How pods of other nodes are reached.
@@ -53,10 +53,12 @@ pub struct UpArgs {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
+    let mode = args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
     if !nix::unistd::geteuid().is_root() {
         bail!("`fairlead up` makes namespaces and cgroups, which only root may; run it with sudo");
     }
+    // What this kernel lacks is said here, not in the log of every node.
+    proxy::found(mode, None)?;
     let started = Instant::now();
     let dir = &args.data.data_dir;
     crate::pki::private_directory(dir)?;

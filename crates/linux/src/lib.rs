@@ -10,6 +10,7 @@ pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
 pub mod iptables;
+pub mod ipvs;
 pub mod link;
 pub mod mntns;
 pub mod mount;

@@ -2,14 +2,16 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables or iptables")]
+    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables or ipvs")]
     LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables or iptables")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables or ipvs")]
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
     #[error(transparent)]
     Iptables(#[from] linux::iptables::Error),
+    #[error(transparent)]
+    Ipvs(#[from] linux::ipvs::Error),
     #[error(transparent)]
     Conntrack(#[from] linux::conntrack::Error),
     #[error(

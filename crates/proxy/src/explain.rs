@@ -3,10 +3,11 @@
 use std::fmt::Write;
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{iptables, ipvs, nft};
 use services::ServiceTable;
 
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, Mode, NodeView};
@@ -16,6 +17,7 @@ pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
     match mode {
         Mode::Nftables => dump_of::<Nftables<nft::Fake>>(table, node),
         Mode::Iptables => dump_of::<Iptables<iptables::Fake>>(table, node),
+        Mode::Ipvs => dump_of::<Ipvs<ipvs::Fake, nft::Fake>>(table, node),
     }
 }
 
@@ -58,6 +60,11 @@ pub fn explain(
             let mut dataplane = Iptables::new(iptables::Fake::default());
             plan(&mut dataplane, table, node)?;
             dataplane.kernel().explain(packet.clone(), &node.addresses, draw, &mut log)
+        }
+        Mode::Ipvs => {
+            let mut dataplane = Ipvs::new(ipvs::Fake::default(), nft::Fake::default());
+            plan(&mut dataplane, table, node)?;
+            dataplane.explain(packet.clone(), &node.addresses, draw, &mut log)
         }
     };
     let mut text = format!("{} -> {}, protocol {}\n", packet.from, packet.to, packet.protocol);

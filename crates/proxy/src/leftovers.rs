@@ -3,13 +3,28 @@
 use std::os::fd::BorrowedFd;
 
 use linux::iptables::{Iptables, Tools};
+use linux::ipvs;
 use linux::nft::Socket;
 
-use crate::Error;
-use crate::dataplane::{iptables, nftables};
+use crate::dataplane::{self, iptables, nftables};
+use crate::{Error, Mode};
+
+/// Removes what every mode but this one left.
+pub(crate) fn clear_others(mode: Mode, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if mode != Mode::Nftables {
+        clear_nftables(namespace)?;
+    }
+    if mode != Mode::Iptables {
+        clear_iptables(namespace)?;
+    }
+    if mode != Mode::Ipvs {
+        clear_ipvs(namespace)?;
+    }
+    Ok(())
+}
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
-pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     if !Tools::is_used(namespace)? {
         return Ok(());
     }
@@ -22,9 +37,21 @@ pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Er
 }
 
 /// Removes the table of the nftables mode.
-pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
-    if nftables::remove(nft)? {
+fn clear_nftables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if nftables::remove(&mut Socket::open(namespace)?)? {
         tracing::info!("proxy: removed the table of the nftables mode");
+    }
+    Ok(())
+}
+
+/// Removes virtual servers, their interface and their table. IPVS is only asked if the interface is there: asking would
+/// make the kernel load it.
+fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if !ipvs::Socket::is_used(namespace)? {
+        return Ok(());
+    }
+    if dataplane::ipvs::remove(&mut ipvs::Socket::open(namespace)?, &mut Socket::open(namespace)?)? {
+        tracing::info!("proxy: removed the virtual servers of the ipvs mode");
     }
     Ok(())
 }

@@ -17,5 +17,5 @@ pub use error::Error;
 pub use explain::{dump, explain};
 pub use linux::nft::Packet;
 pub use mode::Mode;
-pub use node::NodeView;
+pub use node::{IpvsSettings, NodeView};
 pub use run::{Config, Feed, Status, StatusHandle, found, run};

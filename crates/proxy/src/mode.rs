@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ipvs,
 }
 
 impl FromStr for Mode {
@@ -20,7 +21,7 @@ impl FromStr for Mode {
         match text {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
-            "ipvs" => Err(Error::LaterMode("ipvs")),
+            "ipvs" => Ok(Mode::Ipvs),
             "ebpf" => Err(Error::LaterMode("ebpf")),
             "userspace" => Err(Error::LaterMode("userspace")),
             other => Err(Error::UnknownMode(other.to_owned())),
@@ -33,6 +34,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ipvs => "ipvs",
         })
     }
 }

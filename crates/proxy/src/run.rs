@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
+use linux::ipvs::{self, Ipvs as _};
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
 use tokio::sync::{broadcast, watch};
@@ -14,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
 use crate::stale::{self, Answerers};
@@ -58,6 +60,7 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Resu
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables => Ok(Seed::default()),
+        Mode::Ipvs => ipvs::Socket::open(namespace).map(|_| Seed::default()).map_err(Error::from),
     }
 }
 
@@ -71,20 +74,27 @@ pub async fn run(
 ) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack = Box::new(conntrack::Socket::open(namespace())?);
-    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-    match config.mode {
+    let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
+    let (mode, held) = (config.mode, hold()?);
+    let clear: Option<Clear> =
+        Some(Box::new(move || leftovers::clear_others(mode, held.as_ref().map(|namespace| namespace.as_fd()))));
+    match mode {
         Mode::Nftables => {
-            let nft = Socket::open(namespace())?;
-            let clear = Box::new(move || leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd())));
-            let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            let dataplane = Nftables::new(Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
         Mode::Iptables => {
-            let mut nft = Socket::open(namespace())?;
+            let held = hold()?;
             let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || leftovers::clear_nftables(&mut nft));
-            let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            let dataplane = Iptables::new(tools);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
+        }
+        Mode::Ipvs => {
+            let mut kernel = ipvs::Socket::open(namespace())?;
+            // What is missing is said before anything is promised.
+            kernel.prepare(&[])?;
+            let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
     }
 }
@@ -111,6 +121,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    /// When the data path wants to be tended.
+    tend_at: Option<Instant>,
 }
 
 /// How the next commit is made.
@@ -134,6 +146,7 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            tend_at: None,
         }
     }
 
@@ -180,6 +193,9 @@ impl<D: Dataplane> Loop<D> {
                 },
                 () = async { sleep_until(retry_at.unwrap_or_else(Instant::now)).await }, if retry_at.is_some() => {
                     retry_at = None;
+                }
+                () = async { sleep_until(self.tend_at.unwrap_or_else(Instant::now)).await }, if self.tend_at.is_some() => {
+                    self.tend().await?;
                 }
             }
             // Whatever else has happened meanwhile goes into the same commit.
@@ -236,12 +252,13 @@ impl<D: Dataplane> Loop<D> {
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
+            let result = result.and_then(|()| kernel.dataplane.tend());
             (kernel, result)
         })
         .await
         .map_err(Error::Commit)?;
         self.kernel = Some(kernel);
-        result?;
+        self.tend_at = result?.map(|after| Instant::now() + after);
         for (id, after) in after {
             self.pending.remove(&id);
             match after {
@@ -257,6 +274,25 @@ impl<D: Dataplane> Loop<D> {
             status.pending = pending;
             status.error = None;
         });
+        Ok(())
+    }
+}
+
+impl<D: Dataplane> Loop<D> {
+    async fn tend(&mut self) -> Result<(), Error> {
+        let mut kernel = self.kernel.take().expect("a commit gives it back");
+        let (kernel, result) = tokio::task::spawn_blocking(move || {
+            let result = kernel.dataplane.tend();
+            (kernel, result)
+        })
+        .await
+        .map_err(Error::Commit)?;
+        self.kernel = Some(kernel);
+        let after = result.unwrap_or_else(|error| {
+            tracing::warn!("proxy: {error}");
+            Some(LAST_RETRY)
+        });
+        self.tend_at = after.map(|after| Instant::now() + after);
         Ok(())
     }
 }

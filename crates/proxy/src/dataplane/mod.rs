@@ -2,12 +2,14 @@
 //! namespace tests then run for it too.
 
 use std::fmt::Display;
+use std::time::Duration;
 
 use services::{Frontend, FrontendId, Seed};
 
 use crate::{Error, NodeView};
 
 pub mod iptables;
+pub mod ipvs;
 pub mod nftables;
 
 /// The entries of one frontend before and after.
@@ -41,4 +43,10 @@ pub trait Dataplane: Send + 'static {
 
     /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
     fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+
+    /// Does what only time brings, such as forgetting an endpoint whose last connection has closed. Called after each
+    /// commit, and again after the time it returns.
+    fn tend(&mut self) -> Result<Option<Duration>, Error> {
+        Ok(None)
+    }
 }

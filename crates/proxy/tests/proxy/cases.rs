@@ -10,15 +10,16 @@
 //! 10.244.0.7 -> 10.96.0.10:80   10.244.2.5:8080
 //! ```
 //! Outcomes are DROP, REJECT, or all places a packet may go to (each equally likely), with `masq` if its source changes.
-//! A line that starts with `nftables:` or `iptables:` holds for that mode only. The node is `node-1` in zone `a`.
+//! A line that starts with `nftables:`, `iptables:` or `ipvs:` holds for that mode only. The node is `node-1` in zone `a`.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{iptables, ipvs, nft};
 use proxy::NodeView;
 use proxy::dataplane::iptables::Iptables;
+use proxy::dataplane::ipvs::Ipvs;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::{Change, Dataplane};
 use serde_json::{Value, json};
@@ -167,7 +168,7 @@ type Trace<'a> = &'a mut dyn FnMut(Packet, &mut dyn FnMut(u32) -> u32) -> Fate;
 /// Checks one line of a trace section; what is wrong with it.
 fn check(line: &str, mode: &str, trace: Trace<'_>) -> Option<String> {
     let line = match line.split_once(": ") {
-        Some((only, rest)) if ["nftables", "iptables"].contains(&only) => {
+        Some((only, rest)) if ["nftables", "iptables", "ipvs"].contains(&only) => {
             if only != mode {
                 return None;
             }
@@ -244,8 +245,14 @@ fn packets_go_where_the_cases_say() {
             let mut iptables = Iptables::new(iptables::Fake::default());
             let base = Iptables::<iptables::Fake>::base(&node);
             iptables.commit(Some(&base), &whole::<Iptables<iptables::Fake>>(&table, &node)).expect("commit");
+            let mut ipvs = Ipvs::new(ipvs::Fake::default(), nft::Fake::default());
+            let base = Ipvs::<ipvs::Fake, nft::Fake>::base(&node);
+            ipvs.commit(Some(&base), &whole::<Ipvs<ipvs::Fake, nft::Fake>>(&table, &node)).expect("commit");
             for line in &case.traces {
                 let found = [
+                    check(line, "ipvs", &mut |packet, random| {
+                        ipvs.explain(packet, &node.addresses, random, &mut Vec::new())
+                    }),
                     check(line, "nftables", &mut |packet, random| {
                         nftables.nft().clone().trace(packet, &node.addresses, random)
                     }),
@@ -275,6 +282,15 @@ fn a_packet_is_explained_by_the_rules_it_meets() {
         "@frontends4 { 192.168.49.2 . tcp . 30007 : 0x",
         ": goto pick4_1 }",
         "@slots4 { 0x00000000 . 0x00000000 . 0x00000000 : 10.244.1.5 . 80 }",
+        "@masquerade4 masquerade fully-random",
+        "sent to 10.244.1.5:80, masqueraded",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    let text = explain(proxy::Mode::Ipvs);
+    for part in [
+        "ipvs: -t 192.168.49.2:30007 -s rr",
+        "-r 10.244.1.5:80 -m -w 1",
         "@masquerade4 masquerade fully-random",
         "sent to 10.244.1.5:80, masqueraded",
     ] {

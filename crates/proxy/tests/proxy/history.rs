@@ -1,8 +1,9 @@
 //! However the objects came to be what they are, the kernel holds what a fresh start would write; failures on the way
 //! and restarts change nothing.
 
-use linux::{iptables, nft};
+use linux::{iptables, ipvs, nft};
 use proxy::dataplane::iptables::Iptables;
+use proxy::dataplane::ipvs::Ipvs;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::{Change, Dataplane};
 use services::ServiceTable;
@@ -107,6 +108,15 @@ fn iptables_ends_where_a_fresh_start_does() {
             }
         }
         text
+    });
+}
+
+#[test]
+fn ipvs_ends_where_a_fresh_start_does() {
+    let fake = || Ipvs::new(ipvs::Fake::failing(101), nft::Fake::failing(7));
+    play(fake(), fake(), |dataplane| {
+        let (ipvs, nft) = dataplane.kernel();
+        ipvs.dump() + &nft.dump()
     });
 }
 

@@ -13,8 +13,8 @@ use crate::net::{World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
-struct Running {
-    table: Arc<RwLock<ServiceTable>>,
+pub struct Running {
+    pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
     status: watch::Receiver<Status>,
     token: CancellationToken,
@@ -25,7 +25,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(world: &World, mode: Mode) -> Self {
+    pub fn start(world: &World, mode: Mode) -> Self {
         let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
         let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
@@ -42,7 +42,7 @@ impl Running {
     }
 
     /// Changes the table and waits until the kernel has it.
-    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+    pub fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
         let commits = self.status.borrow().commits;
         let changes = change(&mut self.table.write().expect("table"));
         self.changes.send(Arc::new(changes)).expect("the loop listens");
@@ -53,13 +53,13 @@ impl Running {
         });
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.token.cancel();
         self.runtime.block_on(self.task).expect("joined").expect("no error");
     }
 }
 
-fn endpoints_change_while_clients_talk(mode: Mode) {
+pub fn endpoints_change_while_clients_talk(mode: Mode) {
     let world = World::new();
     let mut running = Running::start(&world, mode);
     let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
@@ -138,6 +138,22 @@ fn modes_are_swapped_without_cleaning() {
             fill(&mut running);
             running.stop();
             assert_eq!((has_table(), has_chains()), (table, chains), "{mode}");
+        }
+    }
+}
+
+/// A kernel without IPVS is told so at once, with the names of the modules to load.
+#[test]
+fn ipvs_says_what_the_kernel_lacks() {
+    let has_ipvs = std::path::Path::new("/proc/net/ip_vs").exists();
+    match proxy::found(Mode::Ipvs, None) {
+        Ok(_) => {}
+        Err(error) => {
+            let text = error.to_string();
+            assert!(
+                !has_ipvs && text.contains("IPVS (module ip_vs)") && text.contains("--proxy-mode=nftables"),
+                "{text}"
+            );
         }
     }
 }

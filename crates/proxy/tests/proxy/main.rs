@@ -1,6 +1,7 @@
 //! The data paths, with virtual packets (cases) and real ones (namespaces; these need root).
 
 mod cases;
+mod guest;
 mod history;
 mod live;
 mod net;

@@ -220,7 +220,7 @@ pub fn node_view() -> NodeView {
 }
 
 /// The objects of most tests: a Service with two endpoints here, one without, one over UDP.
-fn table() -> ServiceTable {
+pub fn table() -> ServiceTable {
     let mut table = ServiceTable::new();
     let port = |node_port: u16, protocol: &str| json!([{"port": 80, "nodePort": node_port, "protocol": protocol}]);
     let both: Vec<(&str, &str)> = PODS.iter().map(|pod| (*pod, "node-1")).collect();
@@ -264,7 +264,7 @@ fn table() -> ServiceTable {
     table
 }
 
-fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
+pub fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
     let node = node_view();
     let changes: Vec<_> = table
         .frontends()
@@ -274,7 +274,7 @@ fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
 }
 
 /// What every mode must do with real packets.
-fn packets(world: &World) {
+pub fn packets(world: &World) {
     let pods: Vec<IpAddr> = PODS.iter().map(|pod| pod.parse().expect("address")).collect();
     let client: IpAddr = CLIENT.parse().expect("address");
     // Both endpoints answer, from everywhere.

@@ -292,9 +292,9 @@ fn sctp_in_every_mode() {
     }
     for mode in [Mode::Nftables, Mode::Iptables, Mode::Ipvs] {
         let mut running = Running::start(&world, mode);
-        let ports = json!([{"port": 80, "nodePort": 30020, "protocol": "SCTP"}]);
         let mut table = running.table.write().expect("table");
-        for (name, ip) in [("sctp", "10.96.0.20"), ("empty", "10.96.0.21")] {
+        for (name, ip, node_port) in [("sctp", "10.96.0.20", 30020), ("empty", "10.96.0.21", 30021)] {
+            let ports = json!([{"port": 80, "nodePort": node_port, "protocol": "SCTP"}]);
             let spec = json!({"clusterIPs": [ip], "type": "NodePort", "ports": ports});
             table.upsert_service(&service(name, spec)).expect("service");
         }

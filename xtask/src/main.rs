@@ -5,6 +5,7 @@ mod cluster;
 mod demo;
 mod deps;
 mod guest;
+mod hosts;
 mod image;
 mod interrupt;
 mod lint;
@@ -31,7 +32,11 @@ const CHORES: &[Chore] = &[
     Chore { name: "image", about: "build the images of the examples and tests into target/images", run: image::run },
     Chore { name: "guest", about: "run the tests that need another kernel in an emulated machine", run: guest::run },
     Chore { name: "demo", about: "from `kubectl apply` to a packet, on three nodes", run: demo::run },
-    Chore { name: "bench", about: "the figures: up, pods, memory, list, writes (release build)", run: bench::run },
+    Chore {
+        name: "bench",
+        about: "the figures: up, pods, memory, list, writes, proxy (release build)",
+        run: bench::run,
+    },
     Chore {
         name: "schema",
         about: "generate the schema table from checkouts of kubernetes/api and apimachinery",

@@ -6,7 +6,7 @@ use linux::iptables::{Iptables, Tools};
 use linux::ipvs;
 use linux::nft::Socket;
 
-use crate::dataplane::{self, iptables, nftables};
+use crate::dataplane::{self, iptables, nftables, userspace};
 use crate::{Error, Mode};
 
 /// Removes what every mode but this one left.
@@ -20,6 +20,9 @@ pub(crate) fn clear_others(mode: Mode, namespace: Option<BorrowedFd<'_>>) -> Res
     if mode != Mode::Ipvs {
         clear_ipvs(namespace)?;
     }
+    if mode != Mode::Userspace {
+        clear_userspace(namespace)?;
+    }
     Ok(())
 }
 
@@ -32,6 +35,14 @@ fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         if iptables::remove(&mut tools)? {
             tracing::info!("proxy: removed the chains of the iptables mode ({})", tools.about());
         }
+    }
+    Ok(())
+}
+
+/// Removes the table of the userspace mode; its connections are their process's.
+fn clear_userspace(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if userspace::remove(&mut Socket::open(namespace)?)? {
+        tracing::info!("proxy: removed the table of the userspace mode");
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ pub enum Mode {
     Nftables,
     Iptables,
     Ipvs,
+    Userspace,
 }
 
 impl FromStr for Mode {
@@ -23,7 +24,7 @@ impl FromStr for Mode {
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Ok(Mode::Ipvs),
             "ebpf" => Err(Error::LaterMode("ebpf")),
-            "userspace" => Err(Error::LaterMode("userspace")),
+            "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
     }
@@ -35,6 +36,7 @@ impl Display for Mode {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
             Mode::Ipvs => "ipvs",
+            Mode::Userspace => "userspace",
         })
     }
 }

@@ -8,8 +8,10 @@ use std::time::Duration;
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::ipvs::{self, Ipvs as _};
+use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
+use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -17,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
-use crate::dataplane::{Change, Dataplane};
-use crate::stale::{self, Answerers};
+use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
+use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::stale;
 use crate::{Error, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -59,7 +62,7 @@ pub type StatusHandle = watch::Receiver<Status>;
 pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
-        Mode::Iptables => Ok(Seed::default()),
+        Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
         Mode::Ipvs => ipvs::Socket::open(namespace).map(|_| Seed::default()).map_err(Error::from),
     }
 }
@@ -73,7 +76,12 @@ pub async fn run(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let conntrack = Box::new(conntrack::Socket::open(namespace())?);
+    let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
+        Ok(socket) => Some(Box::new(socket)),
+        // That mode does without, and says what it does not do then.
+        Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
+        Err(error) => return Err(error.into()),
+    };
     let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
     let (mode, held) = (config.mode, hold()?);
     let clear: Option<Clear> =
@@ -96,13 +104,25 @@ pub async fn run(
             let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
             Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
+        Mode::Userspace => {
+            let nft = userspace::open(namespace())?;
+            let place = match hold()? {
+                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+                None => Place::Here,
+            };
+            let relays = Sockets::new(place, Handle::current());
+            let clear = clear.filter(|_| nft.is_some());
+            let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
+            Loop::new(kernel, config, feed, status).run(token).await
+        }
     }
 }
 
 /// Everything that talks to the kernel; it moves to a thread of its own for each commit.
 struct Kernel<D> {
     dataplane: D,
-    conntrack: Box<dyn Conntrack>,
+    /// `None` where no rule of ours makes flows.
+    conntrack: Option<Box<dyn Conntrack>>,
     /// Removes what other modes left, once this one's first plan is in place: so that there is always one, and translated
     /// connections live on.
     clear: Option<Clear>,
@@ -251,8 +271,13 @@ impl<D: Dataplane> Loop<D> {
         let apart = attempt == Attempt::Apart;
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
-            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
+            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
             let result = result.and_then(|()| kernel.dataplane.tend());
+            if whole {
+                // A whole plan takes twice the memory of what is kept of it, and comes once.
+                drop(changes);
+                linux::memory::trim();
+            }
             (kernel, result)
         })
         .await
@@ -303,7 +328,7 @@ fn commit<D: Dataplane>(
     apart: bool,
     base: Option<&D::Base>,
     changes: &[Change<D::Entries>],
-    answerers: &Answerers,
+    answerers: Answerers,
 ) -> Result<(), Error> {
     let dataplane = &mut kernel.dataplane;
     if whole {
@@ -321,7 +346,10 @@ fn commit<D: Dataplane>(
         kernel.clear = None;
     }
     // Only now: before, the old rules would have made the same flows again.
-    let deleted = stale::sweep(&mut *kernel.conntrack, answerers)?;
+    let deleted = match &mut kernel.conntrack {
+        Some(conntrack) => stale::sweep(&mut **conntrack, &kernel.dataplane.answerers(answerers))?,
+        None => 0,
+    };
     if deleted > 0 {
         tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
     }

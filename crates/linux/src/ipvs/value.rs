@@ -243,8 +243,8 @@ impl Display for Op {
             Op::AddDestination(key, destination) => write!(f, "-a {key} {destination}"),
             Op::SetDestination(key, destination) => write!(f, "-e {key} {destination}"),
             Op::DeleteDestination(key, address) => write!(f, "-d {key} -r {address}"),
-            Op::Bind(address) => write!(f, "(ip address add {address} dev {})", super::DEVICE),
-            Op::Unbind(address) => write!(f, "(ip address delete {address} dev {})", super::DEVICE),
+            Op::Bind(address) => write!(f, "ip address add {address} dev {}", super::DEVICE),
+            Op::Unbind(address) => write!(f, "ip address delete {address} dev {}", super::DEVICE),
             Op::SetTimeouts(Timeouts { tcp, tcp_fin, udp }) => write!(f, "--set {tcp} {tcp_fin} {udp}"),
         }
     }

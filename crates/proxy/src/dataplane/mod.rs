@@ -1,7 +1,9 @@
 //! What a proxy mode provides. A new one is a folder here and an arm in `run`; the case files, the packet tracer and the
 //! namespace tests then run for it too.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use services::{Frontend, FrontendId, Seed};
@@ -11,6 +13,10 @@ use crate::{Error, NodeView};
 pub mod iptables;
 pub mod ipvs;
 pub mod nftables;
+pub mod userspace;
+
+/// For each address that clients use: who may answer.
+pub type Answerers = HashMap<SocketAddr, HashSet<SocketAddr>>;
 
 /// The entries of one frontend before and after.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,5 +54,10 @@ pub trait Dataplane: Send + 'static {
     /// commit, and again after the time it returns.
     fn tend(&mut self) -> Result<Option<Duration>, Error> {
         Ok(None)
+    }
+
+    /// Who answers UDP flows, as the kernel sees it, given the endpoints that may: others' flows are forgotten.
+    fn answerers(&self, endpoints: Answerers) -> Answerers {
+        endpoints
     }
 }

@@ -66,11 +66,11 @@ fn ipvs_carries_real_packets() {
         let weights = |all: &Vec<(ipvs::Destination, _)>| all.iter().map(|(held, _)| held.clone()).collect::<Vec<_>>();
         (services, destinations.iter().map(weights).collect::<Vec<_>>(), ipvs.addresses().expect("addresses"))
     };
-    let before = (held(&mut dataplane), world.node.command("nft", "list table inet fairlead_ipvs"));
+    let before = (held(&mut dataplane), world.node.command("nft", "list table inet fairlead-ipvs"));
     let mut again = open(&world.node);
     again.read().expect("read");
     commit_all(&mut again, &away);
-    assert_eq!(before, (held(&mut again), world.node.command("nft", "list table inet fairlead_ipvs")));
+    assert_eq!(before, (held(&mut again), world.node.command("nft", "list table inet fairlead-ipvs")));
     // Without Services nothing of them is left.
     again.commit(Some(&Real::base(&crate::net::node_view())), &[]).expect("commit");
     let (services, _, addresses) = held(&mut again);
@@ -237,7 +237,7 @@ fn ipvs_takes_over_and_gives_back() {
         }
         running.stop();
         assert_eq!(has("kube-ipvs0", "ip", "link"), mode == Mode::Ipvs, "{mode}");
-        assert_eq!(has("inet fairlead_ipvs", "nft", "list tables"), mode == Mode::Ipvs, "{mode}");
+        assert_eq!(has("inet fairlead-ipvs", "nft", "list tables"), mode == Mode::Ipvs, "{mode}");
         assert_eq!(has("inet fairlead\n", "nft", "list tables"), mode == Mode::Nftables, "{mode}");
         assert_eq!(has("KUBE-S", "iptables-nft-save", ""), mode == Mode::Iptables, "{mode}");
         let file: OwnedFd = file(&world.node).into();

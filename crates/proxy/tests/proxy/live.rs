@@ -16,7 +16,7 @@ use serde_json::json;
 pub struct Running {
     pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
-    status: watch::Receiver<Status>,
+    pub status: watch::Receiver<Status>,
     token: CancellationToken,
     runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
@@ -130,15 +130,24 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let has_table = || world.node.command("nft", "list tables").contains("inet fairlead");
+    let tables = || world.node.command("nft", "list tables inet").lines().map(str::to_owned).collect::<Vec<_>>();
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
-    for _ in 0..2 {
-        for (mode, table, chains) in [(Mode::Iptables, false, true), (Mode::Nftables, true, false)] {
-            let mut running = Running::start(&world, mode);
-            fill(&mut running);
-            running.stop();
-            assert_eq!((has_table(), has_chains()), (table, chains), "{mode}");
-        }
+    let of = |mode| match mode {
+        Mode::Nftables => vec!["table inet fairlead"],
+        Mode::Userspace => vec!["table inet fairlead-userspace"],
+        Mode::Ipvs => vec!["table inet fairlead-ipvs"],
+        Mode::Iptables => vec![],
+    };
+    let modes = [Mode::Iptables, Mode::Nftables, Mode::Userspace];
+    for mode in modes.into_iter().chain(modes.into_iter().rev()) {
+        let mut running = Running::start(&world, mode);
+        fill(&mut running);
+        running.stop();
+        assert_eq!(
+            (tables(), has_chains()),
+            (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables),
+            "{mode}"
+        );
     }
 }
 

@@ -6,3 +6,4 @@ mod history;
 mod live;
 mod net;
 mod objects;
+mod userspace;

@@ -267,6 +267,18 @@ fn read(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<(Held, Option<Stri
     Ok((held, mark))
 }
 
+/// Our servers, their destinations and addresses, as commands that would make them. What only drains is left out.
+pub fn lines(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<BTreeSet<String>, Error> {
+    let (held, _) = read(ipvs, nft)?;
+    let mut lines: BTreeSet<String> = held.addresses.iter().map(|address| Op::Bind(*address).to_string()).collect();
+    for (key, server) in &held.servers {
+        lines.insert(format!("ipvsadm {}", Op::AddService(server.service.clone())));
+        let open = server.destinations.values().filter(|destination| destination.weight > 0);
+        lines.extend(open.map(|destination| format!("ipvsadm {}", Op::AddDestination(*key, destination.clone()))));
+    }
+    Ok(lines)
+}
+
 /// Takes our servers, the interface and the table out, when another mode has taken over; whether anything was there.
 pub fn remove(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<bool, Error> {
     let (held, _) = read(ipvs, nft)?;

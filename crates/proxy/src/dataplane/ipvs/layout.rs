@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::NodeView;
 
 pub const FAMILY: Family = Family::Inet;
-pub const TABLE: &str = "fairlead_ipvs";
+pub const TABLE: &str = "fairlead-ipvs";
 
 /// The sets and maps, each once per address family. A destination is address . protocol . port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -18,6 +18,6 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
-pub use commit::{Ipvs, remove};
+pub use commit::{Ipvs, lines, remove};
 pub use layout::{Base, FAMILY, TABLE};
 pub use plan::{Content, Entries, Item, Server};

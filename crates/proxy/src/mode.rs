@@ -6,7 +6,7 @@ use std::str::FromStr;
 use crate::Error;
 
 /// How Services reach the kernel, as `--proxy-mode` names it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     #[default]
     Nftables,

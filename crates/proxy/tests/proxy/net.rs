@@ -19,9 +19,9 @@ use services::{Place, ServiceTable};
 
 use crate::objects::{service, slice};
 
-const NODE: &str = "192.168.49.2";
-const CLIENT: &str = "203.0.113.9";
-const PODS: [&str; 2] = ["10.244.0.11", "10.244.0.12"];
+pub const NODE: &str = "192.168.49.2";
+pub const CLIENT: &str = "203.0.113.9";
+pub const PODS: [&str; 2] = ["10.244.0.11", "10.244.0.12"];
 const NODE6: &str = "fd00:c0a8:31::2";
 const CLIENT6: &str = "2001:db8:203::9";
 const PODS6: [&str; 2] = ["fd00:10:244::11", "fd00:10:244::12"];

@@ -9,7 +9,7 @@ use linux::nft::{self, Chain, Datum, Fate, Nft, Packet, Transaction};
 use services::{Frontend, Seed};
 
 use super::claims::Claims;
-use super::held::{Held, Steps};
+use super::held::{ElementChange, Held, Steps};
 use super::layout::{Base, FAMILY, Map, TABLE};
 use super::plan::{Entries, Server, entries};
 use crate::dataplane::{Change, Dataplane};
@@ -55,19 +55,23 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
         Ok(())
     }
 
-    fn take(&mut self, steps: Steps, mut transaction: Transaction) -> Result<(), Error> {
-        self.apply(steps.first)?;
-        self.held.write(&steps.elements, &mut transaction);
+    fn write(&mut self, changes: Vec<ElementChange>, mut transaction: Transaction) -> Result<(), Error> {
+        self.held.write(&changes, &mut transaction);
+        if transaction.is_empty() {
+            return Ok(());
+        }
         self.nft.commit(&transaction)?;
-        self.held.written(steps.elements);
+        self.held.written(changes);
+        Ok(())
+    }
+
+    /// `base` is the transaction that lays the table.
+    fn take(&mut self, steps: Steps, base: Transaction) -> Result<(), Error> {
+        self.write(steps.marks, base)?;
+        self.apply(steps.first)?;
+        self.write(steps.elements, Held::transaction())?;
         self.apply(steps.bind)?;
         self.apply(steps.unbind)?;
-        if !steps.last_elements.is_empty() {
-            let mut transaction = Held::transaction();
-            self.held.write(&steps.last_elements, &mut transaction);
-            self.nft.commit(&transaction)?;
-            self.held.written(steps.last_elements);
-        }
         let retired: Vec<(ServerKey, SocketAddr)> = steps
             .last
             .iter()
@@ -77,6 +81,7 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
             })
             .collect();
         self.apply(steps.last)?;
+        self.write(steps.last_elements, Held::transaction())?;
         self.held.draining.extend(retired.iter().copied());
         self.drain(&retired.into_iter().map(|(key, _)| key).collect())
     }

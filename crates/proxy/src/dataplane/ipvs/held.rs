@@ -1,7 +1,7 @@
 //! What the kernel holds, and the steps from there to what is wanted.
 //!
-//! IPVS knows no transactions, so the order matters: a virtual server is whole before its address is ours and before packets
-//! are let through to it; it goes after both.
+//! IPVS knows no transactions, so the order matters: a virtual server is marked as ours, then made whole, then packets are
+//! let through to it, then its address becomes ours; it goes the other way round.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -29,17 +29,23 @@ pub struct Held {
 /// Steps, in the order in which they are taken.
 #[derive(Default)]
 pub struct Steps {
+    /// Marks of virtual servers to be made.
+    pub marks: Vec<ElementChange>,
     /// Virtual servers and destinations that come or change.
     pub first: Vec<Op>,
     /// Elements that come, change or go, all at once.
-    pub elements: Vec<(Item, Option<ElementData>)>,
+    pub elements: Vec<ElementChange>,
     pub bind: Vec<Op>,
     pub unbind: Vec<Op>,
-    /// Once these go, whatever listens on all addresses would answer at a Service's, if it were still on the interface.
-    pub last_elements: Vec<(Item, Option<ElementData>)>,
     /// Virtual servers and destinations that go.
     pub last: Vec<Op>,
+    /// Marks of servers that have gone, and elements that keep what listens on all addresses from answering at a
+    /// Service's.
+    pub last_elements: Vec<ElementChange>,
 }
+
+/// An element, and what it is to be.
+pub type ElementChange = (Item, Option<ElementData>);
 
 impl Held {
     /// The items that are there.
@@ -75,8 +81,11 @@ impl Held {
                     if held == wanted {
                         continue;
                     }
-                    let late = *map == Map::Bound && wanted.is_none();
-                    let steps = if late { &mut steps.last_elements } else { &mut steps.elements };
+                    let steps = match (map, wanted) {
+                        (Map::Served, Some(_)) => &mut steps.marks,
+                        (Map::Served | Map::Bound, None) => &mut steps.last_elements,
+                        _ => &mut steps.elements,
+                    };
                     steps.push((item.clone(), wanted.cloned()));
                 }
             }
@@ -167,7 +176,7 @@ impl Held {
     }
 
     /// Adds the changes of elements to a transaction.
-    pub fn write(&self, changes: &[(Item, Option<ElementData>)], transaction: &mut Transaction) {
+    pub fn write(&self, changes: &[ElementChange], transaction: &mut Transaction) {
         let mut removed: BTreeMap<(Map, bool), Vec<Element>> = BTreeMap::new();
         let mut added: BTreeMap<(Map, bool), Vec<Element>> = BTreeMap::new();
         for (item, wanted) in changes {
@@ -188,7 +197,7 @@ impl Held {
         }
     }
 
-    pub fn written(&mut self, changes: Vec<(Item, Option<ElementData>)>) {
+    pub fn written(&mut self, changes: Vec<ElementChange>) {
         for (item, wanted) in changes {
             let Item::Element { map, v6, key, end } = item else { continue };
             match wanted {

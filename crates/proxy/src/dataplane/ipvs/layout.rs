@@ -16,7 +16,8 @@ pub const TABLE: &str = "fairlead-ipvs";
 /// The sets and maps, each once per address family. A destination is address . protocol . port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Map {
-    /// Destinations that have a virtual server: also how a start tells our servers from somebody else's.
+    /// Destinations that have a virtual server, from before it is made until after it has gone: so a start tells our servers
+    /// from somebody else's.
     Served,
     /// Addresses that are on this host only because Services have them: whatever listens on all addresses must not answer
     /// there.
@@ -200,6 +201,10 @@ fn from_host() -> Statement {
     Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL))
 }
 
+fn to_host() -> Statement {
+    Statement::Equal(Value::FibDestinationType, Datum::Mark(ADDRESS_LOCAL))
+}
+
 fn returns() -> Statement {
     Statement::Verdict(Verdict::Return)
 }
@@ -281,7 +286,8 @@ fn check(node: &NodeView) -> Vec<Rule> {
             rule(Map::Refused, Statement::goto(REFUSE)),
             rule(Map::Silent, Statement::drop()),
             rule(Map::SilentOutside, Statement::jump(&named("inside_only", v6))),
-            rule(Map::Served, returns()),
+            // Until its address is ours, a packet would leave for elsewhere.
+            Rule::new([of_family(v6), is_in(destination(v6), Map::Served, v6), to_host(), returns()]),
             Rule::new([of_family(v6), is_in([Value::DestinationIp { v6 }], Map::Bound, v6), Statement::goto(REFUSE)]),
         ]);
     }

@@ -130,7 +130,8 @@ impl<'a> Plan<'a> {
             }
         }
         let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
-        if !ranges.is_empty() {
+        // Where nobody serves, everybody is refused.
+        if !ranges.is_empty() && self.scopes.any {
             let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
             let node_may = node.addresses.iter().any(mine);
             for address in load_balancer_ips.iter().filter(of_family) {
@@ -203,7 +204,7 @@ impl<'a> Plan<'a> {
                     None if has_local => self.server(at, TrafficPolicy::Local),
                     None => self.server(at, TrafficPolicy::Cluster),
                 }
-                self.member(if self.node.masquerade_all { Map::Masquerade } else { Map::MasqueradeHost }, at);
+                self.member(Map::MasqueradeHost, at);
             }
         }
     }

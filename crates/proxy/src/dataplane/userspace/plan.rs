@@ -177,7 +177,8 @@ impl Plan<'_> {
             }
         }
         let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
-        if !ranges.is_empty() {
+        // Where nobody serves, everybody is refused.
+        if !ranges.is_empty() && self.scopes.any {
             let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
             let node_may = node.addresses.iter().any(mine);
             for address in load_balancer_ips.iter().filter(of_family) {

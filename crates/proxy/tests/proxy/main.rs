@@ -3,6 +3,7 @@
 mod case;
 mod cases;
 mod differences;
+mod ejection;
 mod explain;
 mod guest;
 mod history;

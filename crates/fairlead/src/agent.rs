@@ -1,7 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join;
-use crate::{cli, explain, local, serve, server};
+use crate::{barrier, cli, explain, join, local, serve, server, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -67,6 +66,15 @@ pub struct AgentArgs {
     /// How Services reach the kernel: nftables, iptables, ipvs or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
+    #[arg(long, default_value = "rr", value_parser = parse_scheduler)]
+    pub ipvs_scheduler: proxy::Scheduler,
+    /// In the ipvs mode, answer ARP only for addresses of the interface that was asked.
+    #[arg(long)]
+    pub ipvs_strict_arp: bool,
+    /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -91,6 +99,10 @@ pub struct AgentArgs {
     pub images: Option<PathBuf>,
     #[arg(long, hide = true)]
     pub announce: bool,
+}
+
+fn parse_scheduler(text: &str) -> Result<proxy::Scheduler, String> {
+    text.parse().map_err(|error: linux::ipvs::Error| error.to_string())
 }
 
 pub fn parse_mode(text: &str) -> Result<Mode, String> {
@@ -291,12 +303,15 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let mode = args.proxy_mode;
     let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
-    let view = NodeView::new(
+    let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),
     );
+    view.relay_localhost = args.localhost_node_ports;
+    view.ipvs.scheduler = args.ipvs_scheduler.clone();
+    view.ipvs.strict_arp = args.ipvs_strict_arp;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
@@ -314,6 +329,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    let recorder = reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), recorder, token.clone()));
+    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
@@ -634,8 +652,13 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
-            let pending = state.proxy.borrow().pending;
+            let (mode, table) = (state.mode, state.feed.table.clone());
+            let mut view = NodeView::clone(&state.view.borrow());
+            let pending = {
+                let proxy = state.proxy.borrow();
+                view.ejected.extend(&proxy.ejected);
+                proxy.pending
+            };
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {
                     let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);

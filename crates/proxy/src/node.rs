@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use linux::ipvs::Scheduler;
+use linux::ipvs::{Scheduler, Timeouts};
 use services::{Place, Protocol};
 
 /// One node, as its data path sees it. A change of it renders every frontend anew.
@@ -22,6 +22,9 @@ pub struct NodeView {
     pub service_cidrs: Vec<IpNet>,
     /// Masquerade all that is sent to a cluster IP, pods' traffic too.
     pub masquerade_all: bool,
+    /// Node ports answer on 127.0.0.1 and ::1 as well, TCP and UDP, through relays of this process where the kernel's rules
+    /// cannot do it (KEP-6032). Asked once, when the proxy starts.
+    pub relay_localhost: bool,
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
     pub ipvs: IpvsSettings,
@@ -35,6 +38,8 @@ pub struct IpvsSettings {
     /// Answer ARP only for addresses of the interface that was asked: the node has the addresses of load balancers, too,
     /// and must not announce them where something else does.
     pub strict_arp: bool,
+    /// When idle connections are forgotten; 0 leaves what the kernel has.
+    pub timeouts: Timeouts,
 }
 
 impl NodeView {

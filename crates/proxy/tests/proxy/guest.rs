@@ -9,8 +9,8 @@ use std::time::Duration;
 use linux::ipvs::{self, Ipvs as _, Key, Op, Persistence, Scheduler, Service, Timeouts};
 use linux::nft::Socket;
 use proxy::Mode;
-use proxy::dataplane::Dataplane;
 use proxy::dataplane::ipvs::Ipvs;
+use proxy::dataplane::{Change, Dataplane};
 use serde_json::json;
 use services::ServiceTable;
 use socket2::{Domain, Protocol, Type};
@@ -81,6 +81,46 @@ fn ipvs_carries_real_packets() {
 #[ignore = "needs IPVS: cargo xtask guest"]
 fn ipvs_follows_endpoints() {
     endpoints_change_while_clients_talk(Mode::Ipvs);
+}
+
+/// What a start, one more Service and a restart cost is told; a restart finds all of it.
+#[test]
+#[ignore = "needs IPVS: cargo xtask guest"]
+fn ipvs_takes_hundreds_of_services() {
+    let namespace = Namespace::new();
+    let node = crate::net::node_view();
+    let mut table = ServiceTable::new();
+    let mut add = |number: usize| {
+        let name = format!("s{number}");
+        let ip = format!("10.96.{}.{}", number / 250, 1 + number % 250);
+        let pods: Vec<String> = (1..=3).map(|pod| format!("10.244.{}.{}", pod, number % 250)).collect();
+        let pods: Vec<(&str, &str)> = pods.iter().map(|pod| (pod.as_str(), "node-2")).collect();
+        table.upsert_service(&service(&name, json!({"clusterIPs": [ip]}))).expect("service");
+        table.upsert_slice(&slice(&name, 8080, "TCP", &pods)).expect("slice").frontends
+    };
+    for number in 1..=400 {
+        add(number);
+    }
+    let one_more = add(401);
+    let mut dataplane = open(&namespace);
+    dataplane.read().expect("read");
+    let mut changes = crate::modes::whole::<Real>(&table, &node);
+    changes.retain(|change| change.id != one_more[0].id);
+    let start = std::time::Instant::now();
+    dataplane.commit(Some(&Real::base(&node)), &changes).expect("commit");
+    println!("400 Services in {:?}", start.elapsed());
+    let after = one_more[0].after.as_ref().map(|after| Real::entries(after, &node));
+    let start = std::time::Instant::now();
+    dataplane.commit(None, &[Change { id: one_more[0].id, before: None, after }]).expect("commit");
+    println!("one more in {:?}", start.elapsed());
+    let mut again = open(&namespace);
+    let start = std::time::Instant::now();
+    again.read().expect("read");
+    println!("read back in {:?}", start.elapsed());
+    let start = std::time::Instant::now();
+    commit_all(&mut again, &table);
+    println!("nothing to do in {:?}", start.elapsed());
+    assert_eq!(again.kernel().0.services().expect("services").len(), 401);
 }
 
 /// Two lines of an echo that stays open.

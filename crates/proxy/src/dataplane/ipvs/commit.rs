@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use linux::ipvs::{DEVICE, Ipvs as Kernel, Key as ServerKey, Op};
+use linux::ipvs::{DEVICE, Ipvs as Kernel, Key as ServerKey, Op, Timeouts};
 use linux::nft::{self, Chain, Datum, Fate, Nft, Packet, Transaction};
 use services::{Frontend, Seed};
 
@@ -148,6 +148,9 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
         let mut transaction = Held::transaction();
         if let Some(base) = base {
             self.ipvs.prepare(&base.sysctls)?;
+            if base.timeouts != Timeouts::default() {
+                self.ipvs.apply(&Op::SetTimeouts(base.timeouts))?;
+            }
             if self.lay(base, &mut transaction) {
                 self.held.elements.clear();
             }

@@ -2,6 +2,7 @@
 
 use std::fmt::{Display, Formatter};
 
+use linux::ipvs::{Op as IpvsOp, Timeouts};
 use linux::nft::{
     ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Reject, Rule, Set, Statement, Transaction,
     Value, Verdict, ct_state,
@@ -107,12 +108,13 @@ pub struct Base {
     pub sets: Vec<Set>,
     pub chains: Vec<(Chain, Vec<Rule>)>,
     pub sysctls: Vec<(&'static str, &'static str)>,
+    pub timeouts: Timeouts,
 }
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
         let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
-        Base { sets, chains: chains(node), sysctls: sysctls(node) }
+        Base { sets, chains: chains(node), sysctls: sysctls(node), timeouts: node.ipvs.timeouts }
     }
 
     /// Adds the sets and chains; chains before rules, since rules name them.
@@ -163,6 +165,9 @@ impl Display for Base {
         write!(f, "{transaction}")?;
         for (name, value) in &self.sysctls {
             writeln!(f, "sysctl {} = {value}", name.replace('/', "."))?;
+        }
+        if self.timeouts != Timeouts::default() {
+            writeln!(f, "ipvsadm {}", IpvsOp::SetTimeouts(self.timeouts))?;
         }
         Ok(())
     }

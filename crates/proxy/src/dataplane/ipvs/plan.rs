@@ -107,6 +107,7 @@ impl<'a> Plan<'a> {
             affinity: _,
             source_ranges,
             health_check_node_port: _,
+            end_policy: _,
             endpoints: _,
         } = self.frontend;
         let (v6, node) = (self.v6, self.node);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
+use linux::ipvs::{self, Ipvs as _};
 use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
@@ -81,6 +83,7 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: 
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
         Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
+        Mode::Ipvs => ipvs::Socket::open(namespace).map(|_| Seed::default()).map_err(Error::from),
     }
 }
 
@@ -89,6 +92,7 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: 
 pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
     match mode {
         Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ipvs => Ok(ipvs::Socket::open(namespace)?.prepare(&[])?),
         Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
     }
 }
@@ -161,48 +165,38 @@ async fn run_mode(
         Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
         Err(error) => return Err(error.into()),
     };
-    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-    let hooks = config.hooks.clone();
+    let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
+    let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
+    let clear: Option<Clear> = Some(Box::new(move || {
+        leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
+    }));
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
-    match config.mode {
+    match mode {
         Mode::Nftables => {
-            let nft = Socket::open(namespace())?;
-            let mut others = Socket::open(namespace())?;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut others)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-            });
-            let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+            let dataplane = Nftables::new(Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
-            let mut nft = Socket::open(namespace())?;
-            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_nftables(&mut nft)?;
-                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-            });
-            let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+            let held = hold()?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let dataplane = Iptables::new(tools);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+        }
+        Mode::Ipvs => {
+            let mut kernel = ipvs::Socket::open(namespace())?;
+            // What is missing is said before anything is promised.
+            kernel.prepare(&[])?;
+            let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Ebpf => {
-            let mut nft = Socket::open(namespace())?;
-            let kernel = pinned(namespace(), config.hooks.as_ref())?;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                leftovers::clear_nftables(&mut nft)
-            });
-            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            let dataplane = Ebpf::new(pinned(namespace(), config.hooks.as_ref())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let place = place(hold()?)?;
             let (witness, watcher) = eyes::relayed::start(
                 &config.watching,
                 place.clone(),
@@ -211,16 +205,7 @@ async fn run_mode(
                 token.clone(),
             );
             let relays = Sockets::new(place, Handle::current(), witness);
-            let clear: Option<Clear> = if nft.is_some() {
-                let mut others = Socket::open(namespace())?;
-                Some(Box::new(move || {
-                    leftovers::clear_nftables(&mut others)?;
-                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-                }))
-            } else {
-                None
-            };
+            let clear = clear.filter(|_| nft.is_some());
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
             Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
@@ -278,6 +263,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    /// When the data path wants to be tended.
+    tend_at: Option<Instant>,
     applied: Applied,
     end: End,
 }
@@ -304,6 +291,7 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            tend_at: None,
             applied: Applied::default(),
             end: End::default(),
         }
@@ -382,6 +370,9 @@ impl<D: Dataplane> Loop<D> {
                 },
                 () = async { sleep_until(retry_at.unwrap_or_else(Instant::now)).await }, if retry_at.is_some() => {
                     retry_at = None;
+                }
+                () = async { sleep_until(self.tend_at.unwrap_or_else(Instant::now)).await }, if self.tend_at.is_some() => {
+                    self.tend().await?;
                 }
             }
             // Whatever else has happened meanwhile goes into the same commit.
@@ -486,6 +477,7 @@ impl<D: Dataplane> Loop<D> {
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
+            let result = result.and_then(|()| kernel.dataplane.tend());
             // What Services need comes first, and does not wait for this.
             let watch = |table: &mut WatchTable<Socket>| table.commit(whole, &alternatives, &frozen);
             let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
@@ -502,7 +494,7 @@ impl<D: Dataplane> Loop<D> {
         if let Some(watcher) = &mut self.watcher {
             watcher.table = table;
         }
-        result?;
+        self.tend_at = result?.map(|after| Instant::now() + after);
         for (id, after) in after {
             self.pending.remove(&id);
             self.end.notice(self.committed.get(&id), after.as_ref(), &node);
@@ -533,6 +525,25 @@ impl<D: Dataplane> Loop<D> {
             }
             Some(Ok(())) | None => Watched::Known,
         })
+    }
+}
+
+impl<D: Dataplane> Loop<D> {
+    async fn tend(&mut self) -> Result<(), Error> {
+        let mut kernel = self.kernel.take().expect("a commit gives it back");
+        let (kernel, result) = tokio::task::spawn_blocking(move || {
+            let result = kernel.dataplane.tend();
+            (kernel, result)
+        })
+        .await
+        .map_err(Error::Commit)?;
+        self.kernel = Some(kernel);
+        let after = result.unwrap_or_else(|error| {
+            tracing::warn!("proxy: {error}");
+            Some(LAST_RETRY)
+        });
+        self.tend_at = after.map(|after| Instant::now() + after);
+        Ok(())
     }
 }
 

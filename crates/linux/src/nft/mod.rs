@@ -18,7 +18,7 @@ mod rule;
 mod socket;
 mod value;
 
-pub use fake::{Fake, Fate, Packet};
+pub use fake::{Divert, Fake, Fate, Packet};
 pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
 pub use socket::Socket;
 pub use value::{

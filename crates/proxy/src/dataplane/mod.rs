@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use services::{Frontend, FrontendId, Seed};
 
@@ -11,6 +12,7 @@ use crate::{Error, NodeView};
 
 pub mod ebpf;
 pub mod iptables;
+pub mod ipvs;
 pub mod nftables;
 pub mod userspace;
 
@@ -48,6 +50,12 @@ pub trait Dataplane: Send + 'static {
 
     /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
     fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+
+    /// Does what only time brings, such as forgetting an endpoint whose last connection has closed. Called after each
+    /// commit, and again after the time it returns.
+    fn tend(&mut self) -> Result<Option<Duration>, Error> {
+        Ok(None)
+    }
 
     /// Who answers UDP flows, as the kernel sees it, given the endpoints that may: others' flows are forgotten.
     fn answerers(&self, endpoints: Answerers) -> Answerers {

@@ -8,6 +8,7 @@ mod ebpf;
 mod ejection;
 mod end;
 mod explain;
+mod guest;
 mod history;
 mod live;
 mod modes;

@@ -63,7 +63,7 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables or iptables.
+    /// How Services reach the kernel: nftables, iptables or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
     /// How pods of other nodes are reached.

@@ -21,7 +21,7 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables or iptables.
+    /// How Services reach the kernel: nftables, iptables or userspace.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// How pods of other nodes are reached.

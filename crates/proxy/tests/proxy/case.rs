@@ -33,6 +33,11 @@ use proxy::{Mode, NodeView};
 use serde_json::{Value, json};
 use services::{Changes, Place, Protocol, ServiceTable};
 
+/// Modes that make a connection of their own to the endpoint, which so never sees the client's address; no case has to say
+/// so, it is the difference of this name everywhere.
+pub const RELAYS: &[Mode] = &[Mode::Userspace];
+pub const CLIENT_ADDRESS: &str = "client-address";
+
 pub struct Case {
     pub title: String,
     /// The name of its file, without `.txt`.
@@ -52,12 +57,12 @@ pub struct Trace {
     pub line: String,
     pub packet: Packet,
     outcome: Outcome,
-    pub exceptions: Vec<Exception>,
+    exceptions: Vec<Exception>,
 }
 
-pub struct Exception {
-    pub difference: String,
-    pub modes: Vec<Mode>,
+struct Exception {
+    difference: String,
+    modes: Vec<Mode>,
     outcome: Outcome,
 }
 
@@ -111,9 +116,23 @@ impl Trace {
         self.exceptions.push(Exception { difference: difference.to_owned(), modes, outcome });
     }
 
-    pub fn outcome(&self, mode: Mode) -> &Outcome {
+    pub fn outcome(&self, mode: Mode) -> Outcome {
         let excepted = self.exceptions.iter().find(|exception| exception.modes.contains(&mode));
-        excepted.map_or(&self.outcome, |exception| &exception.outcome)
+        let mut outcome = excepted.map_or(&self.outcome, |exception| &exception.outcome).clone();
+        if let Outcome::To { masqueraded, .. } = &mut outcome {
+            *masqueraded |= RELAYS.contains(&mode);
+        }
+        outcome
+    }
+
+    /// The differences it shows, by name.
+    pub fn differences(&self) -> Vec<(String, Mode)> {
+        let written = self
+            .exceptions
+            .iter()
+            .flat_map(|exception| exception.modes.iter().map(|mode| (exception.difference.clone(), *mode)));
+        let relayed = RELAYS.iter().filter(|_| matches!(self.outcome, Outcome::To { masqueraded: false, .. }));
+        written.chain(relayed.map(|mode| (CLIENT_ADDRESS.to_owned(), *mode))).collect()
     }
 }
 

@@ -50,7 +50,7 @@ fn expected(outcome: &Outcome, packet: &Packet) -> Vec<Fate> {
 fn check(trace: &Trace, subject: &mut dyn Subject, node: &proxy::NodeView) -> Option<String> {
     let mode = subject.mode();
     let found = fates(|draw| subject.trace(trace.packet.clone(), node, draw));
-    let expected = expected(trace.outcome(mode), &trace.packet);
+    let expected = expected(&trace.outcome(mode), &trace.packet);
     let share = 1_000_000 / expected.len() as u64;
     let even = found.values().all(|weight| weight.abs_diff(share) <= 2);
     let same = found.len() == expected.len() && expected.iter().all(|fate| found.contains_key(fate));

@@ -8,4 +8,6 @@ mod live;
 mod modes;
 mod net;
 mod objects;
+mod ring;
 mod rows;
+mod userspace;

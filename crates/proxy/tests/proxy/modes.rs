@@ -11,6 +11,7 @@ use linux::nft::{Fate, Packet};
 use linux::{iptables, nft};
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
+use proxy::dataplane::userspace::{FakeRelays, Userspace};
 use proxy::dataplane::{Change, Dataplane};
 use proxy::{Error, Mode, NodeView};
 use services::{FrontendChange, FrontendId, ServiceTable};
@@ -23,8 +24,9 @@ pub trait OnFake: Dataplane + Sized {
     /// Walks the first packet of a connection through what the fake holds; changes nothing. `draw` answers each random
     /// draw with a number below its argument.
     fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate;
-    /// All that the fake holds: equal texts are equal kernels.
-    fn dump(&mut self) -> String;
+    /// All that the fake holds: equal texts are equal kernels. What the whole plan (`base`, `changes`) would not change may
+    /// be left out.
+    fn dump(&mut self, base: &Self::Base, changes: &[Change<Self::Entries>]) -> String;
 }
 
 /// One fresh subject per mode.
@@ -40,7 +42,8 @@ pub trait Subject {
     /// Commits what changed.
     fn change(&mut self, changes: &[FrontendChange], node: &NodeView) -> Result<(), Error>;
     fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate;
-    fn dump(&mut self) -> String;
+    /// See [`OnFake::dump`].
+    fn dump(&mut self, table: &ServiceTable, node: &NodeView) -> String;
 }
 
 struct On<D>(D);
@@ -75,8 +78,8 @@ impl<D: OnFake> Subject for On<D> {
         self.0.trace(packet, node, draw)
     }
 
-    fn dump(&mut self) -> String {
-        self.0.dump()
+    fn dump(&mut self, table: &ServiceTable, node: &NodeView) -> String {
+        self.0.dump(&D::base(node), &whole::<D>(table, node))
     }
 }
 
@@ -102,8 +105,19 @@ impl OnFake for Nftables<nft::Fake> {
         self.nft().clone().trace(packet, &locals(node), draw)
     }
 
-    fn dump(&mut self) -> String {
-        self.nft().dump()
+    fn dump(&mut self, base: &Self::Base, changes: &[Change<Self::Entries>]) -> String {
+        // Chains that nothing leads to may stay until a restart, which has nothing else to do.
+        let idle = self.idle_classes();
+        let mut kernel = self.nft().clone();
+        let before = std::mem::take(&mut kernel.changed);
+        let mut again = Nftables::new(kernel);
+        while again.read().is_err() || again.commit(Some(base), changes).is_err() {}
+        assert_eq!(
+            again.nft().changed,
+            idle as u64,
+            "a restart changes more than idle chains, {before} elements later"
+        );
+        again.nft().dump()
     }
 }
 
@@ -118,11 +132,28 @@ impl OnFake for Iptables<iptables::Fake> {
         self.kernel().clone().trace(packet, &locals(node), draw)
     }
 
-    fn dump(&mut self) -> String {
+    fn dump(&mut self, _: &Self::Base, _: &[Change<Self::Entries>]) -> String {
         let tables = [iptables::Table::Filter, iptables::Table::Nat];
         let dumps = [false, true].into_iter().flat_map(|v6| tables.map(|table| (v6, table)));
         let text: String = dumps.map(|(v6, table)| self.kernel().dump(v6, table)).collect();
         // kubelet uses that chain too: what was once in it stays.
         text.lines().filter(|line| !line.contains("KUBE-FIREWALL")).map(|line| format!("{line}\n")).collect()
+    }
+}
+
+impl OnFake for Userspace<nft::Fake, FakeRelays> {
+    const MODE: Mode = Mode::Userspace;
+
+    fn open(failing: Option<u64>) -> Self {
+        let kernel = failing.map_or_else(nft::Fake::default, nft::Fake::failing);
+        Userspace::new(Some(kernel), FakeRelays::default())
+    }
+
+    fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(packet, &locals(node), draw, &mut Vec::new())
+    }
+
+    fn dump(&mut self, _: &Self::Base, _: &[Change<Self::Entries>]) -> String {
+        Userspace::dump(self)
     }
 }

@@ -124,8 +124,8 @@ fn of<D: Dataplane>(mut dataplane: D, table: &ServiceTable, node: &NodeView, pac
 }
 
 /// The whole plan.
-fn plan<D: Dataplane>(dataplane: &mut D, table: &ServiceTable, node: &NodeView) -> Result<(), Error> {
-    commit(dataplane, table.frontends(), node)
+fn plan<D: Dataplane>(dataplane: &mut D, frontends: &[Arc<Frontend>], node: &NodeView) -> Result<(), Error> {
+    commit(dataplane, frontends.iter(), node)
 }
 
 fn commit<'a, D: Dataplane>(

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use linux::iptables::{self, Iptables as _, Table, Tools};
 use linux::nft::{self, ElementData, Family, Nft, Set};
-use services::ServiceTable;
+use services::Frontend;
 
 use super::plan;
 use crate::dataplane::Dataplane;
@@ -14,27 +15,36 @@ use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::userspace::{self, FakeRelays, Userspace};
 use crate::{Error, Mode, NodeView};
 
-/// Each line says what is missing from the kernel in this namespace, or what is there and should not be. What clients
+const UNEXPECTED: &str = "unexpected: ";
+
+/// `frontends` is the whole table. Each line says what is missing from the kernel in this namespace, or what is there and should not be. What clients
 /// have left there (affinity) and the ports that relays were given are not compared. A commit that is under way shows,
 /// too.
 pub fn drift(
     mode: Mode,
-    table: &ServiceTable,
+    frontends: &[Arc<Frontend>],
     node: &NodeView,
     namespace: Option<BorrowedFd<'_>>,
 ) -> Result<Vec<String>, Error> {
     match mode {
         Mode::Nftables => {
             let mut wanted = Nftables::new(nft::Fake::default());
-            plan(&mut wanted, table, node)?;
+            plan(&mut wanted, frontends, node)?;
             let base = Nftables::<nft::Fake>::base(node);
             let held = &mut nft::Socket::open(namespace)?;
-            compare(wanted.nft(), held, nftables::FAMILY, nftables::TABLE, &base.sets, &[])
+            let mut lines = compare(wanted.nft(), held, nftables::FAMILY, nftables::TABLE, &base.sets, &[])?;
+            // A chain that nothing leads to stays for whoever needs it next.
+            let is_idle = |line: &String| {
+                let kinds = ["chain pick", "chain external_", "classes4 ", "classes6 "];
+                line.strip_prefix(UNEXPECTED).is_some_and(|what| kinds.iter().any(|kind| what.starts_with(kind)))
+            };
+            lines.retain(|line| !is_idle(line));
+            Ok(lines)
         }
         Mode::Userspace => {
             let Some(mut held) = userspace::open(namespace)? else { return Ok(Vec::new()) };
             let mut wanted = Userspace::new(Some(nft::Fake::default()), FakeRelays::default());
-            plan(&mut wanted, table, node)?;
+            plan(&mut wanted, frontends, node)?;
             let sets = userspace::Base::new(node).sets;
             let Some(wanted) = wanted.kernel() else { return Ok(Vec::new()) };
             let relays = |set: &Set| set.name.starts_with("relays");
@@ -43,7 +53,7 @@ pub fn drift(
         }
         Mode::Iptables => {
             let mut wanted = Iptables::new(iptables::Fake::default());
-            plan(&mut wanted, table, node)?;
+            plan(&mut wanted, frontends, node)?;
             let namespace = namespace.map(|namespace| namespace.try_clone_to_owned()).transpose();
             let namespace: Option<OwnedFd> = namespace.map_err(Error::Namespace)?;
             compare_chains(wanted.kernel(), &mut Tools::open(namespace)?)
@@ -83,7 +93,7 @@ fn compare(
 
 fn differences(of: &str, wanted: &BTreeSet<String>, held: &BTreeSet<String>) -> Vec<String> {
     let missing = wanted.difference(held).map(|what| format!("missing: {of}{what}"));
-    let unexpected = held.difference(wanted).map(|what| format!("unexpected: {of}{what}"));
+    let unexpected = held.difference(wanted).map(|what| format!("{UNEXPECTED}{of}{what}"));
     missing.chain(unexpected).collect()
 }
 
@@ -109,7 +119,7 @@ fn compare_chains(wanted: &mut iptables::Fake, held: &mut Tools) -> Result<Vec<S
                     .any(|kind| chain.starts_with(kind))
             };
             let unexpected = held.keys().filter(is_service).filter(|chain| !wanted.contains_key(*chain));
-            lines.extend(unexpected.map(|chain| format!("unexpected: {family} {table} chain {chain}")));
+            lines.extend(unexpected.map(|chain| format!("{UNEXPECTED}{family} {table} chain {chain}")));
         }
     }
     Ok(lines)

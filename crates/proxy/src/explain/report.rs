@@ -158,14 +158,14 @@ pub fn report(mode: Mode, table: &ServiceTable, node: &NodeView, packet: &Packet
         from: packet.from.ip(),
         to: packet.to,
         protocol: Protocol::from_number(packet.protocol).map_or("unknown", Protocol::name).to_owned(),
+        kernel: kernel(mode, table, node, packet, &destination)?,
         destination,
         endpoints,
-        kernel: kernel(mode, table, node, packet)?,
         drift: None,
     })
 }
 
-/// Frontends that have this address, the oldest first: it is the one that counts.
+/// Frontends that have this address, the one that gets the packet first: the oldest of those that have an endpoint.
 fn claimants<'a>(table: &'a ServiceTable, node: &NodeView, packet: &Packet) -> Vec<(&'a Frontend, AddressKind)> {
     let (address, port) = (packet.to.ip(), packet.to.port());
     let is_own = address.is_loopback() || node.addresses.contains(&address);
@@ -186,7 +186,14 @@ fn claimants<'a>(table: &'a ServiceTable, node: &NodeView, packet: &Packet) -> V
         matching.map(|(_, kind)| kind)
     };
     let of_protocol = table.frontends().filter(|frontend| frontend.name.protocol.number() == packet.protocol);
-    of_protocol.filter_map(|frontend| Some((&**frontend, kind(frontend)?))).collect()
+    let mut found: Vec<_> = of_protocol.filter_map(|frontend| Some((&**frontend, kind(frontend)?))).collect();
+    let is_unserved = |(frontend, kind): &(&Frontend, AddressKind)| {
+        let policy = policy(frontend, *kind, node, packet.from.ip());
+        used(frontend, node, policy.of(), address.is_ipv6()).is_empty()
+    };
+    // Stable: frontends come by age.
+    found.sort_by_key(is_unserved);
+    found
 }
 
 fn policy(frontend: &Frontend, address: AddressKind, node: &NodeView, from: IpAddr) -> Policy {
@@ -212,13 +219,18 @@ fn source_ranges(frontend: &Frontend, address: AddressKind, packet: &Packet) -> 
     Some(SourceRanges { allowed: ranges.iter().map(ToString::to_string).collect(), is_allowed })
 }
 
-fn explain_endpoints(frontend: &Frontend, node: &NodeView, policy: TrafficPolicy, v6: bool) -> Vec<EndpointReport> {
+/// The endpoints that a packet may be sent to.
+fn used(frontend: &Frontend, node: &NodeView, policy: TrafficPolicy, v6: bool) -> BTreeSet<SocketAddr> {
     let scopes = scopes(frontend, node, v6);
     let used = match policy {
         TrafficPolicy::Cluster => scopes.cluster,
         TrafficPolicy::Local => scopes.local,
     };
-    let used: BTreeSet<SocketAddr> = used.iter().map(|endpoint| endpoint.address).collect();
+    used.iter().map(|endpoint| endpoint.address).collect()
+}
+
+fn explain_endpoints(frontend: &Frontend, node: &NodeView, policy: TrafficPolicy, v6: bool) -> Vec<EndpointReport> {
+    let used = used(frontend, node, policy, v6);
     let one = |endpoint: &Arc<Endpoint>| EndpointReport {
         address: endpoint.address,
         node: endpoint.node.clone(),
@@ -302,7 +314,13 @@ fn elsewhere(table: &ServiceTable, node: &NodeView, packet: &Packet) -> Destinat
     Destination::Other
 }
 
-fn kernel(mode: Mode, table: &ServiceTable, node: &NodeView, packet: &Packet) -> Result<Kernel, Error> {
+fn kernel(
+    mode: Mode,
+    table: &ServiceTable,
+    node: &NodeView,
+    packet: &Packet,
+    destination: &Destination,
+) -> Result<Kernel, Error> {
     let mut plan = super::Plan::new(mode, table, node, packet)?;
     let mut rules = Vec::new();
     plan.walk(packet, &node.addresses, &mut |_| 0, &mut rules);
@@ -319,7 +337,10 @@ fn kernel(mode: Mode, table: &ServiceTable, node: &NodeView, packet: &Packet) ->
         fates.insert(plan.walk(packet, &node.addresses, &mut one_by_one, &mut Vec::new()));
     }
     let fates = fates.iter().map(|fate| match fate {
-        Fate::Sent { to, masqueraded: false } if *to == packet.to => "left alone by the proxy".to_owned(),
+        Fate::Sent { to, masqueraded: false } if *to == packet.to => match destination {
+            Destination::Frontend { .. } => "left alone: in this mode the Service does not listen there".to_owned(),
+            _ => "left alone by the proxy".to_owned(),
+        },
         fate => describe(fate),
     });
     Ok(Kernel { fates: fates.collect(), rules })
@@ -335,17 +356,16 @@ pub(super) fn describe(fate: &Fate) -> String {
     }
 }
 
-/// What DNS would have said for a Service of this name, in this family.
-pub fn cluster_ip(table: &ServiceTable, namespace: &str, name: &str, v6: bool) -> Result<IpAddr, Error> {
+/// What DNS says for a Service of this name: in this family if one is asked for, otherwise the primary one.
+pub fn cluster_ip(table: &ServiceTable, namespace: &str, name: &str, family: Option<bool>) -> Result<IpAddr, Error> {
     let unknown = |why| Error::NoAddress { service: format!("{namespace}/{name}"), why };
     let service = table.service(namespace, name).ok_or_else(|| unknown("there is no such Service"))?;
     match &service.kind {
         ServiceKind::ClusterIp(addresses) => addresses
             .iter()
-            .find(|address| address.is_ipv6() == v6)
-            .or(addresses.first())
+            .find(|address| family.is_none_or(|v6| address.is_ipv6() == v6))
             .copied()
-            .ok_or_else(|| unknown("it has no cluster IP")),
+            .ok_or_else(|| unknown("it has no cluster IP of the sender's family")),
         ServiceKind::Headless => Err(unknown("it is headless: DNS gives its pods' addresses, ask about one of them")),
         ServiceKind::ExternalName(_) => Err(unknown("it is an ExternalName: DNS gives another name, no proxy sees it")),
         ServiceKind::Pending => Err(unknown("its cluster IP is not allocated yet")),

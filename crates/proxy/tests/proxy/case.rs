@@ -33,11 +33,6 @@ use proxy::{Mode, NodeView};
 use serde_json::{Value, json};
 use services::{Changes, Place, Protocol, ServiceTable};
 
-/// Modes that make a connection of their own to the endpoint, which so never sees the client's address; no case has to say
-/// so, it is the difference of this name everywhere.
-pub const RELAYS: &[Mode] = &[Mode::Userspace];
-pub const CLIENT_ADDRESS: &str = "client-address";
-
 pub struct Case {
     pub title: String,
     /// The name of its file, without `.txt`.
@@ -57,12 +52,16 @@ pub struct Trace {
     pub line: String,
     pub packet: Packet,
     outcome: Outcome,
-    exceptions: Vec<Exception>,
+    pub exceptions: Vec<Exception>,
 }
 
-struct Exception {
-    difference: String,
-    modes: Vec<Mode>,
+/// Modes in which another socket sends what the client sent: its source is always the node's. One row of the document for
+/// all their packets, `relayed-source`, instead of an exception for each.
+pub const RELAYED: &[Mode] = &[Mode::Userspace];
+
+pub struct Exception {
+    pub difference: String,
+    pub modes: Vec<Mode>,
     outcome: Outcome,
 }
 
@@ -118,21 +117,18 @@ impl Trace {
 
     pub fn outcome(&self, mode: Mode) -> Outcome {
         let excepted = self.exceptions.iter().find(|exception| exception.modes.contains(&mode));
-        let mut outcome = excepted.map_or(&self.outcome, |exception| &exception.outcome).clone();
-        if let Outcome::To { masqueraded, .. } = &mut outcome {
-            *masqueraded |= RELAYS.contains(&mode);
+        let outcome = excepted.map_or(&self.outcome, |exception| &exception.outcome);
+        match outcome.clone() {
+            Outcome::To { places, masqueraded: _ } if RELAYED.contains(&mode) => {
+                Outcome::To { places, masqueraded: true }
+            }
+            outcome => outcome,
         }
-        outcome
     }
 
-    /// The differences it shows, by name.
-    pub fn differences(&self) -> Vec<(String, Mode)> {
-        let written = self
-            .exceptions
-            .iter()
-            .flat_map(|exception| exception.modes.iter().map(|mode| (exception.difference.clone(), *mode)));
-        let relayed = RELAYS.iter().filter(|_| matches!(self.outcome, Outcome::To { masqueraded: false, .. }));
-        written.chain(relayed.map(|mode| (CLIENT_ADDRESS.to_owned(), *mode))).collect()
+    /// Whether relays make it another packet than the other modes do.
+    pub fn is_otherwise_if_relayed(&self) -> bool {
+        matches!(self.outcome, Outcome::To { masqueraded: false, .. })
     }
 }
 

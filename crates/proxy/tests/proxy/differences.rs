@@ -24,14 +24,14 @@ const DIFFERENCES: &[(&str, IsAbout)] = &[
         let primary = node.addresses.iter().find(|address| address.is_ipv6() == to.is_ipv6());
         node.node_port_addresses.is_none() && node.addresses.contains(&to) && primary != Some(&to)
     }),
+    // Whose histories compare without the source.
+    ("relayed-source", |_, _, _| false),
+    ("no-sctp", |packet, _, _| packet.protocol == 132),
     ("localhost-node-ports", |packet, _, _| packet.to.ip().is_loopback()),
     ("refused-node-ports", |packet, node, _| {
         let listens = |addresses: &Vec<IpAddr>| addresses.contains(&packet.to.ip());
         node.addresses.contains(&packet.to.ip()) && !node.node_port_addresses.as_ref().is_none_or(listens)
     }),
-    // Whether a source changes is compared by the histories only between modes that may keep it.
-    (case::CLIENT_ADDRESS, |_, _, _| false),
-    ("no-sctp", |packet, _, _| packet.protocol == services::Protocol::Sctp.number()),
     ("external-from-host", |packet, node, table| {
         let is_external = |ips: &[IpAddr]| ips.contains(&packet.to.ip());
         let mut frontends = table.frontends();
@@ -75,7 +75,13 @@ pub fn explain(packet: &Packet, node: &NodeView, table: &ServiceTable, modes: [M
 fn the_document_lists_what_cases_show() {
     let mut shown = BTreeSet::new();
     for case in case::all() {
-        shown.extend(case.steps.iter().flat_map(|step| &step.traces).flat_map(case::Trace::differences));
+        let traces = || case.steps.iter().flat_map(|step| &step.traces);
+        if traces().any(case::Trace::is_otherwise_if_relayed) {
+            shown.extend(case::RELAYED.iter().map(|mode| ("relayed-source".to_owned(), *mode)));
+        }
+        for exception in traces().flat_map(|trace| &trace.exceptions) {
+            shown.extend(exception.modes.iter().map(|mode| (exception.difference.clone(), *mode)));
+        }
     }
     assert_eq!(shown, listed(), "shown by a case (left), listed in docs/mode-differences.md (right)");
     let names: BTreeSet<&str> = DIFFERENCES.iter().map(|(name, _)| *name).collect();

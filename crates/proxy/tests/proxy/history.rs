@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use linux::nft::{self, Fate, Packet};
+use linux::nft;
+use linux::nft::Packet;
 use proxy::NodeView;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::{Change, Dataplane};
@@ -162,6 +163,19 @@ fn packets(node: &NodeView) -> Vec<Packet> {
     packets
 }
 
+/// As a relay would send it: nobody sees the source.
+fn relayed(fates: BTreeMap<nft::Fate, u64>) -> BTreeMap<nft::Fate, u64> {
+    let mut all = BTreeMap::new();
+    for (fate, weight) in fates {
+        let fate = match fate {
+            nft::Fate::Sent { to, .. } => nft::Fate::Sent { to, masqueraded: true },
+            fate => fate,
+        };
+        *all.entry(fate).or_default() += weight;
+    }
+    all
+}
+
 /// The kernel may fail now and then.
 fn insist<E: std::fmt::Display>(what: &str, mut attempt: impl FnMut() -> Result<(), E>) -> Result<(), String> {
     let mut result = attempt();
@@ -221,8 +235,7 @@ impl History {
         }
         for (subject, mut fresh) in self.subjects.iter_mut().zip(on_fakes(None)) {
             insist("fresh start", || fresh.start(&self.table, &self.node))?;
-            let held = subject.dump(&self.table, &self.node);
-            let expected = fresh.dump(&self.table, &self.node);
+            let (held, expected) = (subject.dump(), fresh.dump());
             if held != expected {
                 return Err(format!("{} holds\n{held}\nwhere a fresh start writes\n{expected}", subject.mode()));
             }
@@ -238,17 +251,14 @@ impl History {
             let mut first = None;
             for subject in self.subjects.iter_mut().chain(others.iter_mut()) {
                 let mode = subject.mode();
-                let relayed = case::RELAYS.contains(&mode);
-                let found = fates(|draw| subject.trace(packet.clone(), &self.node, draw));
+                let mut found = fates(|draw| subject.trace(packet.clone(), &self.node, draw));
                 let (first_mode, expected) = first.get_or_insert_with(|| (mode, found.clone()));
-                // Fates that differ only in a source that one of the modes must change are the same.
-                let is_same = |one: &Fate, other: &Fate| match (one, other) {
-                    (Fate::Sent { to: one, .. }, Fate::Sent { to: other, .. }) if relayed => one == other,
-                    (one, other) => one == other,
-                };
-                let near = |fate: &Fate, weight: &u64| {
-                    let mut expected = expected.iter();
-                    expected.any(|(other, expected)| is_same(fate, other) && expected.abs_diff(*weight) <= 2)
+                let mut expected = expected.clone();
+                if case::RELAYED.contains(&mode) {
+                    (found, expected) = (relayed(found), relayed(expected));
+                }
+                let near = |fate: &nft::Fate, weight: &u64| {
+                    expected.get(fate).is_some_and(|expected| expected.abs_diff(*weight) <= 2)
                 };
                 let same = found.len() == expected.len() && found.iter().all(|(fate, weight)| near(fate, weight));
                 let is_listed = || differences::explain(packet, &self.node, &self.table, [mode, *first_mode]);

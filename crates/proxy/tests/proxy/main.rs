@@ -3,6 +3,7 @@
 mod case;
 mod cases;
 mod differences;
+mod explain;
 mod history;
 mod live;
 mod modes;

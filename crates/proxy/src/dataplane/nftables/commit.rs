@@ -19,6 +19,9 @@ use super::plan::{Entries, Slot, entries};
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, NodeView};
 
+/// So many chains may wait for a use.
+const IDLE_CLASSES: usize = 64;
+
 /// Who wants an element, and how. No owner: it was found in the kernel.
 type Claim = (Option<FrontendId>, ElementData);
 
@@ -101,9 +104,18 @@ impl<N: Nft> Nftables<N> {
         }
     }
 
-    /// Chains that nothing leads to; the next whole plan takes them away.
-    pub fn idle_classes(&self) -> usize {
-        self.classes.values().filter(|uses| **uses == 0).count()
+    /// Takes the chains away that nothing leads to, which otherwise wait for the next whole plan.
+    pub fn prune(&mut self) -> Result<(), Error> {
+        let mut transaction = Transaction::new(FAMILY, TABLE);
+        for class in self.classes.iter().filter(|(_, uses)| **uses == 0).map(|(class, _)| class).rev() {
+            remove_class(class, &mut transaction);
+        }
+        if !transaction.ops.is_empty() {
+            self.nft.commit(&transaction)?;
+        }
+        self.classes.retain(|_, uses| *uses > 0);
+        self.numbers.retain(|_, class| self.classes.contains_key(class));
+        Ok(())
     }
 
     /// The kernel behind it.
@@ -128,6 +140,13 @@ fn class_element(class: &Class) -> Element {
     let verdict = Verdict::Goto(class.name().into());
     let key = Key::new([Datum::Mark(0), Datum::Mark(class.number())]);
     Element { key, end: None, data: ElementData::Verdict(verdict) }
+}
+
+fn remove_class(class: &Class, transaction: &mut Transaction) {
+    let set = Map::Classes.name(class.v6()).into();
+    transaction.push(Op::DeleteElements { set, elements: vec![class_element(class)] });
+    transaction.push(Op::FlushChain(class.name().into()));
+    transaction.push(Op::DeleteChain(class.name().into()));
 }
 
 /// Counts a use of a class, and of those it needs the first time.
@@ -355,7 +374,7 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         for class in released {
             release(&mut classes, class);
         }
-        if base.is_some() {
+        if base.is_some() || classes.values().filter(|uses| **uses == 0).count() > IDLE_CLASSES {
             classes.retain(|_, uses| *uses > 0);
         }
         let cidrs = base.or(self.base.as_ref()).map(|base| base.pod_cidrs.as_slice()).unwrap_or_default();
@@ -372,10 +391,7 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         transaction.ops.extend(removed.into_ops(|set, elements| Op::DeleteElements { set, elements }));
         transaction.ops.extend(added.into_ops(|set, elements| Op::AddElements { set, elements }));
         for class in before_classes.keys().rev().filter(|class| !classes.contains_key(class)) {
-            let set = Map::Classes.name(class.v6()).into();
-            transaction.push(Op::DeleteElements { set, elements: vec![class_element(class)] });
-            transaction.push(Op::FlushChain(class.name().into()));
-            transaction.push(Op::DeleteChain(class.name().into()));
+            remove_class(class, &mut transaction);
         }
         self.is_read = false;
         self.nft.commit(&transaction)?;

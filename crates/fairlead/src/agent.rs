@@ -18,12 +18,13 @@ use kubelet::{ClusterDns, KubeletConfig};
 use linux::netns::Netns;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
 use proxy::{Mode, NodeView};
-use reconcile::{Api, Cache, Named, Scope, ServiceFeed};
+use reconcile::{Api, Cache, EventKind, Named, ObjectRef, Recorder, Scope, ServiceFeed};
 use runtime::image::PullConfig;
 use runtime::{Builtin, BuiltinConfig, ImageService};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use services::Place;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -162,6 +163,11 @@ impl Node {
         self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True")
     }
 
+    /// The node lifecycle controller waits for its Lease in vain.
+    fn has_no_heartbeat(&self) -> bool {
+        self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "Unknown")
+    }
+
     fn zone(&self) -> Option<Arc<str>> {
         self.metadata.labels.get("topology.kubernetes.io/zone").map(|z| z.as_str().into())
     }
@@ -293,7 +299,14 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
-    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None };
+    let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
+    let recorder = Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    let watching = proxy::Watching {
+        lost_nodes: Some(lost_seen),
+        notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
+        ..proxy::Watching::default()
+    };
+    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, watching };
     let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let proxy_token = token.clone();
     tasks.spawn(async move {
@@ -304,21 +317,35 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
-        reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after: Option<&Arc<Node>>| {
-            if let Some(node) = after.filter(|n| n.metadata.name == own) {
-                ready.send_replace(node.is_ready());
-                views.send_if_modified(|view| {
-                    let zone = node.zone();
-                    let changed = view.place.zone != zone;
-                    if changed {
-                        let mut next = (**view).clone();
-                        next.place.zone = zone;
-                        *view = Arc::new(next);
-                    }
-                    changed
-                });
-            }
-        })
+        reconcile::feed(
+            &podnet_client,
+            &NODES,
+            Scope::all(),
+            &token,
+            move |before: Option<&Arc<Node>>, after: Option<&Arc<Node>>| {
+                if let Some(node) = before.or(after) {
+                    let name = node.metadata.name.as_str();
+                    let is_lost = after.is_some_and(|node| node.has_no_heartbeat());
+                    lost_nodes.send_if_modified(|lost: &mut BTreeSet<Arc<str>>| match is_lost {
+                        true => lost.insert(name.into()),
+                        false => lost.remove(name),
+                    });
+                }
+                if let Some(node) = after.filter(|n| n.metadata.name == own) {
+                    ready.send_replace(node.is_ready());
+                    views.send_if_modified(|view| {
+                        let zone = node.zone();
+                        let changed = view.place.zone != zone;
+                        if changed {
+                            let mut next = (**view).clone();
+                            next.place.zone = zone;
+                            *view = Arc::new(next);
+                        }
+                        changed
+                    });
+                }
+            },
+        )
     };
     {
         // The list of peers follows the cache; heartbeats do not change it.
@@ -515,6 +542,24 @@ fn authorize() -> kubelet::Authorize {
     })
 }
 
+/// Writes events about an endpoint that left the pick of this node, or is back in it.
+fn tell(recorder: &Recorder, notice: proxy::Notice) {
+    let (address, _) = notice.endpoint;
+    for (namespace, service) in &notice.services {
+        let about = ObjectRef::new("v1", "Service", namespace, service, "");
+        match notice.ejected {
+            Some(evidence) => {
+                let message = format!("endpoint {address} gets no new connections from this node: {evidence}");
+                recorder.event(&about, EventKind::Warning, "EndpointEjected", message);
+            }
+            None => {
+                let message = format!("endpoint {address} answers again");
+                recorder.event(&about, EventKind::Normal, "EndpointReturned", message);
+            }
+        }
+    }
+}
+
 /// What local commands may ask.
 struct Local {
     name: String,
@@ -575,7 +620,9 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
                 "node": state.name, "proxyMode": state.mode.to_string(),
-                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about},
+                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
+                    "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
+                    "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
                 "services": table.services().count(), "synced": table.is_synced(),
             })
             .to_string())

@@ -12,6 +12,7 @@ mod node;
 mod run;
 mod scope;
 mod stale;
+mod watch;
 
 pub use error::Error;
 pub use explain::{dump, explain};
@@ -19,3 +20,4 @@ pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
 pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use watch::{Evidence, Notice, Target, Watching};

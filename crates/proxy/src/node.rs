@@ -21,7 +21,7 @@ pub struct NodeView {
     pub service_cidrs: Vec<IpNet>,
     /// Masquerade all that is sent to a cluster IP, pods' traffic too.
     pub masquerade_all: bool,
-    /// Endpoints that are known not to answer. They are avoided as long as another one is left.
+    /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
 }
 
@@ -29,6 +29,12 @@ impl NodeView {
     /// A node whose node ports listen where the mode has them by default.
     pub fn new(place: Place, addresses: Vec<IpAddr>, pod_cidrs: Vec<IpNet>, service_cidrs: Vec<IpNet>) -> Self {
         NodeView { place, addresses, pod_cidrs, service_cidrs, ..NodeView::default() }
+    }
+
+    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew.
+    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView) -> bool {
+        let without = |view: &NodeView| NodeView { ejected: BTreeSet::new(), ..view.clone() };
+        without(self) == without(other)
     }
 
     pub(crate) fn primary_addresses(&self) -> Vec<IpAddr> {

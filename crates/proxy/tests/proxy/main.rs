@@ -3,8 +3,10 @@
 mod case;
 mod cases;
 mod differences;
+mod ejection;
 mod explain;
 mod history;
+mod kill;
 mod live;
 mod modes;
 mod net;

@@ -7,9 +7,9 @@
 //! where the kernel has no SCTP sockets.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -38,17 +38,20 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Over an empty table that is complete.
-    pub fn start(namespace: &Namespace, mode: Mode, view: NodeView) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&namespace.path).expect("namespace").into();
-        let table = Arc::new(RwLock::new(ServiceTable::new()));
+    /// In the namespace at this path, over what an earlier run left there, for a cluster that has these objects.
+    pub fn start(namespace: &str, mode: Mode, objects: &Objects) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(namespace).expect("namespace").into();
+        let mut table = ServiceTable::with_seed(proxy::found(mode, Some(namespace.as_fd())).expect("read"));
+        objects.apply(&mut table);
+        let table = Arc::new(RwLock::new(table));
         let (changes, receiver) = broadcast::channel(256);
         let (sender, status) = watch::channel(Status::default());
-        let (node, node_receiver) = watch::channel(Arc::new(view));
+        let (node, node_receiver) = watch::channel(Arc::new(objects.node.clone()));
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace) };
+        let watching = proxy::Watching::default();
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         let mut proxy = Proxy { table, status, changes, node, token, runtime, task };
@@ -174,12 +177,18 @@ impl Ring {
     }
 
     /// The namespace that has this address.
-    fn host(&mut self, address: IpAddr) -> &Namespace {
+    pub fn host(&mut self, address: IpAddr) -> &Namespace {
         if self.is_own(address) {
             return &self.node;
         }
         if !self.hosts.contains_key(&address) {
             let (host, name) = (Namespace::new(), format!("h{}", self.hosts.len()));
+            // As podnet sets it: a redirect would lead answers past the node.
+            for family in ["ipv4", "ipv6"] {
+                for interface in ["all", "default"] {
+                    host.sysctl(&format!("net/{family}/conf/{interface}/accept_redirects"), "0");
+                }
+            }
             if is_pod(address) {
                 self.node.ip(&format!("link add {name} type veth peer name eth0 netns {}", host.path));
                 self.node.ip(&format!("link set {name} master pods"));
@@ -212,7 +221,10 @@ impl Ring {
                 std::thread::spawn(move || {
                     for mut stream in listener.incoming().flatten() {
                         let from = stream.peer_addr().map(|peer| peer.ip().to_string()).unwrap_or_default();
-                        drop(stream.write_all(format!("{at} {from}").as_bytes()));
+                        drop(stream.write_all(format!("{at} {from}\n").as_bytes()));
+                        // Whoever closes first remembers the connection for a minute, and masqueraded ports come again.
+                        drop(stream.set_read_timeout(Some(PATIENCE)));
+                        drop(stream.read(&mut [0]));
                     }
                 });
             }
@@ -231,6 +243,18 @@ impl Ring {
 
     /// Makes whoever a step talks of.
     fn prepare(&mut self, step: &Step, objects: &Objects, mode: Mode) {
+        self.serve(objects);
+        for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+            self.host(trace.packet.from.ip());
+            let to = trace.packet.to;
+            if trace.outcome(mode) == Outcome::Pass {
+                self.listen(trace.packet.protocol, to, !self.is_own(to.ip()) && !is_pod(to.ip()));
+            }
+        }
+    }
+
+    /// Makes all endpoints.
+    pub fn serve(&mut self, objects: &Objects) {
         for slice in &objects.slices {
             let ports = slice["ports"].as_array().expect("ports");
             for (endpoint, port) in slice["endpoints"]
@@ -247,19 +271,12 @@ impl Ring {
                 }
             }
         }
-        for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
-            self.host(trace.packet.from.ip());
-            let to = trace.packet.to;
-            if trace.outcome(mode) == Outcome::Pass {
-                self.listen(trace.packet.protocol, to, !self.is_own(to.ip()) && !is_pod(to.ip()));
-            }
-        }
     }
 }
 
 /// What a client sees of a packet.
 #[derive(Debug, PartialEq)]
-enum Seen {
+pub enum Seen {
     Answer { by: SocketAddr, source: IpAddr },
     Refused,
     Silence,
@@ -277,7 +294,7 @@ impl Seen {
     }
 
     fn parse(text: &str) -> Self {
-        match text.split_once(' ') {
+        match text.trim_end().split_once(' ') {
             Some((by, source)) => {
                 Seen::Answer { by: by.parse().expect("address"), source: source.parse().expect("address") }
             }
@@ -286,13 +303,14 @@ impl Seen {
     }
 }
 
-fn ask(protocol: u8, to: SocketAddr, patience: Duration) -> Seen {
+/// Sends one packet, or opens one connection, from the caller's namespace.
+pub fn ask(protocol: u8, to: SocketAddr, patience: Duration) -> Seen {
     let answer = || -> std::io::Result<String> {
         let mut text = String::new();
         if protocol == 6 {
-            let mut stream = TcpStream::connect_timeout(&to, patience)?;
+            let stream = TcpStream::connect_timeout(&to, patience)?;
             stream.set_read_timeout(Some(PATIENCE))?;
-            stream.read_to_string(&mut text)?;
+            BufReader::new(stream).read_line(&mut text)?;
         } else {
             let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
             socket.set_read_timeout(Some(patience))?;
@@ -356,7 +374,7 @@ fn is_possible(trace: &Trace) -> bool {
 
 fn play(mode: Mode, bridge_netfilter: bool) {
     let mut ring = Ring::new(bridge_netfilter);
-    let mut proxy = Proxy::start(&ring.node, mode, node());
+    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]));
     let mut wrong = Vec::new();
     let mut sent = 0;
     let one_file = std::env::var("FAIRLEAD_CASE").ok();

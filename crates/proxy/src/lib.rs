@@ -6,6 +6,7 @@
 pub mod dataplane;
 mod error;
 pub mod explain;
+mod guard;
 mod leftovers;
 mod mode;
 mod node;

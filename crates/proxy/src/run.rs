@@ -20,12 +20,17 @@ use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// Between two repairs of what somebody else changes.
+const REPAIR_PAUSE: Duration = Duration::from_secs(1);
+/// So many changed frontends are a large commit.
+const LARGE: usize = 64;
 
 /// What a node's proxy needs.
 pub struct Config {
@@ -63,6 +68,8 @@ pub struct Status {
     pub ejected: BTreeSet<Target>,
     /// Why endpoints that do not answer go unnoticed; `None` if they do not.
     pub watch_error: Option<String>,
+    /// How often somebody else's change of the proxy's own table was made undone.
+    pub repairs: u64,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -237,10 +244,21 @@ impl<D: Dataplane> Loop<D> {
         let mut changes_open = true;
         let mut node_open = true;
         let mut judged = false;
+        let mut guard = self.guard();
+        let mut repaired: Option<Instant> = None;
         loop {
             let work = attempt == Attempt::Whole || !self.pending.is_empty() || judged;
             if work && retry_at.is_none() && self.read_table().is_synced() {
-                match self.commit(attempt).await {
+                // A large commit is cheaper if the kernel tells nobody of it.
+                let is_large = attempt == Attempt::Whole || self.pending.len() > LARGE;
+                if is_large {
+                    listen(&mut guard, false);
+                }
+                let committed = self.commit(attempt).await;
+                if is_large {
+                    listen(&mut guard, true);
+                }
+                match committed {
                     Ok(Watched::Known) => {
                         attempt = Attempt::Together;
                         judged = false;
@@ -274,6 +292,25 @@ impl<D: Dataplane> Loop<D> {
                     }
                 }
                 () = verdicts_change(&mut self.watcher) => judged = true,
+                edit = guard::edit(&mut guard) => match edit {
+                    Ok(edit) => {
+                        let table = guard.as_ref().map(Guard::table).unwrap_or_default();
+                        tracing::warn!("proxy: {} changed table {table}, which is the proxy's own; it is made right", edit.by);
+                        if let Some(kernel) = self.kernel.as_mut().filter(|_| edit.rules) {
+                            kernel.dataplane.distrust();
+                        }
+                        self.status.send_modify(|status| status.repairs += 1);
+                        attempt = Attempt::Whole;
+                        // Who insists must not keep both busy.
+                        let again = repaired.filter(|last| last.elapsed() < REPAIR_PAUSE);
+                        retry_at = again.map(|last| last + REPAIR_PAUSE).or(retry_at);
+                        repaired = Some(retry_at.unwrap_or_else(Instant::now));
+                    }
+                    Err(error) => {
+                        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+                        guard = None;
+                    }
+                },
                 received = self.feed.changes.recv(), if changes_open => match received {
                     Ok(changes) => self.notice(&changes),
                     Err(broadcast::error::RecvError::Lagged(_)) => attempt = Attempt::Whole,
@@ -290,6 +327,14 @@ impl<D: Dataplane> Loop<D> {
             let pending = self.pending.len();
             self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
         }
+    }
+
+    /// Somebody who notices when others change our table. Without it Services work all the same.
+    fn guard(&self) -> Option<Guard> {
+        let table = self.kernel.as_ref()?.dataplane.own_table()?;
+        let namespace = self.config.namespace.as_ref().map(|namespace| namespace.as_fd());
+        let guard = Guard::open(namespace, table);
+        guard.inspect_err(|error| tracing::warn!("proxy: {error}; changes of its table by others go unnoticed")).ok()
     }
 
     fn notice(&mut self, changes: &Changes) {
@@ -431,6 +476,15 @@ enum Watched {
 }
 
 /// Returns when other endpoints are out than before.
+fn listen(guard: &mut Option<Guard>, listens: bool) {
+    if let Some(held) = guard
+        && let Err(error) = held.listen(listens)
+    {
+        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+        *guard = None;
+    }
+}
+
 async fn verdicts_change(watcher: &mut Option<Watcher>) {
     if let Some(watcher) = watcher
         && watcher.verdicts.changed().await.is_ok()

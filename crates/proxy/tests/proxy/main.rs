@@ -5,6 +5,7 @@ mod cases;
 mod differences;
 mod ejection;
 mod explain;
+mod guard;
 mod history;
 mod kill;
 mod live;

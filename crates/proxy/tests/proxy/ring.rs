@@ -81,8 +81,14 @@ impl Proxy {
         self.runtime.block_on(async {
             let done = status.wait_for(|status| status.commits > commits && status.pending == 0);
             let done = tokio::time::timeout(Duration::from_secs(20), done).await.map(|done| done.is_ok());
-            assert_eq!(done, Ok(true), "no commit");
+            assert_eq!(done, Ok(true), "no commit: {:?}", status.borrow().error);
         });
+    }
+
+    /// Whether the status becomes like this in time.
+    pub fn wait_for(&mut self, patience: Duration, is_so: impl FnMut(&Status) -> bool) -> bool {
+        let status = &mut self.status;
+        self.runtime.block_on(async { tokio::time::timeout(patience, status.wait_for(is_so)).await.is_ok() })
     }
 
     /// Makes the cluster this.

@@ -1,6 +1,6 @@
 //! The loop that keeps the kernel true to the table.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,10 +16,12 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
@@ -60,6 +62,8 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// The slice versions that the kernel follows; the same `Arc` as long as they do not change.
+    pub applied: Arc<AppliedSlices>,
     /// How often an endpoint left the pick because it did not answer.
     pub ejections: u64,
     /// First packets that were sent to another endpoint, or will be when the client repeats them.
@@ -68,6 +72,8 @@ pub struct Status {
     pub ejected: BTreeSet<Target>,
     /// Why endpoints that do not answer go unnoticed; `None` if they do not.
     pub watch_error: Option<String>,
+    /// Services that ask for what the mode cannot do, and what that is.
+    pub unsupported: BTreeMap<FrontendId, String>,
     /// How often somebody else's change of the proxy's own table was made undone.
     pub repairs: u64,
 }
@@ -85,6 +91,54 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Resu
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
 /// Services go on answering. An error is returned only if the mode cannot start at all.
 pub async fn run(
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<(), Error> {
+    let localhost = localhost(&config, &feed, &token)?;
+    let result = run_mode(config, feed, status, token).await;
+    if let Some(task) = localhost {
+        // It ends with the token; without the mode it is of no use.
+        task.abort();
+        drop(task.await);
+    }
+    result
+}
+
+/// Relays for node ports on 127.0.0.1 and ::1 beside another mode, if they are asked for: the userspace mode as it is
+/// without privileges, over the same table.
+fn localhost(
+    config: &Config,
+    feed: &Feed,
+    token: &CancellationToken,
+) -> Result<Option<tokio::task::JoinHandle<Result<(), Error>>>, Error> {
+    if config.mode == Mode::Userspace || !config.node.borrow().relay_localhost {
+        return Ok(None);
+    }
+    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind());
+    let config = Config {
+        mode: Mode::Userspace,
+        node: config.node.clone(),
+        namespace: None,
+        watching: Watching { ejection: false, ..Watching::default() },
+    };
+    let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
+    let dataplane = Userspace::<Socket, Sockets>::new(None, relays);
+    let status = Arc::new(watch::channel(Status::default()).0);
+    let kernel = Kernel { dataplane, conntrack: None, clear: None };
+    Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
+}
+
+fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
+    Ok(match namespace {
+        Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+        None => Place::Here,
+    })
+}
+
+async fn run_mode(
     config: Config,
     feed: Feed,
     status: watch::Sender<Status>,
@@ -123,11 +177,15 @@ pub async fn run(
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
-                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
-                None => Place::Here,
-            };
-            let relays = Sockets::new(place, Handle::current());
+            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let (witness, watcher) = eyes::relayed::start(
+                &config.watching,
+                place.clone(),
+                feed.table.clone(),
+                status.clone(),
+                token.clone(),
+            );
+            let relays = Sockets::new(place, Handle::current(), witness);
             let clear: Option<Clear> = if nft.is_some() {
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
@@ -138,7 +196,7 @@ pub async fn run(
                 None
             };
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
     }
 }
@@ -154,7 +212,10 @@ fn watcher(
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let wanted = config.watching.ejection || config.watching.retry;
     if !wanted || !config.mode.is_watched() {
-        eyes::remove(&mut Socket::open(namespace)?)?;
+        // Who may not touch rules has none to take away.
+        if let Some(mut nft) = userspace::open(namespace)? {
+            eyes::remove(&mut nft)?;
+        }
         return Ok(None);
     }
     match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
@@ -191,6 +252,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    applied: Applied,
+    end: End,
 }
 
 /// How the next commit is made.
@@ -215,6 +278,8 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            applied: Applied::default(),
+            end: End::default(),
         }
     }
 
@@ -225,6 +290,7 @@ impl<D: Dataplane> Loop<D> {
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
         let result = self.follow(&token).await;
+        self.end.finish().await;
         if let Some(watcher) = self.watcher.take() {
             // It ends with the token; without the loop it has nobody to talk to.
             watcher.task.abort();
@@ -238,6 +304,8 @@ impl<D: Dataplane> Loop<D> {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
+        let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        self.end = End::new(namespace, self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -324,8 +392,11 @@ impl<D: Dataplane> Loop<D> {
             while let Ok(changes) = self.feed.changes.try_recv() {
                 self.notice(&changes);
             }
-            let pending = self.pending.len();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+            let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
+            self.status.send_if_modified(|status| {
+                let before = std::mem::replace(&mut status.applied, applied.clone());
+                std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
+            });
         }
     }
 
@@ -339,6 +410,7 @@ impl<D: Dataplane> Loop<D> {
 
     fn notice(&mut self, changes: &Changes) {
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
+        self.applied.notice(changes);
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
@@ -377,6 +449,31 @@ impl<D: Dataplane> Loop<D> {
         self.committed.iter().filter(|(_, frontend)| is_hit(frontend)).map(|(id, _)| *id).collect()
     }
 
+    /// Says once of each Service what of it the mode cannot do.
+    fn tell_unsupported(&self, changes: &[Change<D::Entries>]) {
+        let mut told = self.status.borrow().unsupported.clone();
+        for change in changes {
+            let what = change.after.as_ref().and_then(D::unsupported);
+            let Some(what) = what else {
+                told.remove(&change.id);
+                continue;
+            };
+            let name = self.read_table().frontend(change.id).map(|frontend| frontend.name.to_string());
+            let what = format!("{}: {what}", name.unwrap_or_default());
+            if told.get(&change.id) != Some(&what) {
+                tracing::warn!("proxy: {what}");
+                told.insert(change.id, what);
+            }
+        }
+        self.status.send_if_modified(|status| {
+            let differs = status.unsupported != told;
+            if differs {
+                status.unsupported = told;
+            }
+            differs
+        });
+    }
+
     async fn commit(&mut self, attempt: Attempt) -> Result<Watched, Error> {
         let (node, frozen) = self.view();
         D::check(&node)?;
@@ -387,8 +484,10 @@ impl<D: Dataplane> Loop<D> {
         } else {
             self.pending.iter().copied().chain(self.judged(&node)).collect()
         };
+        let slices;
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
+            slices = whole.then(|| table.terminating_slices());
             ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
@@ -419,6 +518,7 @@ impl<D: Dataplane> Loop<D> {
                 (before, after)
             })
             .collect();
+        self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let mut kernel = self.kernel.take().expect("a commit gives it back");
@@ -443,6 +543,7 @@ impl<D: Dataplane> Loop<D> {
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
+            self.end.notice(self.committed.get(&id), after.as_ref(), &node);
             match after {
                 Some(after) => drop(self.committed.insert(id, after)),
                 None => drop(self.committed.remove(&id)),
@@ -450,12 +551,16 @@ impl<D: Dataplane> Loop<D> {
         }
         let ejected = node.ejected.clone();
         self.node = Some(node);
-        let pending = self.pending.len();
+        if let Some(slices) = slices {
+            self.applied.restart(slices);
+        }
+        let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
             status.commits += 1;
             status.pending = pending;
+            status.applied = applied;
             status.error = None;
         });
         Ok(match watched {

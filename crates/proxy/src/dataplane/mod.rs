@@ -62,6 +62,11 @@ pub trait Dataplane: Send + 'static {
         endpoints
     }
 
+    /// What of the Service this mode cannot do.
+    fn unsupported(_entries: &Self::Entries) -> Option<&'static str> {
+        None
+    }
+
     /// The nftables table that nobody else is to change.
     fn own_table(&self) -> Option<OwnTable> {
         None

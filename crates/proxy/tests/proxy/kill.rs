@@ -43,13 +43,12 @@ fn objects(dice: &mut Dice) -> Objects {
 }
 
 fn spawn(mode: Mode, namespace: &str, seed: u64) -> Child {
-    let child = Command::new(std::env::current_exe().expect("this test"))
+    Command::new(std::env::current_exe().expect("this test"))
         .args(["--exact", "kill::changes_until_it_is_killed", "--nocapture"])
         .env(CHILD, format!("{mode} {seed} {namespace}"))
         .stdout(Stdio::piped())
         .spawn()
-        .expect("spawn");
-    child
+        .expect("spawn")
 }
 
 /// Only as a child does this test do anything: it commits one change after another and never ends.

@@ -126,6 +126,10 @@ impl<N: Nft, R: Relays> Userspace<N, R> {
     }
 
     fn claims_of(&self, id: FrontendId, entries: &Entries) -> Vec<(Slot, Claim)> {
+        // Claims are about the kernel's elements.
+        if self.kernel.is_none() {
+            return Vec::new();
+        }
         let members = entries.members.iter().map(|slot| (slot.clone(), Claim::Member));
         let protocol = entries.name.protocol;
         let captured = self
@@ -188,8 +192,10 @@ impl<N: Nft + 'static, R: Relays> Userspace<N, R> {
         let mut wanted = BTreeMap::new();
         for change in changes {
             let Some(after) = &change.after else { continue };
-            wanted.extend(self.keys(change.id, after).into_values().map(|key| (key, after)));
-            if !self.pickers.contains_key(&change.id) {
+            let keys = self.keys(change.id, after);
+            let is_relayed = !keys.is_empty();
+            wanted.extend(keys.into_values().map(|key| (key, after)));
+            if is_relayed && !self.pickers.contains_key(&change.id) {
                 doors.pickers.insert(change.id, Arc::new(Picker::new(after.targets.clone())));
             }
         }
@@ -240,6 +246,10 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         }
     }
 
+    fn unsupported(entries: &Entries) -> Option<&'static str> {
+        entries.unsupported
+    }
+
     fn own_table(&self) -> Option<OwnTable> {
         let port = self.kernel.as_ref()?.port()?;
         Some(OwnTable { family: FAMILY, name: TABLE, port })
@@ -266,11 +276,6 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         let fits = layout.is_none() || layout == self.layout;
         if whole && fits {
             self.held = self.elements()?;
-        }
-        for entries in changes.iter().filter(|change| change.before.is_none()).flat_map(|change| &change.after) {
-            if let Some(unsupported) = entries.unsupported {
-                tracing::warn!("proxy: {}: {unsupported}", entries.name);
-            }
         }
         let doors = self.doors(whole, changes)?;
 

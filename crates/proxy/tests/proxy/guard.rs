@@ -33,7 +33,7 @@ fn is_repaired(mode: Mode, edits: &[&str]) {
     let drift = |proxy: &Proxy| {
         let frontends: Vec<_> = proxy.table.read().expect("table").frontends().cloned().collect();
         let file = std::fs::File::open(&node.path).expect("namespace");
-        proxy::explain::drift(mode, &frontends, &objects(5).node, Some(file.as_fd())).expect("compared")
+        proxy::explain::drift(mode, &frontends, &objects(5).node, Some(file.as_fd()), None).expect("compared")
     };
     let rules = || node.command("nft", "list ruleset inet");
     let right = rules();

@@ -146,7 +146,7 @@ fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
         let proxy = Proxy::start(&namespace, mode, &wanted);
         let frontends: Vec<_> = proxy.table.read().expect("table").frontends().cloned().collect();
         let file = std::fs::File::open(&namespace).expect("namespace");
-        let drift = proxy::explain::drift(mode, &frontends, &wanted.node, Some(file.as_fd())).expect("compared");
+        let drift = proxy::explain::drift(mode, &frontends, &wanted.node, Some(file.as_fd()), None).expect("compared");
         assert!(drift.is_empty(), "kill {kill} after {micros} µs: {drift:#?}");
         let probe = frontends.iter().find(|frontend| &*frontend.name.service == "probe").expect("there");
         let answers = linux::netns::Netns::open(pod.as_ref()).expect("namespace");

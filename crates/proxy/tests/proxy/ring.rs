@@ -41,7 +41,7 @@ impl Proxy {
     /// In the namespace at this path, over what an earlier run left there, for a cluster that has these objects.
     pub fn start(namespace: &str, mode: Mode, objects: &Objects) -> Self {
         let namespace: OwnedFd = std::fs::File::open(namespace).expect("namespace").into();
-        let mut table = ServiceTable::with_seed(proxy::found(mode, Some(namespace.as_fd())).expect("read"));
+        let mut table = ServiceTable::with_seed(proxy::found(mode, Some(namespace.as_fd()), None).expect("read"));
         objects.apply(&mut table);
         let table = Arc::new(RwLock::new(table));
         let (changes, receiver) = broadcast::channel(256);
@@ -51,7 +51,7 @@ impl Proxy {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
         let watching = proxy::Watching::default();
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), watching };
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks: None, watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         let mut proxy = Proxy { table, status, changes, node, token, runtime, task };

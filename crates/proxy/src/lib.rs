@@ -8,6 +8,7 @@ pub mod dataplane;
 mod end;
 mod error;
 pub mod explain;
+mod guard;
 mod leftovers;
 mod mode;
 mod node;

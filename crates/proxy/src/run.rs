@@ -1,6 +1,6 @@
 //! The loop that keeps the kernel true to the table.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -26,12 +26,17 @@ use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
 use crate::end::End;
+use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// Between two repairs of what somebody else changes.
+const REPAIR_PAUSE: Duration = Duration::from_secs(1);
+/// So many changed frontends are a large commit.
+const LARGE: usize = 64;
 
 /// What a node's proxy needs.
 pub struct Config {
@@ -73,6 +78,10 @@ pub struct Status {
     pub ejected: BTreeSet<Target>,
     /// Why endpoints that do not answer go unnoticed; `None` if they do not.
     pub watch_error: Option<String>,
+    /// Services that ask for what the mode cannot do, and what that is.
+    pub unsupported: BTreeMap<FrontendId, String>,
+    /// How often somebody else's change of the proxy's own table was made undone.
+    pub repairs: u64,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -326,10 +335,21 @@ impl<D: Dataplane> Loop<D> {
         let mut changes_open = true;
         let mut node_open = true;
         let mut judged = false;
+        let mut guard = self.guard();
+        let mut repaired: Option<Instant> = None;
         loop {
             let work = attempt == Attempt::Whole || !self.pending.is_empty() || judged;
             if work && retry_at.is_none() && self.read_table().is_synced() {
-                match self.commit(attempt).await {
+                // A large commit is cheaper if the kernel tells nobody of it.
+                let is_large = attempt == Attempt::Whole || self.pending.len() > LARGE;
+                if is_large {
+                    listen(&mut guard, false);
+                }
+                let committed = self.commit(attempt).await;
+                if is_large {
+                    listen(&mut guard, true);
+                }
+                match committed {
                     Ok(Watched::Known) => {
                         attempt = Attempt::Together;
                         judged = false;
@@ -363,6 +383,25 @@ impl<D: Dataplane> Loop<D> {
                     }
                 }
                 () = verdicts_change(&mut self.watcher) => judged = true,
+                edit = guard::edit(&mut guard) => match edit {
+                    Ok(edit) => {
+                        let table = guard.as_ref().map(Guard::table).unwrap_or_default();
+                        tracing::warn!("proxy: {} changed table {table}, which is the proxy's own; it is made right", edit.by);
+                        if let Some(kernel) = self.kernel.as_mut().filter(|_| edit.rules) {
+                            kernel.dataplane.distrust();
+                        }
+                        self.status.send_modify(|status| status.repairs += 1);
+                        attempt = Attempt::Whole;
+                        // Who insists must not keep both busy.
+                        let again = repaired.filter(|last| last.elapsed() < REPAIR_PAUSE);
+                        retry_at = again.map(|last| last + REPAIR_PAUSE).or(retry_at);
+                        repaired = Some(retry_at.unwrap_or_else(Instant::now));
+                    }
+                    Err(error) => {
+                        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+                        guard = None;
+                    }
+                },
                 received = self.feed.changes.recv(), if changes_open => match received {
                     Ok(changes) => self.notice(&changes),
                     Err(broadcast::error::RecvError::Lagged(_)) => attempt = Attempt::Whole,
@@ -385,6 +424,14 @@ impl<D: Dataplane> Loop<D> {
                 std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
             });
         }
+    }
+
+    /// Somebody who notices when others change our table. Without it Services work all the same.
+    fn guard(&self) -> Option<Guard> {
+        let table = self.kernel.as_ref()?.dataplane.own_table()?;
+        let namespace = self.config.namespace.as_ref().map(|namespace| namespace.as_fd());
+        let guard = Guard::open(namespace, table);
+        guard.inspect_err(|error| tracing::warn!("proxy: {error}; changes of its table by others go unnoticed")).ok()
     }
 
     fn notice(&mut self, changes: &Changes) {
@@ -426,6 +473,31 @@ impl<D: Dataplane> Loop<D> {
             frontend.endpoints.iter().any(|endpoint| changed.contains(&(endpoint.address, protocol)))
         };
         self.committed.iter().filter(|(_, frontend)| is_hit(frontend)).map(|(id, _)| *id).collect()
+    }
+
+    /// Says once of each Service what of it the mode cannot do.
+    fn tell_unsupported(&self, changes: &[Change<D::Entries>]) {
+        let mut told = self.status.borrow().unsupported.clone();
+        for change in changes {
+            let what = change.after.as_ref().and_then(D::unsupported);
+            let Some(what) = what else {
+                told.remove(&change.id);
+                continue;
+            };
+            let name = self.read_table().frontend(change.id).map(|frontend| frontend.name.to_string());
+            let what = format!("{}: {what}", name.unwrap_or_default());
+            if told.get(&change.id) != Some(&what) {
+                tracing::warn!("proxy: {what}");
+                told.insert(change.id, what);
+            }
+        }
+        self.status.send_if_modified(|status| {
+            let differs = status.unsupported != told;
+            if differs {
+                status.unsupported = told;
+            }
+            differs
+        });
     }
 
     async fn commit(&mut self, attempt: Attempt) -> Result<Watched, Error> {
@@ -472,6 +544,7 @@ impl<D: Dataplane> Loop<D> {
                 (before, after)
             })
             .collect();
+        self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let mut kernel = self.kernel.take().expect("a commit gives it back");
@@ -554,6 +627,15 @@ enum Watched {
 }
 
 /// Returns when other endpoints are out than before.
+fn listen(guard: &mut Option<Guard>, listens: bool) {
+    if let Some(held) = guard
+        && let Err(error) = held.listen(listens)
+    {
+        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+        *guard = None;
+    }
+}
+
 async fn verdicts_change(watcher: &mut Option<Watcher>) {
     if let Some(watcher) = watcher
         && watcher.verdicts.changed().await.is_ok()

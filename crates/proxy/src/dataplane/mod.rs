@@ -27,6 +27,15 @@ pub struct Change<E> {
     pub after: Option<E>,
 }
 
+/// A table that belongs to the proxy alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnTable {
+    pub family: linux::nft::Family,
+    pub name: &'static str,
+    /// The netlink port of the socket that may change it.
+    pub port: u32,
+}
+
 /// A way to make the kernel send a Service's packets to its endpoints.
 pub trait Dataplane: Send + 'static {
     /// What is there without any Service.
@@ -61,4 +70,17 @@ pub trait Dataplane: Send + 'static {
     fn answerers(&self, endpoints: Answerers) -> Answerers {
         endpoints
     }
+
+    /// What of the Service this mode cannot do.
+    fn unsupported(_entries: &Self::Entries) -> Option<&'static str> {
+        None
+    }
+
+    /// The nftables table that nobody else is to change.
+    fn own_table(&self) -> Option<OwnTable> {
+        None
+    }
+
+    /// Somebody has changed more of it than elements: the next whole plan writes all of it anew.
+    fn distrust(&mut self) {}
 }

@@ -285,7 +285,7 @@ impl Task {
         self.accuse(tcp(look.silent), Evidence::Unanswered);
         self.judge_queues(&look.stuck);
         let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
-            (true, ..) => Some(NEXT_LOOK),
+            (true, ..) | (_, true, true) => Some(NEXT_LOOK),
             (false, true, _) => Some(IDLE_LOOK),
             // Nothing tells when a queue moves.
             (false, false, true) => Some(QUEUE_LOOK),

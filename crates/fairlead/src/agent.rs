@@ -1,7 +1,7 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
 use crate::join;
-use crate::{cli, local, serve, server};
+use crate::{cli, explain, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -64,7 +64,7 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables or iptables.
+    /// How Services reach the kernel: nftables, iptables or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
     /// How pods of other nodes are reached.
@@ -631,6 +631,27 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(proxy::dump(state.mode, &table, &view))
+        }
+        (&Method::POST, "/explain") => {
+            let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
+            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
+            let pending = state.proxy.borrow().pending;
+            let report = tokio::task::spawn_blocking(move || {
+                let (mut report, frontends) = {
+                    let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let frontends: Vec<_> = table.frontends().cloned().collect();
+                    (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
+                };
+                // The kernel is asked without holding up those who follow the table.
+                let mut drift = proxy::explain::drift(mode, &frontends, &view, None)?;
+                if pending > 0 {
+                    drift.push(format!("{pending} changed ports of Services are being committed"));
+                }
+                report.drift = Some(drift);
+                anyhow::Ok(report)
+            })
+            .await??;
+            Ok(serde_json::to_string(&report)?)
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;

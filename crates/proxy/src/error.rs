@@ -2,9 +2,9 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables or iptables")]
+    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables or userspace")]
     LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables or iptables")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables or userspace")]
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
@@ -26,6 +26,10 @@ pub enum Error {
     Sockets(#[from] linux::sock_diag::Error),
     #[error("cannot list processes: {0}; is /proc mounted?")]
     Processes(std::io::Error),
+    #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
+    Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("{service} has no address to ask about: {why}")]
+    NoAddress { service: String, why: &'static str },
     #[error(transparent)]
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

@@ -5,7 +5,7 @@
 
 pub mod dataplane;
 mod error;
-mod explain;
+pub mod explain;
 mod leftovers;
 mod mode;
 mod node;

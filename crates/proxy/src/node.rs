@@ -19,7 +19,7 @@ pub struct NodeView {
     pub pod_cidrs: Vec<IpNet>,
     /// Where cluster IPs are allocated: packets to one that nobody has are dropped before they loop.
     pub service_cidrs: Vec<IpNet>,
-    /// Masquerade everything that is sent to a Service.
+    /// Masquerade all that is sent to a cluster IP, pods' traffic too.
     pub masquerade_all: bool,
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,

@@ -8,16 +8,19 @@ use std::time::Duration;
 
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
+use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
+use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
-use crate::dataplane::{Change, Dataplane};
-use crate::stale::{self, Answerers};
+use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
+use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, leftovers};
 
@@ -68,7 +71,7 @@ pub type StatusHandle = watch::Receiver<Status>;
 pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
-        Mode::Iptables => Ok(Seed::default()),
+        Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
     }
 }
 
@@ -81,47 +84,54 @@ pub async fn run(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let conntrack = Box::new(conntrack::Socket::open(namespace())?);
+    let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
+        Ok(socket) => Some(Box::new(socket)),
+        // That mode does without, and says what it does not do then.
+        Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
+        Err(error) => return Err(error.into()),
+    };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
     let status = Arc::new(status);
-    let watcher = watcher(&config, &feed, &status, &token)?;
+    let watcher = eyes::start_if_wanted(&config, &feed, &status, &token)?;
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
-            let clear = Box::new(move || leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd())));
+            let mut others = Socket::open(namespace())?;
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut others)?;
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+            });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
             let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || leftovers::clear_nftables(&mut nft));
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut nft)?;
+                leftovers::clear_nftables(&mut nft)
+            });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
-    }
-}
-
-/// Starts the watch over endpoints that do not answer, where the mode's packets can be watched. Without it Services work
-/// all the same: what fails is said, and the proxy goes on.
-fn watcher(
-    config: &Config,
-    feed: &Feed,
-    status: &Arc<watch::Sender<Status>>,
-    token: &CancellationToken,
-) -> Result<Option<Watcher>, Error> {
-    let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let wanted = config.watching.ejection || config.watching.retry;
-    if !wanted || !config.mode.is_watched() {
-        eyes::remove(&mut Socket::open(namespace)?)?;
-        return Ok(None);
-    }
-    match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
-        Ok(watcher) => Ok(Some(watcher)),
-        Err(error) => {
-            tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");
-            status.send_modify(|status| status.watch_error = Some(error.to_string()));
-            Ok(None)
+        Mode::Userspace => {
+            let nft = userspace::open(namespace())?;
+            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
+                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+                None => Place::Here,
+            };
+            let relays = Sockets::new(place, Handle::current());
+            let clear: Option<Clear> = if nft.is_some() {
+                let mut others = Socket::open(namespace())?;
+                Some(Box::new(move || {
+                    leftovers::clear_nftables(&mut others)?;
+                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                }))
+            } else {
+                None
+            };
+            let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
+            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
     }
 }
@@ -129,7 +139,8 @@ fn watcher(
 /// Everything that talks to the kernel; it moves to a thread of its own for each commit.
 struct Kernel<D> {
     dataplane: D,
-    conntrack: Box<dyn Conntrack>,
+    /// `None` where no rule of ours makes flows.
+    conntrack: Option<Box<dyn Conntrack>>,
     /// Removes what other modes left, once this one's first plan is in place: so that there is always one, and translated
     /// connections live on.
     clear: Option<Clear>,
@@ -343,10 +354,15 @@ impl<D: Dataplane> Loop<D> {
         let apart = attempt == Attempt::Apart;
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
-            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
+            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
             // What Services need comes first, and does not wait for this.
             let watch = |table: &mut WatchTable<Socket>| table.commit(whole, &alternatives, &frozen);
             let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
+            if whole {
+                // A whole plan takes twice the memory of what is kept of it, and comes once.
+                drop((changes, alternatives));
+                linux::memory::trim();
+            }
             (kernel, table, result, watched)
         })
         .await
@@ -406,7 +422,7 @@ fn commit<D: Dataplane>(
     apart: bool,
     base: Option<&D::Base>,
     changes: &[Change<D::Entries>],
-    answerers: &Answerers,
+    answerers: Answerers,
 ) -> Result<(), Error> {
     let dataplane = &mut kernel.dataplane;
     if whole {
@@ -424,7 +440,10 @@ fn commit<D: Dataplane>(
         kernel.clear = None;
     }
     // Only now: before, the old rules would have made the same flows again.
-    let deleted = stale::sweep(&mut *kernel.conntrack, answerers)?;
+    let deleted = match &mut kernel.conntrack {
+        Some(conntrack) => stale::sweep(&mut **conntrack, &kernel.dataplane.answerers(answerers))?,
+        None => 0,
+    };
     if deleted > 0 {
         tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
     }

@@ -15,25 +15,17 @@ pub(crate) struct Scopes<'a> {
 }
 
 pub(crate) fn scopes<'a>(frontend: &'a Frontend, node: &NodeView, v6: bool) -> Scopes<'a> {
-    let categories = categorize_endpoints(frontend, &node.place);
-    let of_family = |endpoint: &&Endpoint| endpoint.address.is_ipv6() == v6;
+    let categories = categorize_endpoints(frontend, &node.place, v6);
     let mut out = Vec::new();
-    let mut choose = |endpoints: Vec<&'a Endpoint>| {
-        let all: Vec<&Endpoint> = endpoints.into_iter().filter(of_family).collect();
+    let mut choose = |all: Vec<&'a Endpoint>| {
         let (kept, ejected) = eject(all, frontend.name.protocol, node);
         out.extend(ejected);
         kept
     };
-    let usable = |endpoint: &Endpoint| endpoint.ready || (endpoint.serving && endpoint.terminating);
     let (cluster, local) = (choose(categories.cluster), choose(categories.local));
     out.sort_by_key(|endpoint| endpoint.address);
     out.dedup_by_key(|endpoint| endpoint.address);
-    Scopes {
-        cluster,
-        local,
-        out,
-        any: frontend.endpoints.iter().any(|endpoint| of_family(&&**endpoint) && usable(endpoint)),
-    }
+    Scopes { cluster, local, out, any: categories.any }
 }
 
 /// Splits a scope into those that stay and those that are out. Never more than half are out, so that wrong evidence, or one

@@ -3,9 +3,14 @@
 //! docs/testing.md describes the scripts in `tests/cases`. Each test has a cluster of its own.
 
 mod cluster;
+mod daemon;
 mod death;
 mod play;
+mod registry;
 mod script;
+mod standalone;
+mod uplink;
+mod variants;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

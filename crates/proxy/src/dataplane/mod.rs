@@ -1,7 +1,9 @@
 //! What a proxy mode provides. A new one is a folder here and an arm in `run`; the case files, the packet tracer and the
 //! namespace tests then run for it too.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
+use std::net::SocketAddr;
 
 use services::{Frontend, FrontendId, Seed};
 
@@ -9,6 +11,10 @@ use crate::{Error, NodeView};
 
 pub mod iptables;
 pub mod nftables;
+pub mod userspace;
+
+/// For each address that clients use: who may answer.
+pub type Answerers = HashMap<SocketAddr, HashSet<SocketAddr>>;
 
 /// The entries of one frontend before and after.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,4 +47,9 @@ pub trait Dataplane: Send + 'static {
 
     /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
     fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+
+    /// Who answers UDP flows, as the kernel sees it, given the endpoints that may: others' flows are forgotten.
+    fn answerers(&self, endpoints: Answerers) -> Answerers {
+        endpoints
+    }
 }

@@ -1,5 +1,6 @@
 //! The loop itself, with real packets: objects change while clients talk.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub struct Running {
 }
 
 impl Running {
-    fn start(world: &World, mode: Mode) -> Self {
+    pub fn start(world: &World, mode: Mode) -> Self {
         Self::start_in(&world.node, mode, proxy::Watching::default())
     }
 
@@ -134,14 +135,22 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let has_table = || world.node.command("nft", "list tables").lines().any(|line| line == "table inet fairlead");
+    let tables = || world.node.command("nft", "list tables inet").lines().map(str::to_owned).collect::<BTreeSet<_>>();
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
-    for _ in 0..2 {
-        for (mode, table, chains) in [(Mode::Iptables, false, true), (Mode::Nftables, true, false)] {
-            let mut running = Running::start(&world, mode);
-            fill(&mut running);
-            running.stop();
-            assert_eq!((has_table(), has_chains()), (table, chains), "{mode}");
-        }
+    let of = |mode| match mode {
+        Mode::Nftables => vec!["table inet fairlead", "table inet fairlead-watch"],
+        Mode::Userspace => vec!["table inet fairlead-userspace"],
+        Mode::Iptables => vec!["table inet fairlead-watch"],
+    };
+    let modes = [Mode::Iptables, Mode::Nftables, Mode::Userspace];
+    for mode in modes.into_iter().chain(modes.into_iter().rev()) {
+        let mut running = Running::start(&world, mode);
+        fill(&mut running);
+        running.stop();
+        assert_eq!(
+            (tables(), has_chains()),
+            (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables),
+            "{mode}"
+        );
     }
 }

@@ -1,8 +1,14 @@
 //! The data paths, with virtual packets (cases) and real ones (namespaces; these need root).
 
+mod case;
 mod cases;
+mod differences;
 mod ejection;
+mod explain;
 mod history;
 mod live;
+mod modes;
 mod net;
 mod objects;
+mod rows;
+mod userspace;

@@ -19,7 +19,7 @@ mod table;
 mod task;
 
 pub use evidence::{Evidence, Target};
-pub(crate) use table::{Alternatives, WatchTable, remove};
+pub(crate) use table::{Alternatives, WatchTable, connections, remove};
 pub(crate) use task::Watcher;
 use task::start;
 
@@ -40,6 +40,8 @@ pub struct Watching {
     pub ejection: bool,
     /// A first packet that nobody answers, or that is refused, is sent to another endpoint when the client repeats it.
     pub retry: bool,
+    /// Connections are counted, for whoever asks ([`crate::traffic`]).
+    pub traffic: bool,
     /// Nodes that have stopped sending their heartbeat: whatever is on them is out.
     pub lost_nodes: Option<watch::Receiver<BTreeSet<Arc<str>>>>,
     /// Called when an endpoint leaves the pick and when it is back for good. It must not block.
@@ -48,7 +50,7 @@ pub struct Watching {
 
 impl Default for Watching {
     fn default() -> Self {
-        Watching { ejection: true, retry: true, lost_nodes: None, notices: None }
+        Watching { ejection: true, retry: true, traffic: true, lost_nodes: None, notices: None }
     }
 }
 
@@ -71,7 +73,7 @@ pub(crate) fn start_if_wanted(
     token: &CancellationToken,
 ) -> Result<Option<Watcher>, Error> {
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let wanted = config.watching.ejection || config.watching.retry;
+    let wanted = config.watching.ejection || config.watching.retry || config.watching.traffic;
     if !wanted || !config.mode.is_watched() {
         return match leftovers::clear_watch(namespace) {
             // A proxy without rights has left nothing.

@@ -64,7 +64,7 @@ pub(crate) fn start(
     token: CancellationToken,
 ) -> Result<Watcher, Error> {
     let watching = &config.watching;
-    let table = WatchTable::new(Socket::open(namespace)?, watching.retry);
+    let table = WatchTable::new(Socket::open(namespace)?, watching.retry, watching.traffic);
     let path = match namespace {
         Some(namespace) => PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
         None => PathBuf::from("/proc/thread-self/ns/net"),

@@ -7,6 +7,7 @@ use linux::nft::Socket;
 
 use crate::Error;
 use crate::dataplane::{iptables, nftables, userspace};
+use crate::watch;
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
 pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -33,6 +34,14 @@ pub(crate) fn clear_userspace(nft: &mut Socket) -> Result<(), Error> {
 pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
     if nftables::remove(nft)? {
         tracing::info!("proxy: removed the table of the nftables mode");
+    }
+    Ok(())
+}
+
+/// Removes the table that watches for endpoints that do not answer.
+pub(crate) fn clear_watch(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if watch::remove(&mut Socket::open(namespace)?)? {
+        tracing::info!("proxy: removed the table of the watch over endpoints");
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ mod node;
 mod run;
 mod scope;
 mod stale;
+mod traffic;
 mod watch;
 
 pub use error::Error;
@@ -20,4 +21,5 @@ pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
 pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

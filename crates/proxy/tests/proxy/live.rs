@@ -1,5 +1,6 @@
 //! The loop itself, with real packets: objects change while clients talk.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -148,20 +149,12 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let tables = || {
-        world
-            .node
-            .command("nft", "list tables inet")
-            .lines()
-            .filter(|line| !line.contains("watch"))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
+    let tables = || world.node.command("nft", "list tables inet").lines().map(str::to_owned).collect::<BTreeSet<_>>();
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
     let of = |mode| match mode {
-        Mode::Nftables => vec!["table inet fairlead"],
+        Mode::Nftables => vec!["table inet fairlead", "table inet fairlead-watch"],
         Mode::Userspace => vec!["table inet fairlead-userspace"],
-        Mode::Iptables => vec![],
+        Mode::Iptables => vec!["table inet fairlead-watch"],
     };
     let modes = [Mode::Iptables, Mode::Nftables, Mode::Userspace];
     for mode in modes.into_iter().chain(modes.into_iter().rev()) {

@@ -1,7 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join;
-use crate::{cli, explain, local, serve, server};
+use crate::{barrier, cli, explain, join, local, serve, server, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -318,6 +317,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    let recorder = reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), recorder, token.clone()));
+    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();

@@ -4,6 +4,7 @@
 //! holds a pod.
 
 mod agent;
+mod barrier;
 mod cli;
 mod client;
 mod components;
@@ -23,6 +24,7 @@ mod server;
 mod signer;
 mod status;
 mod up;
+mod warnings;
 
 use clap::Parser;
 use std::process::ExitCode;

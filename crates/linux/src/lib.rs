@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod cgroup_v1v2;
+pub mod connections;
 pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
@@ -18,6 +19,7 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod process;
+pub mod provoke;
 pub mod sigpipe;
 pub mod sock_diag;
 pub mod splice;

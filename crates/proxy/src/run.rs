@@ -16,10 +16,12 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::end::End;
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, leftovers};
@@ -55,6 +57,8 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// The slice versions that the kernel follows; the same `Arc` as long as they do not change.
+    pub applied: Arc<AppliedSlices>,
     /// How often an endpoint left the pick because it did not answer.
     pub ejections: u64,
     /// First packets that were sent to another endpoint, or will be when the client repeats them.
@@ -212,6 +216,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    applied: Applied,
+    end: End,
 }
 
 /// How the next commit is made.
@@ -236,6 +242,8 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            applied: Applied::default(),
+            end: End::default(),
         }
     }
 
@@ -246,6 +254,7 @@ impl<D: Dataplane> Loop<D> {
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
         let result = self.follow(&token).await;
+        self.end.finish().await;
         if let Some(watcher) = self.watcher.take() {
             // It ends with the token; without the loop it has nobody to talk to.
             watcher.task.abort();
@@ -259,6 +268,8 @@ impl<D: Dataplane> Loop<D> {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
+        let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        self.end = End::new(namespace, self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -315,13 +326,17 @@ impl<D: Dataplane> Loop<D> {
             while let Ok(changes) = self.feed.changes.try_recv() {
                 self.notice(&changes);
             }
-            let pending = self.pending.len();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+            let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
+            self.status.send_if_modified(|status| {
+                let before = std::mem::replace(&mut status.applied, applied.clone());
+                std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
+            });
         }
     }
 
     fn notice(&mut self, changes: &Changes) {
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
+        self.applied.notice(changes);
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
@@ -370,8 +385,10 @@ impl<D: Dataplane> Loop<D> {
         } else {
             self.pending.iter().copied().chain(self.judged(&node)).collect()
         };
+        let slices;
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
+            slices = whole.then(|| table.terminating_slices());
             ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
@@ -426,6 +443,7 @@ impl<D: Dataplane> Loop<D> {
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
+            self.end.notice(self.committed.get(&id), after.as_ref(), &node);
             match after {
                 Some(after) => drop(self.committed.insert(id, after)),
                 None => drop(self.committed.remove(&id)),
@@ -433,12 +451,16 @@ impl<D: Dataplane> Loop<D> {
         }
         let ejected = node.ejected.clone();
         self.node = Some(node);
-        let pending = self.pending.len();
+        if let Some(slices) = slices {
+            self.applied.restart(slices);
+        }
+        let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
             status.commits += 1;
             status.pending = pending;
+            status.applied = applied;
             status.error = None;
         });
         Ok(match watched {

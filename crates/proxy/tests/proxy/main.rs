@@ -4,6 +4,7 @@ mod case;
 mod cases;
 mod differences;
 mod ejection;
+mod end;
 mod explain;
 mod history;
 mod live;

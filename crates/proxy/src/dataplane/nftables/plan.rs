@@ -92,6 +92,8 @@ impl<'a> Plan<'a> {
             external_policy,
             affinity: _,
             source_ranges,
+            // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
+            end_policy: _,
             health_check_node_port: _,
             endpoints: _,
         } = self.frontend;

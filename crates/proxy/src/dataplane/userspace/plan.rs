@@ -145,6 +145,8 @@ impl Plan<'_> {
             affinity,
             source_ranges,
             health_check_node_port: _,
+            // The relays are ours, and end with either side.
+            end_policy: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;

@@ -65,8 +65,9 @@ pub struct Service {
 pub struct Endpoint {
     pub address: SocketAddr,
     pub connections: u64,
+    /// Flows that the kernel still knows, those that ended a moment ago among them.
     pub open: u64,
-    /// From and to clients, over open connections; not told where the kernel does not count.
+    /// From and to clients, over these flows; not told where the kernel does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<(u64, u64)>,
     pub ejected: bool,
@@ -204,7 +205,7 @@ fn size(bytes: Option<u64>) -> String {
 }
 
 fn table(services: &[Service], with_endpoints: bool) -> String {
-    let mut rows = vec![["SERVICE", "PROTOCOL", "CONNECTIONS", "OPEN", "IN", "OUT", "ENDPOINTS"].map(str::to_owned)];
+    let mut rows = vec![["SERVICE", "PROTOCOL", "CONNECTIONS", "FLOWS", "IN", "OUT", "ENDPOINTS"].map(str::to_owned)];
     for service in services {
         let bytes: Option<Vec<(u64, u64)>> = {
             let counted: Vec<(u64, u64)> = service.endpoints.iter().filter_map(|endpoint| endpoint.bytes).collect();
@@ -274,13 +275,13 @@ mod tests {
         assert_eq!(
             table(&sum, true),
             "\
-SERVICE            PROTOCOL   CONNECTIONS   OPEN   IN        OUT       ENDPOINTS
-default/b          tcp        90            1      -         -         1
-  10.244.0.9:80               90            1      -         -
-default/web:http   tcp        12            3      1.0 KiB   3.0 MiB   2, 1 ejected
-  10.244.0.1:80               8             2      1.0 KiB   3.0 MiB   ejected
-  10.244.0.2:80               4             1      -         -
-default/a          tcp        0             0      -         -         0
+SERVICE            PROTOCOL   CONNECTIONS   FLOWS   IN        OUT       ENDPOINTS
+default/b          tcp        90            1       -         -         1
+  10.244.0.9:80               90            1       -         -
+default/web:http   tcp        12            3       1.0 KiB   3.0 MiB   2, 1 ejected
+  10.244.0.1:80               8             2       1.0 KiB   3.0 MiB   ejected
+  10.244.0.2:80               4             1       -         -
+default/a          tcp        0             0       -         -         0
 "
         );
         assert_eq!(table(&sum, false).lines().count(), 4);

@@ -8,9 +8,13 @@ use crate::nft::netlink::{Attributes, NLM_F_ACK, NLM_F_DUMP, Raw, Reply, Writer,
 const SUBSYSTEM: u16 = 1 << 8;
 const MSG_GET: u16 = SUBSYSTEM | 1;
 const MSG_DELETE: u16 = SUBSYSTEM | 2;
+const MSG_STATISTICS_CPU: u16 = SUBSYSTEM | 4;
+const MSG_STATISTICS: u16 = SUBSYSTEM | 5;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const STATUS: u16 = 3;
+const COUNTERS_ORIGINAL: u16 = 9;
+const COUNTERS_REPLY: u16 = 10;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 const STATUS_MASK: u16 = 26;
@@ -47,6 +51,8 @@ pub struct Flow {
     pub original: (SocketAddr, SocketAddr),
     /// Source and destination of the answers.
     pub reply: (SocketAddr, SocketAddr),
+    /// What the client sent and what it got, if the kernel counts (`net.netfilter.nf_conntrack_acct`).
+    pub bytes: Option<(u64, u64)>,
     /// `IPS_…` bits of linux/netfilter/nf_conntrack_common.h.
     status: u32,
     id: u32,
@@ -54,10 +60,24 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// It was sent elsewhere than its client meant.
+    pub fn is_translated(&self) -> bool {
+        self.status & DNAT != 0
+    }
+
     /// Nobody has answered it yet, and it was sent elsewhere than its client meant.
     fn is_unanswered(&self) -> bool {
         self.status & (DNAT | SEEN_REPLY) == DNAT
     }
+}
+
+/// How full the table is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fill {
+    pub entries: u32,
+    pub limit: u32,
+    /// Packets that were dropped, and flows that were given up early or could not be entered, for lack of room.
+    pub dropped: u64,
 }
 
 /// What a data path needs of the connection table. The kernel implements it, and so does [`Fake`].
@@ -80,6 +100,48 @@ impl Socket {
     /// Opens the table of the namespace given, or of the calling thread's.
     pub fn open(namespace: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
         Ok(Socket { raw: Raw::open(namespace)?, sequence: 0 })
+    }
+
+    /// All flows that are translated.
+    pub fn translated(&mut self) -> Result<Vec<Flow>, Error> {
+        let mut writer = self.begin(MSG_GET, NLM_F_DUMP, libc::AF_UNSPEC)?;
+        writer.u32(STATUS, DNAT);
+        writer.u32(STATUS_MASK, DNAT);
+        self.dump(writer, Flow::is_translated)
+    }
+
+    pub fn fill(&mut self) -> Result<Fill, Error> {
+        let mut fill = Fill::default();
+        let mut add = |kind: u16, flags: u16, visit: &mut dyn FnMut(&mut Fill, Attributes<'_>)| {
+            let mut writer = self.begin(kind, flags, libc::AF_UNSPEC)?;
+            writer.end();
+            self.raw.send(&writer.buffer)?;
+            let mut outcome = Err(Error::Silent);
+            self.raw.replies(|reply| {
+                match reply {
+                    Reply::Object(attributes) => {
+                        visit(&mut fill, attributes);
+                        outcome = Ok(());
+                    }
+                    Reply::Failed { errno: number, .. } => {
+                        outcome = Err(Error::Refused { doing: "tell how full it is", cause: errno(number) });
+                    }
+                    Reply::Ack { .. } | Reply::Done => {}
+                }
+                Ok(true)
+            })?;
+            outcome
+        };
+        add(MSG_STATISTICS, 0, &mut |fill, attributes| {
+            fill.entries = attributes.u32(1).unwrap_or(0);
+            fill.limit = attributes.u32(2).unwrap_or(0);
+        })?;
+        add(MSG_STATISTICS_CPU, NLM_F_DUMP, &mut |fill, attributes| {
+            // Insertions that failed, packets dropped, flows dropped early; one message for each processor.
+            let counts = [9, 10, 11].map(|kind| u64::from(attributes.u32(kind).unwrap_or(0)));
+            fill.dropped += counts.iter().sum::<u64>();
+        })?;
+        Ok(fill)
     }
 
     fn begin(&mut self, kind: u16, flags: u16, family: i32) -> Result<Writer, Error> {
@@ -142,7 +204,9 @@ fn decode(attributes: Attributes<'_>) -> Option<Flow> {
     let (_, reply_from, reply_to) = tuple(attributes.nested(TUPLE_REPLY)?)?;
     let zone = attributes.get(ZONE).and_then(|bytes| bytes.try_into().ok()).map(u16::from_be_bytes);
     let (id, status) = (attributes.u32(ID).unwrap_or(0), attributes.u32(STATUS).unwrap_or(0));
-    Some(Flow { protocol, original: (from, to), reply: (reply_from, reply_to), status, id, zone })
+    let bytes = |kind| attributes.nested(kind)?.get(2)?.try_into().ok().map(u64::from_be_bytes);
+    let bytes = bytes(COUNTERS_ORIGINAL).zip(bytes(COUNTERS_REPLY));
+    Some(Flow { protocol, original: (from, to), reply: (reply_from, reply_to), bytes, status, id, zone })
 }
 
 impl Conntrack for Socket {
@@ -210,7 +274,7 @@ impl Fake {
         let id = self.flows.len() as u32;
         // Translated if somebody else answers than was asked.
         let status = if original.1 == reply.0 { 0 } else { DNAT };
-        self.flows.push(Flow { protocol, original, reply, status, id, zone: None });
+        self.flows.push(Flow { protocol, original, reply, bytes: None, status, id, zone: None });
     }
 }
 

@@ -24,10 +24,6 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
-    #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
-    Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
-    #[error("{service} has no address to ask about: {why}")]
-    NoAddress { service: String, why: &'static str },
     #[error("what the table of the watch holds is not known; it is written whole next time")]
     WatchUnknown,
     #[error(transparent)]
@@ -36,6 +32,10 @@ pub enum Error {
     Sockets(#[from] linux::sock_diag::Error),
     #[error("cannot list processes: {0}; is /proc mounted?")]
     Processes(std::io::Error),
+    #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
+    Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("{service} has no address to ask about: {why}")]
+    NoAddress { service: String, why: &'static str },
     #[error(transparent)]
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

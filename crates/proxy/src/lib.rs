@@ -15,6 +15,7 @@ mod node;
 mod run;
 mod scope;
 mod stale;
+mod traffic;
 mod watch;
 
 pub use applied::AppliedSlices;
@@ -26,4 +27,5 @@ pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::{IpvsSettings, NodeView};
 pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
+pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

@@ -210,6 +210,9 @@ impl Display for Statement {
             Statement::NotIn { key, set } => write!(f, "{} != @{set}", Joined(key, " . ")),
             Statement::VerdictMap { key, map } => write!(f, "{} vmap @{map}", Joined(key, " . ")),
             Statement::Choose(value) => write!(f, "$chosen = {value}"),
+            Statement::Count { set, key, timeout_seconds } => {
+                write!(f, "update @{set} {{ {} timeout {timeout_seconds}s counter }}", Joined(key, " . "))
+            }
             Statement::Forget { map, key, data } => {
                 write!(f, "delete @{map} {{ {} : {} }}", Joined(key, " . "), Joined(data, " . "))
             }

@@ -412,6 +412,19 @@ pub(crate) fn decode_elements(message: Attributes<'_>, set: &Set, found: &mut Ve
     Some(())
 }
 
+/// Keys and packet counts of the elements in one message of a dump; one that counts nothing has none.
+pub(crate) fn decode_counters(message: Attributes<'_>, set: &Set, found: &mut Vec<(Key, u64)>) -> Option<()> {
+    let Some(list) = message.nested(3) else { return Some(()) };
+    for (_, item) in list {
+        let item = Attributes(item);
+        let key = decode_key(item.nested(1)?.get(DATA_VALUE)?, &set.key)?;
+        let Some(expression) = item.nested(7) else { continue };
+        let packets = expression.nested(2)?.get(2)?;
+        found.push((key, u64::from_be_bytes(packets.try_into().ok()?)));
+    }
+    Some(())
+}
+
 fn add_rule(writer: &mut Writer, table: &str, chain: &str, rule: &Rule) {
     writer.string(1, table);
     writer.string(2, chain);
@@ -681,6 +694,20 @@ impl Expressions<'_> {
             Statement::Choose(value) => self.load(value, CHOSEN, 0),
             Statement::Update { map, key, data, timeout_seconds } => {
                 self.dynset(1, map, key, data, Some(u64::from(*timeout_seconds) * 1000));
+            }
+            Statement::Count { set, key, timeout_seconds } => {
+                self.key(key, 0);
+                self.expression("dynset", |w| {
+                    w.string(1, set);
+                    w.u32(3, 1);
+                    w.u32(4, register(0));
+                    w.u64(6, u64::from(*timeout_seconds) * 1000);
+                    let counter = w.nest(7);
+                    w.string(1, "counter");
+                    let data = w.nest(2);
+                    w.close(data);
+                    w.close(counter);
+                });
             }
             // Of a map the kernel wants the data named, although the key decides.
             Statement::Forget { map, key, data } => self.dynset(2, map, key, data, None),

@@ -428,6 +428,15 @@ impl Walk<'_, '_> {
                     }
                     !full
                 }
+                Statement::Count { set, key, .. } => {
+                    let key = self.key(key, &chosen)?;
+                    let (set, held) = self.table.sets.get_mut(set)?;
+                    let full = set.size.is_some_and(|size| held.len() >= size as usize) && !held.contains_key(&key);
+                    if !full {
+                        held.entry(key.clone()).or_insert(Element { key, end: None, data: ElementData::None });
+                    }
+                    !full
+                }
                 Statement::Forget { map, key, .. } => {
                     let key = self.key(key, &chosen)?;
                     self.table.sets.get_mut(map)?.1.remove(&key);

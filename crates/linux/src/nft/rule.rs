@@ -103,6 +103,13 @@ pub enum Statement {
         data: Vec<Value>,
         timeout_seconds: u32,
     },
+    /// Counts the packet in the element of a dynamic set that has this key, which a first packet makes. The rule ends here
+    /// if the set is full.
+    Count {
+        set: Box<str>,
+        key: Vec<Value>,
+        timeout_seconds: u32,
+    },
     /// Removes a key from a dynamic map, whatever its data; the kernel still wants data of the right type.
     Forget {
         map: Box<str>,

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use super::encode::{self, Batch};
 use super::netlink::{NLM_F_DUMP, Raw, Reply, Writer, errno};
-use super::value::{Element, Family, Op, Set, Transaction};
+use super::value::{Element, Family, Key, Op, Set, Transaction};
 use super::{Error, Nft};
 
 /// nftables of one network namespace.
@@ -20,6 +20,16 @@ impl Socket {
     pub fn open(namespace: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
         let raw = Raw::open(namespace)?;
         Ok(Socket { port: raw.port()?, raw, sequence: 0 })
+    }
+
+    /// How many packets each element of a set has counted ([`super::Statement::Count`]).
+    pub fn counters(&mut self, family: Family, table: &str, set: &Set) -> Result<Vec<(Key, u64)>, Error> {
+        let mut found = Vec::new();
+        let names = [(encode::SET_TABLE, table), (encode::SET_NAME, &*set.name)];
+        self.dump(encode::MSG_GETSETELEM, family, &names, |attributes| {
+            encode::decode_counters(attributes, set, &mut found).ok_or(Error::Malformed("a counter"))
+        })?;
+        Ok(found)
     }
 
     /// Asks for all objects of a kind; the visitor sees the attributes of each.

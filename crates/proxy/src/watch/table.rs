@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use linux::nft::{
     ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Nft, Op, Rule, Set,
-    Statement, TCP_RST, Transaction, Value, Verdict, ct_status,
+    Socket, Statement, TCP_RST, Transaction, Value, Verdict, ct_status,
 };
 use services::{Frontend, Protocol, TrafficPolicy};
 use sha2::{Digest, Sha256};
@@ -29,6 +29,10 @@ pub const REFUSED: u16 = 64_022;
 const AFTER_CONNTRACK: i32 = -150;
 /// Before the source is translated (100), when the destination already is.
 const BEFORE_SOURCE_NAT: i32 = 90;
+
+/// Pairs of address and endpoint that are counted at a time, and for how long one without a new connection is remembered.
+const COUNTED: u32 = 1 << 16;
+const COUNTED_SECONDS: u32 = 3600;
 
 /// Elements a transaction may have, so that a cold start of many Services holds up nobody else for long.
 const CHUNK: usize = 1 << 14;
@@ -104,17 +108,21 @@ impl Destinations {
 /// The table in the kernel, or in the fake of it.
 pub(crate) struct WatchTable<N> {
     nft: N,
-    /// Whether refusals are held back.
+    /// Whether refusals are held back, and connections counted.
     retry: bool,
+    count: bool,
     /// How many frontends want each element. What an earlier run left is wanted by none.
     held: Destinations,
+    /// Those of `held`, which has too many others to look through at each change.
+    frozen: BTreeSet<SocketAddr>,
     /// What the kernel holds is known.
     is_known: bool,
 }
 
 impl<N: Nft> WatchTable<N> {
-    pub fn new(nft: N, retry: bool) -> Self {
-        WatchTable { nft, retry, held: Destinations::default(), is_known: false }
+    pub fn new(nft: N, retry: bool, count: bool) -> Self {
+        let (held, frozen) = (Destinations::default(), BTreeSet::new());
+        WatchTable { nft, retry, count, held, frozen, is_known: false }
     }
 
     pub fn destinations(&self) -> Destinations {
@@ -171,9 +179,7 @@ impl<N: Nft> WatchTable<N> {
                     held.remove(member);
                 }
             }
-            let was_frozen: Vec<Member> =
-                held.keys().filter(|member| matches!(member, Member::Frozen(_))).copied().collect();
-            for member in was_frozen {
+            for member in self.frozen.iter().copied().map(Member::Frozen) {
                 touched.insert(member);
                 before.insert(member);
                 held.remove(&member);
@@ -191,6 +197,8 @@ impl<N: Nft> WatchTable<N> {
         let new: Vec<Member> =
             touched.iter().filter(|member| !before.contains(member) && held.contains_key(member)).copied().collect();
         drop(held);
+        // If this fails, the next call is whole and does not ask.
+        self.frozen.clone_from(frozen);
         for (members, add) in [(gone, false), (new, true)] {
             for chunk in members.chunks(CHUNK) {
                 self.nft.commit(&elements(chunk, add))?;
@@ -201,7 +209,7 @@ impl<N: Nft> WatchTable<N> {
 
     /// Puts the rules in place; the elements that are there already.
     fn lay(&mut self) -> Result<HashSet<Member>, Error> {
-        let layout = layout(self.retry);
+        let layout = layout(self.retry, self.count);
         let comment = comment(&layout);
         let mut found = HashSet::new();
         if self.nft.table_comment(FAMILY, TABLE)?.as_ref() != Some(&comment) {
@@ -331,13 +339,42 @@ fn comment(layout: &[Op]) -> String {
     format!("Endpoints that do not answer, by fairlead: changes here are lost. Layout {hash}")
 }
 
+/// address . protocol . port . endpoint's address . port, filled by first packets
+fn counted(v6: bool) -> Set {
+    use DataType::{InetProto, InetService};
+    let ip = if v6 { DataType::Ipv6Addr } else { DataType::Ipv4Addr };
+    let name = format!("connections{}", if v6 { 6 } else { 4 });
+    Set::of(&name, &[ip, InetProto, InetService, ip, InetService]).dynamic(COUNTED)
+}
+
+/// Connections by protocol, address and endpoint, since the pair was last idle for an hour; none if nobody counts.
+pub(crate) fn connections(nft: &mut Socket) -> Result<Vec<(Protocol, SocketAddr, SocketAddr, u64)>, Error> {
+    let mut found = Vec::new();
+    for v6 in [false, true] {
+        let counters = match nft.counters(FAMILY, TABLE, &counted(v6)) {
+            Err(error) if error.is_absent() => return Ok(Vec::new()),
+            counters => counters?,
+        };
+        for (key, count) in counters {
+            if let [ip, Datum::Proto(protocol), Datum::Port(port), endpoint, Datum::Port(target)] = &key.0[..]
+                && let (Some(address), Some(endpoint)) = (at(ip, *port), at(endpoint, *target))
+                && let Some(protocol) = Protocol::from_number(*protocol)
+            {
+                found.push((protocol, address, endpoint, count));
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// Sets, chains and rules.
-fn layout(retry: bool) -> Vec<Op> {
+fn layout(retry: bool, count: bool) -> Vec<Op> {
     let mut ops = Vec::new();
     for v6 in [false, true] {
         ops.extend(Kind::ALL.map(|kind| Op::AddSet(kind.set(v6))));
+        ops.push(Op::AddSet(counted(v6)));
     }
-    let chains = chains(retry);
+    let chains = chains(retry, count);
     ops.extend(chains.iter().map(|(chain, _)| Op::AddChain(chain.clone())));
     for (chain, rules) in chains {
         ops.extend(rules.into_iter().map(|rule| Op::AddRule { chain: chain.name.clone(), rule }));
@@ -362,7 +399,7 @@ fn translated() -> Statement {
     Statement::HasBits(Value::CtStatus, ct_status::DNAT)
 }
 
-fn chains(retry: bool) -> Vec<(Chain, Vec<Rule>)> {
+fn chains(retry: bool, count: bool) -> Vec<(Chain, Vec<Rule>)> {
     let goto = |chain: &str| Statement::goto(chain);
     let mut held = vec![Rule::new([
         Statement::Limit { rate: 100, burst: 20 },
@@ -388,6 +425,12 @@ fn chains(retry: bool) -> Vec<(Chain, Vec<Rule>)> {
         unreachable.push(Rule::new([of_family(v6), has_alternative(), goto("held")]));
         let frozen = Statement::is_in([Value::DestinationIp { v6 }, Value::DestinationPort], &Kind::Frozen.name(v6));
         begun.push(Rule::new([of_family(v6), is_protocol(6), frozen, goto("frozen")]));
+        if count {
+            let pair = original(v6).into_iter().chain([Value::DestinationIp { v6 }, Value::DestinationPort]);
+            let set = counted(v6).name;
+            let count = Statement::Count { set, key: pair.collect(), timeout_seconds: COUNTED_SECONDS };
+            begun.push(Rule::new([of_family(v6), translated(), count]));
+        }
         let wake = || [Statement::Limit { rate: 20, burst: 5 }, Statement::Log { group: BEGUN, bytes: 20 }];
         let alternative = Statement::is_in(original(v6), &Kind::Alternatives.name(v6));
         let statements = [of_family(v6), is_protocol(6), translated(), alternative].into_iter().chain(wake());
@@ -476,7 +519,7 @@ mod tests {
 
     #[test]
     fn two_frontends_may_want_the_same_element() {
-        let mut table = WatchTable::new(Fake::default(), true);
+        let mut table = WatchTable::new(Fake::default(), true, true);
         let none = BTreeSet::new();
         let nothing = Alternatives::default();
         assert!(table.commit(false, &[], &none).is_err(), "nothing is known yet");
@@ -498,7 +541,7 @@ mod tests {
             .expect("handed over");
         assert_eq!(held(&mut table), [82]);
         // A new start finds what is there, and changes only what differs.
-        let mut again = WatchTable::new(table.nft.clone(), true);
+        let mut again = WatchTable::new(table.nft.clone(), true, true);
         let before = again.nft.changed;
         again.commit(true, &[(nothing.clone(), members(&[82, 83]))], &none).expect("found");
         assert_eq!((held(&mut again), again.nft.changed - before), (vec![82, 83], 1));
@@ -508,7 +551,7 @@ mod tests {
 
     #[test]
     fn frozen_listeners_come_and_go() {
-        let mut table = WatchTable::new(Fake::default(), true);
+        let mut table = WatchTable::new(Fake::default(), true, true);
         let pod = SocketAddr::from(([10, 244, 0, 11], 8080));
         let count = |table: &mut WatchTable<Fake>| {
             table.nft.elements(FAMILY, TABLE, &Kind::Frozen.set(false)).expect("a set").len()
@@ -523,7 +566,7 @@ mod tests {
 
     #[test]
     fn a_failed_commit_is_followed_by_a_whole_one() {
-        let mut table = WatchTable::new(Fake::failing(3), true);
+        let mut table = WatchTable::new(Fake::failing(3), true, true);
         let nothing = Alternatives::default();
         table.commit(true, &[(nothing.clone(), members(&[80]))], &BTreeSet::new()).expect("two commits");
         let change = [(members(&[80]), members(&[81]))];

@@ -64,7 +64,7 @@ pub(crate) fn start(
     token: CancellationToken,
 ) -> Result<Watcher, Error> {
     let watching = &config.watching;
-    let table = WatchTable::new(Socket::open(namespace)?, watching.retry);
+    let table = WatchTable::new(Socket::open(namespace)?, watching.retry, watching.traffic);
     let path = match namespace {
         Some(namespace) => PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
         None => PathBuf::from("/proc/thread-self/ns/net"),
@@ -285,7 +285,7 @@ impl Task {
         self.accuse(tcp(look.silent), Evidence::Unanswered);
         self.judge_queues(&look.stuck);
         let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
-            (true, ..) => Some(NEXT_LOOK),
+            (true, ..) | (_, true, true) => Some(NEXT_LOOK),
             (false, true, _) => Some(IDLE_LOOK),
             // Nothing tells when a queue moves.
             (false, false, true) => Some(QUEUE_LOOK),

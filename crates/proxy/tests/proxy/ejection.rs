@@ -262,7 +262,11 @@ fn a_crashed_endpoint_is_hidden_while_there_is_another() {
 #[test]
 fn without_the_watch_a_refusal_is_a_refusal() {
     let mut stage = Stage::new();
-    let running = stage.serve(Mode::Nftables, 2, Watching { ejection: false, retry: false, ..Watching::default() });
+    let running = stage.serve(
+        Mode::Nftables,
+        2,
+        Watching { ejection: false, retry: false, traffic: false, ..Watching::default() },
+    );
     stage.pods[1].close();
     let refused = (0..200).filter(|_| stage.request().0 == Err(std::io::ErrorKind::ConnectionRefused)).count();
     assert!((50..150).contains(&refused), "{refused} of 200");
@@ -362,13 +366,44 @@ fn a_frozen_endpoint_is_out_until_it_thaws() {
     running.stop();
 }
 
+/// Who got what, asked for when somebody wants to know.
+#[test]
+fn traffic_is_counted_per_endpoint() {
+    for mode in MODES {
+        let stage = Stage::new();
+        stage.node.sysctl("net/netfilter/nf_conntrack_acct", "1");
+        let running = stage.serve(mode, 2, Watching::default());
+        let file = std::fs::File::open(&stage.node.path).expect("namespace");
+        let read = || {
+            let table = running.table.read().expect("table");
+            proxy::traffic(Some(std::os::fd::AsFd::as_fd(&file)), &table, &crate::net::node_view()).expect("traffic")
+        };
+        assert_eq!(read().services[0].connections(), 0);
+        let mut answers = std::collections::BTreeMap::<String, u64>::new();
+        for _ in 0..30 {
+            *answers.entry(stage.request().0.expect("an answer")).or_default() += 1;
+        }
+        let traffic = read();
+        let web = &traffic.services[0];
+        assert_eq!((web.name.to_string(), web.connections(), web.open()), ("default/web".into(), 30, 30), "{mode}");
+        for endpoint in &web.endpoints {
+            let answered = answers.get(&endpoint.address.ip().to_string()).copied().unwrap_or(0);
+            assert_eq!((endpoint.connections, endpoint.open), (answered, answered), "{mode}");
+            let (sent, received) = endpoint.bytes.expect("the kernel counts");
+            assert!(sent > answered * 100 && received > answered * 100, "{sent} {received}");
+        }
+        assert!(traffic.conntrack.entries >= 30 && traffic.conntrack.limit > 1000, "{:?}", traffic.conntrack);
+        running.stop();
+    }
+}
+
 /// A person can read the table.
 #[test]
 fn the_table_of_the_watch_prints() {
     let stage = Stage::new();
     let running = stage.serve(Mode::Nftables, 3, Watching::default());
     let text = stage.node.command("nft", "list table inet fairlead-watch");
-    for part in ["10.96.0.10 . tcp . 80", "tcp flags rst", "ct status dying", "log group 64022"] {
+    for part in ["10.96.0.10 . tcp . 80", "tcp flags rst", "ct status dying", "log group 64022", "set connections4"] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
     running.stop();

@@ -66,6 +66,9 @@ pub struct AgentArgs {
     /// How Services reach the kernel: nftables, iptables or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -290,12 +293,13 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let mode = args.proxy_mode;
     let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
-    let view = NodeView::new(
+    let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),
     );
+    view.relay_localhost = args.localhost_node_ports;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
@@ -636,8 +640,13 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
-            let pending = state.proxy.borrow().pending;
+            let (mode, table) = (state.mode, state.feed.table.clone());
+            let mut view = NodeView::clone(&state.view.borrow());
+            let pending = {
+                let proxy = state.proxy.borrow();
+                view.ejected.extend(&proxy.ejected);
+                proxy.pending
+            };
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {
                     let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);

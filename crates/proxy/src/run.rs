@@ -87,6 +87,54 @@ pub async fn run(
     status: watch::Sender<Status>,
     token: CancellationToken,
 ) -> Result<(), Error> {
+    let localhost = localhost(&config, &feed, &token)?;
+    let result = run_mode(config, feed, status, token).await;
+    if let Some(task) = localhost {
+        // It ends with the token; without the mode it is of no use.
+        task.abort();
+        drop(task.await);
+    }
+    result
+}
+
+/// Relays for node ports on 127.0.0.1 and ::1 beside another mode, if they are asked for: the userspace mode as it is
+/// without privileges, over the same table.
+fn localhost(
+    config: &Config,
+    feed: &Feed,
+    token: &CancellationToken,
+) -> Result<Option<tokio::task::JoinHandle<Result<(), Error>>>, Error> {
+    if config.mode == Mode::Userspace || !config.node.borrow().relay_localhost {
+        return Ok(None);
+    }
+    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind());
+    let config = Config {
+        mode: Mode::Userspace,
+        node: config.node.clone(),
+        namespace: None,
+        watching: Watching { ejection: false, ..Watching::default() },
+    };
+    let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
+    let dataplane = Userspace::<Socket, Sockets>::new(None, relays);
+    let status = Arc::new(watch::channel(Status::default()).0);
+    let kernel = Kernel { dataplane, conntrack: None, clear: None };
+    Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
+}
+
+fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
+    Ok(match namespace {
+        Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+        None => Place::Here,
+    })
+}
+
+async fn run_mode(
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
         Ok(socket) => Some(Box::new(socket)),
@@ -120,11 +168,15 @@ pub async fn run(
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
-                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
-                None => Place::Here,
-            };
-            let relays = Sockets::new(place, Handle::current());
+            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let (witness, watcher) = eyes::relayed::start(
+                &config.watching,
+                place.clone(),
+                feed.table.clone(),
+                status.clone(),
+                token.clone(),
+            );
+            let relays = Sockets::new(place, Handle::current(), witness);
             let clear: Option<Clear> = if nft.is_some() {
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
@@ -135,7 +187,7 @@ pub async fn run(
                 None
             };
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
     }
 }
@@ -151,7 +203,10 @@ fn watcher(
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let wanted = config.watching.ejection || config.watching.retry;
     if !wanted || !config.mode.is_watched() {
-        eyes::remove(&mut Socket::open(namespace)?)?;
+        // Who may not touch rules has none to take away.
+        if let Some(mut nft) = userspace::open(namespace)? {
+            eyes::remove(&mut nft)?;
+        }
         return Ok(None);
     }
     match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {

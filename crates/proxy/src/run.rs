@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::netns::Netns;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::applied::{Applied, AppliedSlices};
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
@@ -36,6 +38,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
+    pub hooks: Option<Hooks>,
     pub watching: Watching,
 }
 
@@ -72,11 +76,25 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
+        Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
     }
+}
+
+/// Whether this kernel can do what the mode needs. The ebpf mode loads and attaches its programs, which do nothing until
+/// they are told of Services.
+pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
+    }
+}
+
+fn pinned(namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+    Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
@@ -113,6 +131,7 @@ fn localhost(
         mode: Mode::Userspace,
         node: config.node.clone(),
         namespace: None,
+        hooks: None,
         watching: Watching { ejection: false, ..Watching::default() },
     };
     let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
@@ -143,6 +162,7 @@ async fn run_mode(
         Err(error) => return Err(error.into()),
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let hooks = config.hooks.clone();
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
     match config.mode {
@@ -151,20 +171,34 @@ async fn run_mode(
             let mut others = Socket::open(namespace())?;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut others)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_nftables(&mut nft)
+                leftovers::clear_nftables(&mut nft)?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+        }
+        Mode::Ebpf => {
+            let mut nft = Socket::open(namespace())?;
+            let kernel = pinned(namespace(), config.hooks.as_ref())?;
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut nft)?;
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_nftables(&mut nft)
+            });
+            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
@@ -181,7 +215,8 @@ async fn run_mode(
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
                     leftovers::clear_nftables(&mut others)?;
-                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
                 }))
             } else {
                 None

@@ -23,7 +23,7 @@ use runtime::image::PullConfig;
 use runtime::{Builtin, BuiltinConfig, ImageService};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use services::Place;
+use services::{Place, Seed};
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -63,9 +63,9 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables or iptables.
-    #[arg(long, default_value = "nftables", value_parser = parse_mode)]
-    pub proxy_mode: Mode,
+    /// How Services reach the kernel: nftables, iptables, or none for a node whose proxy is another process.
+    #[arg(long, default_value = "nftables")]
+    pub proxy_mode: NodeProxy,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -92,8 +92,29 @@ pub struct AgentArgs {
     pub announce: bool,
 }
 
-pub fn parse_mode(text: &str) -> Result<Mode, String> {
-    text.parse().map_err(|e: proxy::Error| e.to_string())
+/// Who serves Services on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeProxy {
+    Ours(Mode),
+    /// Another process, such as `fairlead proxy` or kube-proxy.
+    Others,
+}
+
+impl std::str::FromStr for NodeProxy {
+    type Err = proxy::Error;
+
+    fn from_str(text: &str) -> Result<Self, proxy::Error> {
+        if text == "none" { Ok(NodeProxy::Others) } else { text.parse().map(NodeProxy::Ours) }
+    }
+}
+
+impl NodeProxy {
+    fn mode(self) -> Option<Mode> {
+        match self {
+            NodeProxy::Ours(mode) => Some(mode),
+            NodeProxy::Others => None,
+        }
+    }
 }
 
 pub fn run(args: AgentArgs) -> anyhow::Result<ExitCode> {
@@ -282,8 +303,11 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
-    let mode = args.proxy_mode;
-    let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
+    let mode = args.proxy_mode.mode();
+    let seed = match mode {
+        Some(mode) => tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??,
+        None => Seed::default(),
+    };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
     let view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
@@ -293,14 +317,28 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
-    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None };
-    let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
-    let proxy_token = token.clone();
-    tasks.spawn(async move {
-        if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
-            warn!(%error, "the proxy ended");
-        }
-    });
+    if let Some(mode) = mode {
+        let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, metrics: Arc::default() };
+        let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
+        let (proxy_feed, check_feed) = (subscribe(), subscribe());
+        let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
+        let checks = proxy::HealthChecks {
+            namespace: None,
+            node: view_seen.clone(),
+            feed: check_feed,
+            health: health.clone(),
+            events: Some(reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name)),
+        };
+        tasks.spawn(proxy::serve_health_checks(checks, token.clone()));
+        let (status, health_token) = (proxy_seen.clone(), token.clone());
+        tasks.spawn(async move { health.follow(status, health_token).await });
+        let proxy_token = token.clone();
+        tasks.spawn(async move {
+            if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
+                warn!(%error, "the proxy ended");
+            }
+        });
+    }
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
@@ -430,8 +468,10 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     let mut ready = ready_seen;
     ready.wait_for(|ready| *ready).await.context("nobody follows this node any more")?;
-    let mut synced = proxy_seen;
-    synced.wait_for(|s| s.synced).await.context("the proxy ended before its first commit")?;
+    if mode.is_some() {
+        let mut synced = proxy_seen;
+        synced.wait_for(|s| s.synced).await.context("the proxy ended before its first commit")?;
+    }
     info!(node = name, "the node is ready");
     if args.announce {
         local::announce(&json!({"node": name}).to_string())?;
@@ -450,6 +490,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 }
 
 pub const KUBELET_PORT: u16 = 10250;
+/// A change that waits twice as long for its commit makes a node's health check ports say so.
+const PROXY_SYNC_PERIOD: std::time::Duration = std::time::Duration::from_secs(30);
 
 async fn follow_peers(
     nodes: Cache<Node>,
@@ -518,7 +560,8 @@ fn authorize() -> kubelet::Authorize {
 /// What local commands may ask.
 struct Local {
     name: String,
-    mode: Mode,
+    /// `None`: Services are another process's affair.
+    mode: Option<Mode>,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
     proxy: watch::Receiver<proxy::Status>,
@@ -574,7 +617,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let proxy = state.proxy.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
-                "node": state.name, "proxyMode": state.mode.to_string(),
+                "node": state.name, "proxyMode": state.mode.map_or("none".to_owned(), |mode| mode.to_string()),
                 "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about},
                 "services": table.services().count(), "synced": table.is_synced(),
             })
@@ -583,7 +626,8 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         (&Method::GET, "/plan") => {
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(proxy::dump(state.mode, &table, &view))
+            let mode = state.mode.context("Services are another process's affair on this node (--proxy-mode none)")?;
+            Ok(proxy::dump(mode, &table, &view))
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;

@@ -1,6 +1,6 @@
 //! `up`: a whole cluster on this machine, made of the same server and agents as on real hosts.
 
-use crate::agent::Overlay;
+use crate::agent::{NodeProxy, Overlay};
 use crate::config::{ClusterConfig, Publish};
 use crate::{cli, down, local, server};
 use anyhow::{Context, bail};
@@ -21,7 +21,7 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables or iptables.
+    /// How Services reach the kernel: nftables, iptables, or none if each node's proxy is started by somebody else.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// How pods of other nodes are reached.
@@ -53,7 +53,7 @@ pub struct UpArgs {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
+    let proxy = args.proxy_mode.parse::<NodeProxy>().map_err(|e| anyhow::anyhow!("{e}"))?;
     if !nix::unistd::geteuid().is_root() {
         bail!("`fairlead up` makes namespaces and cgroups, which only root may; run it with sudo");
     }
@@ -81,7 +81,11 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         nodes,
     };
     config.save(dir)?;
-    let outcome = bring_up(&args, &lab, &config);
+    let outcome = bring_up(&args, &lab, &config).and_then(|()| match proxy {
+        NodeProxy::Ours(_) => wait_for_dns(&lab, &args.service_cidr),
+        // Cluster DNS has a cluster IP, to which nothing leads yet.
+        NodeProxy::Others => Ok(()),
+    });
     if let Err(error) = outcome {
         // What was half made is ended, so that nothing is left and the next `up` begins clean.
         if !args.detach {
@@ -143,7 +147,7 @@ fn bring_up(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> anyhow::Result<
     for agent in agents {
         ready(agent, PATIENCE)?;
     }
-    wait_for_dns(lab, &args.service_cidr)
+    Ok(())
 }
 
 fn server_arguments(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> Vec<String> {

@@ -6,6 +6,7 @@
 mod code;
 mod read;
 mod socket;
+mod watch;
 mod wire;
 mod write;
 
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 
 use crate::netns::{Netns, NetnsError};
 use socket::Socket;
+pub use watch::AddressWatch;
 
 /// Marks routes as ours in the kernel (`ip route show proto 70`), so that nothing else's are listed or removed.
 pub const PROTOCOL: u8 = 70;

@@ -18,6 +18,10 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
+    #[error("{field}: {problem}")]
+    Configuration { field: String, problem: String },
+    #[error("the configuration cannot be read: {0}")]
+    Yaml(Box<serde_saphyr::Error>),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
     #[error("the thread of a commit died: {0}; the commit is repeated")]

@@ -28,3 +28,10 @@ pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
     }
     Ok(())
 }
+
+/// Removes what any mode has put into the kernel, for a node whose Services somebody else is to serve, or nobody.
+/// Connections that are translated already go on.
+pub fn cleanup(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    clear_nftables(&mut Socket::open(namespace)?)?;
+    clear_iptables(namespace)
+}

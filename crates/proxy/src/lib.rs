@@ -3,10 +3,15 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+pub mod configuration;
 pub mod dataplane;
 mod error;
 mod explain;
+mod health;
+mod health_check;
+pub mod http;
 mod leftovers;
+mod metrics;
 mod mode;
 mod node;
 mod run;
@@ -15,7 +20,11 @@ mod stale;
 
 pub use error::Error;
 pub use explain::{dump, explain};
+pub use health::{Health, probes};
+pub use health_check::{HealthChecks, serve_health_checks};
+pub use leftovers::cleanup;
 pub use linux::nft::Packet;
+pub use metrics::Metrics;
 pub use mode::Mode;
-pub use node::NodeView;
+pub use node::{NodeView, Pods};
 pub use run::{Config, Feed, Status, StatusHandle, found, run};

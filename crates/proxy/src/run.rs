@@ -17,7 +17,7 @@ use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::{Change, Dataplane};
 use crate::stale::{self, Answerers};
-use crate::{Error, Mode, NodeView, leftovers};
+use crate::{Error, Metrics, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -29,6 +29,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where commits are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// The service table and what happens to it. Subscribe before the table's first list is complete.
@@ -192,6 +194,7 @@ impl<D: Dataplane> Loop<D> {
     }
 
     fn notice(&mut self, changes: &Changes) {
+        self.config.metrics.noticed(changes);
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
     }
 
@@ -233,6 +236,7 @@ impl<D: Dataplane> Loop<D> {
         }
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
+        let begun = Instant::now();
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
@@ -241,6 +245,7 @@ impl<D: Dataplane> Loop<D> {
         .await
         .map_err(Error::Commit)?;
         self.kernel = Some(kernel);
+        self.config.metrics.committed(whole, begun.elapsed(), result.is_ok());
         result?;
         for (id, after) in after {
             self.pending.remove(&id);

@@ -23,6 +23,8 @@ pub struct Changes {
     pub frontends: Vec<FrontendChange>,
     /// Services whose names, addresses or endpoints may have changed: what cluster DNS cares for.
     pub services: Vec<ServiceKey>,
+    /// When what this event tells of happened (RFC 3339), where its object says so.
+    pub triggered: Vec<Arc<str>>,
     /// The table became complete with this event.
     pub synced: bool,
 }
@@ -101,6 +103,8 @@ pub struct ServiceTable {
     seed: Seed,
     next_id: u32,
     synced: bool,
+    /// Only Services that name this proxy have frontends; `None`: only those that name none.
+    proxy_name: Option<Arc<str>>,
 }
 
 impl ServiceTable {
@@ -112,6 +116,12 @@ impl ServiceTable {
     pub fn with_seed(seed: Seed) -> Self {
         let next_id = seed.ids.values().chain(seed.slots.keys()).map(|id| id.0 + 1).max().unwrap_or(0);
         ServiceTable { seed, next_id, ..Self::default() }
+    }
+
+    /// Makes frontends only of Services whose label `service.kubernetes.io/service-proxy-name` has this value, not of those
+    /// without it.
+    pub fn for_proxy(self, name: &str) -> Self {
+        ServiceTable { proxy_name: Some(name.into()), ..self }
     }
 
     /// Adds or replaces a Service. After an error the last valid version stays.
@@ -152,6 +162,8 @@ impl ServiceTable {
     /// Adds or replaces an EndpointSlice. After an error the last valid version stays.
     pub fn upsert_slice(&mut self, json: &[u8]) -> Result<Changes, Error> {
         let mut slice = Slice::parse(json)?;
+        // Not part of what the slice says: the same endpoints are the same slice.
+        let triggered = slice.triggered.take();
         for endpoint in &mut slice.endpoints {
             endpoint.node = endpoint.node.take().map(|name| self.intern(&name));
             endpoint.zone = endpoint.zone.take().map(|name| self.intern(&name));
@@ -177,6 +189,7 @@ impl ServiceTable {
         }
         self.slice_owners.insert(at, owner.clone());
         let mut more = self.rebuild(owner);
+        changes.triggered.extend(triggered);
         changes.frontends.append(&mut more.frontends);
         changes.services.append(&mut more.services);
         Ok(changes)
@@ -331,7 +344,7 @@ impl ServiceTable {
         let mut frontends = Vec::new();
         if let Some(service) = &entry.service
             && let ServiceKind::ClusterIp(cluster_ips) = &service.kind
-            && service.is_ours
+            && service.proxy_name == self.proxy_name
         {
             for port in &service.ports {
                 let name = PortName {

@@ -43,6 +43,8 @@ pub fn kubectls() -> Vec<Kubectl> {
 
 pub struct Cluster {
     dir: PathBuf,
+    /// What `up` is told beside the number of nodes.
+    flags: &'static [&'static str],
     pub server: String,
 }
 
@@ -54,6 +56,10 @@ pub struct Seen {
 
 impl Cluster {
     pub fn up(kubectl: &Kubectl, nodes: u8) -> Cluster {
+        Cluster::up_with(kubectl, nodes, &[])
+    }
+
+    pub fn up_with(kubectl: &Kubectl, nodes: u8, flags: &'static [&'static str]) -> Cluster {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         static SWEEP: Once = Once::new();
         SWEEP.call_once(sweep);
@@ -62,7 +68,7 @@ impl Cluster {
         let dir = std::env::temp_dir().join(format!("{PREFIX}{}-{number}", std::process::id()));
         fs::create_dir_all(dir.join("bin")).expect("a temporary directory can be made");
         // From here on dropping it cleans up.
-        let mut cluster = Cluster { dir, server: String::new() };
+        let mut cluster = Cluster { dir, flags, server: String::new() };
         symlink(BINARY, cluster.dir.join("bin/fairlead")).expect("fairlead can be linked");
         cluster.play_with(kubectl);
         cluster.start(nodes);
@@ -81,7 +87,8 @@ impl Cluster {
 
     /// `up`, the first time or again.
     pub fn start(&self, nodes: u8) {
-        self.fairlead(&["up", "--detach", "--nodes", &nodes.to_string(), "--data-dir", &self.data_dir()]);
+        let (nodes, dir) = (nodes.to_string(), self.data_dir());
+        self.fairlead(&[&["up", "--detach", "--nodes", &nodes, "--data-dir", &dir], self.flags].concat());
     }
 
     pub fn down(&self) {

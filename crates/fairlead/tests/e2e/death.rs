@@ -96,14 +96,14 @@ fn services_and_pods_outlive_the_processes_that_made_them() {
 }
 
 /// What a line of `sh` prints, which has to succeed.
-fn expect(cluster: &Cluster, line: &str) -> String {
+pub fn expect(cluster: &Cluster, line: &str) -> String {
     let seen = cluster.run(line, "", SECONDS);
     assert!(seen.success, "{line}\n{}", seen.output);
     seen.output
 }
 
 /// Waits for what is no event to a test.
-fn until(what: &str, done: impl Fn() -> bool) {
+pub fn until(what: &str, done: impl Fn() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{what}: not within a minute");

@@ -13,7 +13,7 @@ use super::class::Class;
 use super::layout::{Base, FAMILY, Map, TABLE};
 use super::plan::{Entries, Slot, entries};
 use crate::dataplane::{Change, Dataplane};
-use crate::{Error, NodeView};
+use crate::{Error, NodeView, Pods};
 
 /// Who wants an element, and how. No owner: it was found in the kernel.
 type Claim = (Option<FrontendId>, ElementData);
@@ -236,12 +236,13 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         for class in released {
             release(&mut classes, class);
         }
-        let cidrs = base.or(self.base.as_ref()).map(|base| base.pod_cidrs.as_slice()).unwrap_or_default();
+        let nobody = Pods::default();
+        let pods = base.or(self.base.as_ref()).map_or(&nobody, |base| &base.pods);
         // `BTreeMap` order puts picks before what needs them.
         let new: Vec<&Class> = classes.keys().filter(|class| !before_classes.contains_key(class)).collect();
         for class in &new {
             transaction.push(Op::AddChain(Chain::regular(&class.name())));
-            for rule in class.rules(cidrs) {
+            for rule in class.rules(pods) {
                 transaction.push(Op::AddRule { chain: class.name().into(), rule });
             }
             let set = Map::Classes.name(class.v6()).into();
@@ -303,7 +304,7 @@ impl<N: Nft> Nftables<N> {
                 base.fill(transaction);
                 for class in self.classes.keys() {
                     transaction.push(Op::FlushChain(class.name().into()));
-                    for rule in class.rules(&base.pod_cidrs) {
+                    for rule in class.rules(&base.pods) {
                         transaction.push(Op::AddRule { chain: class.name().into(), rule });
                     }
                 }

@@ -6,7 +6,8 @@
 build: deps
 	cargo build --release
 
-# From `kubectl apply` to a packet, on three nodes. Arguments: make demo DEMO="--proxy-mode iptables"
+# From `kubectl apply` to a packet, on three nodes. Arguments: make demo DEMO="--proxy-mode iptables", or DEMO=--standalone
+# for a server and agents by themselves.
 demo: build image
 	cargo xtask demo $(DEMO)
 

@@ -4,6 +4,7 @@ mod bench;
 mod cluster;
 mod demo;
 mod deps;
+mod hosts;
 mod image;
 mod interrupt;
 mod lint;
@@ -29,7 +30,11 @@ const CHORES: &[Chore] = &[
     Chore { name: "walls", about: "fail on a dependency that points upward or sideways", run: walls::run },
     Chore { name: "image", about: "build the images of the examples and tests into target/images", run: image::run },
     Chore { name: "demo", about: "from `kubectl apply` to a packet, on three nodes", run: demo::run },
-    Chore { name: "bench", about: "the figures: up, pods, memory, list, writes (release build)", run: bench::run },
+    Chore {
+        name: "bench",
+        about: "the figures: up, pods, memory, list, writes, proxy (release build)",
+        run: bench::run,
+    },
     Chore {
         name: "schema",
         about: "generate the schema table from checkouts of kubernetes/api and apimachinery",

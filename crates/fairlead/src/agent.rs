@@ -1,7 +1,7 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
 use crate::join;
-use crate::{cli, local, serve, server};
+use crate::{cli, explain, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -63,7 +63,7 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables, or none for a node whose proxy is another process.
+    /// How Services reach the kernel: nftables, iptables, userspace, or none for a node whose proxy is another process.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: NodeProxy,
     /// How pods of other nodes are reached.
@@ -90,6 +90,10 @@ pub struct AgentArgs {
     pub images: Option<PathBuf>,
     #[arg(long, hide = true)]
     pub announce: bool,
+}
+
+pub fn parse_mode(text: &str) -> Result<Mode, String> {
+    text.parse().map_err(|e: proxy::Error| e.to_string())
 }
 
 /// Who serves Services on a node.
@@ -609,6 +613,8 @@ async fn answer(state: &Local, request: Request<hyper::body::Incoming>) -> Respo
     response
 }
 
+const NO_PROXY: &str = "Services are another process's affair on this node (--proxy-mode none)";
+
 async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -> anyhow::Result<String> {
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let body = request.into_body().collect().await?.to_bytes();
@@ -626,8 +632,29 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         (&Method::GET, "/plan") => {
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let mode = state.mode.context("Services are another process's affair on this node (--proxy-mode none)")?;
-            Ok(proxy::dump(mode, &table, &view))
+            Ok(proxy::dump(state.mode.context(NO_PROXY)?, &table, &view))
+        }
+        (&Method::POST, "/explain") => {
+            let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
+            let mode = state.mode.context(NO_PROXY)?;
+            let (view, table) = (state.view.borrow().clone(), state.feed.table.clone());
+            let pending = state.proxy.borrow().pending;
+            let report = tokio::task::spawn_blocking(move || {
+                let (mut report, frontends) = {
+                    let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let frontends: Vec<_> = table.frontends().cloned().collect();
+                    (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
+                };
+                // The kernel is asked without holding up those who follow the table.
+                let mut drift = proxy::explain::drift(mode, &frontends, &view, None)?;
+                if pending > 0 {
+                    drift.push(format!("{pending} changed ports of Services are being committed"));
+                }
+                report.drift = Some(drift);
+                anyhow::Ok(report)
+            })
+            .await??;
+            Ok(serde_json::to_string(&report)?)
         }
         (&Method::GET, "/images") => {
             let images = state.images.list_images().await?;

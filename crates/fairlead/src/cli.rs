@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, client, down, image, node, proxy, server, status, up};
+use crate::{agent, client, down, explain, image, node, proxy, server, status, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +32,8 @@ enum Command {
     Down(down::DownArgs),
     /// Say what runs where and what is wrong.
     Status(status::StatusArgs),
+    /// Say where a packet to a Service goes, and why.
+    Explain(explain::ExplainArgs),
     /// Run commands in a node, or play its death and return.
     Node(node::NodeArgs),
     /// Import, list and remove images.
@@ -63,6 +65,7 @@ impl Cli {
             Command::Up(args) => up::run(args),
             Command::Down(args) => down::run(&args),
             Command::Status(args) => status::run(&args),
+            Command::Explain(args) => blocking(args.run()),
             Command::Node(args) => node::run(args),
             Command::Image(args) => image::run(args),
             Command::Server(args) => server::run(args),

@@ -4,7 +4,7 @@
 
 mod discovery;
 mod files;
-mod session;
+pub(crate) mod session;
 mod table;
 
 use std::io;

@@ -121,6 +121,12 @@ pub async fn join(
     };
     // Certificates of another cluster, or of this one before its authority was replaced, are worth nothing.
     let same_cluster = stored_ca.as_ref() == Some(&ca_pem);
+    // A server and an agent may share a directory; what the server signs with must not be lost to another cluster's authority.
+    ensure!(
+        same_cluster || !dir.join("ca.key").exists(),
+        "{} holds the authority of another cluster's server; choose another --data-dir for this node",
+        dir.display()
+    );
     let kept = |path: &Path| if same_cluster { load(path) } else { None };
     if !same_cluster {
         pki::write_private(&files.ca, ca_pem.as_bytes())?;
@@ -708,5 +714,16 @@ mod tests {
         assert!(is_of(&read, "node-1") && !is_of(&read, "node-2"));
         assert!(is_valid(&read, SystemTime::now()));
         assert!(load(&scratch.0.join("none.pem")).is_none());
+    }
+    #[tokio::test]
+    async fn a_server_keeps_its_authority_when_an_agent_of_another_cluster_is_given_its_directory() {
+        let (scratch, elsewhere) = (Scratch::new(), Scratch::new());
+        let pki = Pki::open_or_create(&scratch.0).expect("an authority");
+        let other = Pki::open_or_create(&elsewhere.0).expect("another");
+        let trust = Trust::Pem(other.ca_pem().to_owned());
+        let joined = join("https://127.0.0.1:1", trust, "a.b", "node-1", &[], &scratch.0.join("pki")).await;
+        let error = joined.err().expect("it is refused").to_string();
+        assert!(error.contains("choose another --data-dir"), "{error}");
+        assert_eq!(Pki::open_or_create(&scratch.0).expect("the same authority").ca_pem(), pki.ca_pem());
     }
 }

@@ -10,6 +10,7 @@ mod components;
 mod config;
 mod connector;
 mod down;
+mod explain;
 mod image;
 mod join;
 mod kubeconfig;

@@ -21,7 +21,8 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables, iptables, or none if each node's proxy is started by somebody else.
+    /// How Services reach the kernel: nftables, iptables, userspace, or none if each node's proxy is started by somebody
+    /// else.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// How pods of other nodes are reached.
@@ -39,6 +40,9 @@ pub struct UpArgs {
     /// A loopback port that leads to a node port: [ADDR:]PORT:NODEPORT; may be repeated.
     #[arg(long)]
     pub publish: Vec<Publish>,
+    /// Let nodes and pods reach the real network: one cable to this machine and one masquerade rule on it, until `down`.
+    #[arg(long)]
+    pub uplink: bool,
     /// Where objects are kept: `log` (in the data directory) or `etcd=URL[,URL…]`.
     #[arg(long, default_value = "log")]
     pub store: String,
@@ -68,6 +72,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         node_cidrs: args.node_cidr.clone(),
         pod_cidrs: args.pod_cidr.clone(),
         service_cidrs: args.service_cidr.clone(),
+        uplink: args.uplink,
     })?;
     let config = ClusterConfig {
         api_port: match &held {

@@ -442,6 +442,7 @@ mod tests {
                         sandbox_id: o.sandboxes.last().expect("a sandbox first").id.clone(),
                         config: ContainerConfig { name, attempt, ..ContainerConfig::default() },
                         image_id: String::new(),
+                        image_ref: String::new(),
                         created_at: at(i64::from(attempt)),
                         state,
                     });

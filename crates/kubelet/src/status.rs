@@ -140,7 +140,7 @@ fn container_status(pod: &Pod, container: &Container, observed: &Observed, facts
     let state = match latest {
         Some(current) => {
             status["containerID"] = json!(container_id(current));
-            status["imageID"] = json!(current.image_id);
+            status["imageID"] = json!(current.image_ref);
             match &current.state {
                 ContainerState::Running(started) => {
                     let probes = observed.probes.get(&current.id);
@@ -377,6 +377,7 @@ mod tests {
             sandbox_id: "s".into(),
             config: ContainerConfig { name: "a".into(), ..ContainerConfig::default() },
             image_id: String::new(),
+            image_ref: String::new(),
             created_at: now,
             state,
         }));

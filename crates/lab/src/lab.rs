@@ -20,6 +20,7 @@ use linux::netns::{Netns, NetnsError};
 use crate::node::LabNode;
 use crate::plan::{LabConfig, Plan, PlanError};
 use crate::state::{self, Cluster, Process};
+use crate::uplink;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
@@ -43,6 +44,12 @@ pub enum LabError {
     Collision { id: String, mine: PathBuf, theirs: PathBuf },
     #[error("{what} of a running cluster cannot change; run `fairlead down` first")]
     Changed { what: &'static str },
+    #[error(transparent)]
+    Rules(#[from] linux::nft::Error),
+    #[error("--uplink needs a machine that forwards; allow it with `sysctl -w net.ipv4.ip_forward=1`")]
+    NoForwarding,
+    #[error("--uplink found no free range for its cable from {first} on; see `ip route` for who has 100.64.0.0/10")]
+    NoRange { first: IpNet },
 }
 
 /// A lab whose namespaces, links and cgroups exist.
@@ -111,6 +118,11 @@ impl Lab {
         let tree = CgroupTree::new(cgroup(id))?;
         tree.kill()?;
         tree.remove()?;
+        // Only a lab that was half made or half ended has no pin of the machine's own namespace; and no cable then.
+        let host = run_dir.join("ns").join("host");
+        if linux::netns::is_pinned(&host) {
+            uplink::disconnect(id, &Netns::open(&host)?)?;
+        }
         mntns::unmount_below(&run_dir).map_err(failed())?;
         for done in [fs::remove_dir_all(&run_dir), fs::remove_dir(state::RUN_ROOT)] {
             match done {
@@ -249,6 +261,19 @@ impl Lab {
         links.ensure_all(&self.leg_items(&outside))?;
         Links::open(&outside)?.ensure_all(&end_items(&self.plan.outside, &self.plan.leg))?;
 
+        if self.config().uplink {
+            let (host, config) = (self.host()?, self.config());
+            let inside: Vec<IpNet> = config
+                .node_cidrs
+                .iter()
+                .chain(&config.pod_cidrs)
+                .chain(&config.service_cidrs)
+                .copied()
+                .chain(self.plan.outside.iter().map(IpNet::trunc))
+                .collect();
+            uplink::connect(self.id(), &switch, &host, &config.node_cidrs, &inside)?;
+        }
+
         let tree = self.tree()?;
         tree.child("server").create()?;
         tree.child("outside").create()?;
@@ -369,6 +394,7 @@ fn check_same(id: &str, held: &LabConfig, new: &LabConfig) -> Result<(), LabErro
         ("the pod range", held.pod_cidrs != new.pod_cidrs),
         ("the service range", held.service_cidrs != new.service_cidrs),
         ("the number of nodes, downwards,", held.nodes > new.nodes),
+        ("--uplink", held.uplink != new.uplink),
     ];
     match differs.into_iter().find(|(_, differs)| *differs) {
         Some((what, _)) => Err(LabError::Changed { what }),

@@ -8,12 +8,14 @@
 //! ```
 //!
 //! Everything a lab needs to be found again, even after its data directory is gone, is in `/run/fairlead/ID`; every
-//! process it starts is in the cgroups `fairlead-ID`. The machine's own interfaces, routes and firewall are not touched.
+//! process it starts is in the cgroups `fairlead-ID`. The machine's own interfaces, routes and firewall are not touched,
+//! but for one cable and one rule if an uplink is asked for.
 
 mod lab;
 mod node;
 mod plan;
 mod state;
+mod uplink;
 
 pub use lab::{Lab, LabError};
 pub use node::LabNode;

@@ -39,6 +39,9 @@ pub struct LabConfig {
     pub pod_cidrs: Vec<IpNet>,
     #[serde(with = "as_text")]
     pub service_cidrs: Vec<IpNet>,
+    /// Nodes and pods reach the real network.
+    #[serde(default)]
+    pub uplink: bool,
 }
 
 impl LabConfig {
@@ -51,6 +54,7 @@ impl LabConfig {
             node_cidrs: nets(["192.168.49.0/24", "fd00:c0a8:31::/64"]),
             pod_cidrs: nets(["10.244.0.0/16", "fd00:10:244::/56"]),
             service_cidrs: nets(["10.96.0.0/12", "fd00:10:96::/112"]),
+            uplink: false,
         }
     }
 

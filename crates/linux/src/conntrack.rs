@@ -23,6 +23,17 @@ pub enum Error {
     Silent,
 }
 
+impl Error {
+    /// This process may not look at the table: it has no CAP_NET_ADMIN.
+    pub fn is_forbidden(&self) -> bool {
+        match self {
+            Error::Netlink(error) => error.is_forbidden(),
+            Error::Refused { cause, .. } => cause.raw_os_error() == Some(libc::EPERM),
+            Error::Silent => false,
+        }
+    }
+}
+
 /// One tracked connection. `reply.0` is who really answers, whatever the client addressed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {

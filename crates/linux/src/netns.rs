@@ -10,7 +10,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
@@ -62,6 +62,15 @@ impl Netns {
     /// A namespace by its path: a pin made by [`Netns::create`] or `/proc/PID/ns/net`.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
         Self::hold(path, Some(path.to_owned()))
+    }
+
+    /// A namespace that somebody else has opened.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, NetnsError> {
+        let file = File::from(fd);
+        let meta = file
+            .metadata()
+            .map_err(|source| NetnsError::Namespace { doing: "look at a namespace's descriptor".into(), source })?;
+        Ok(Self { file: Arc::new(file), path: None, identity: (meta.dev(), meta.ino()) })
     }
 
     fn hold(path: &Path, keep: Option<PathBuf>) -> Result<Self, NetnsError> {
@@ -214,7 +223,7 @@ impl AsFd for Netns {
 }
 
 /// Whether a namespace is mounted on `path`: a plain file is left behind where a process died between the two steps.
-pub(crate) fn is_pinned(path: &Path) -> bool {
+pub fn is_pinned(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 

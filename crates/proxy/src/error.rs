@@ -2,9 +2,9 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables or iptables")]
+    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables or userspace")]
     LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables or iptables")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables or userspace")]
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
@@ -18,10 +18,18 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
+    #[error("this mode knows pods by their networks only; use detectLocalMode ClusterCIDR or NodeCIDR")]
+    PodsByInterface,
     #[error("{field}: {problem}")]
     Configuration { field: String, problem: String },
     #[error("the configuration cannot be read: {0}")]
     Yaml(Box<serde_saphyr::Error>),
+    #[error("no relay for {name} on {address}: {cause}; is that the node's address?")]
+    Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
+    #[error("{service} has no address to ask about: {why}")]
+    NoAddress { service: String, why: &'static str },
+    #[error(transparent)]
+    Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
     #[error("the thread of a commit died: {0}; the commit is repeated")]

@@ -6,7 +6,7 @@ use linux::iptables::{Iptables, Tools};
 use linux::nft::Socket;
 
 use crate::Error;
-use crate::dataplane::{iptables, nftables};
+use crate::dataplane::{iptables, nftables, userspace};
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
 pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -17,6 +17,14 @@ pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Er
         if iptables::remove(&mut tools)? {
             tracing::info!("proxy: removed the chains of the iptables mode ({})", tools.about());
         }
+    }
+    Ok(())
+}
+
+/// Removes the table of the userspace mode; its connections are their process's.
+pub(crate) fn clear_userspace(nft: &mut Socket) -> Result<(), Error> {
+    if userspace::remove(nft)? {
+        tracing::info!("proxy: removed the table of the userspace mode");
     }
     Ok(())
 }
@@ -32,6 +40,8 @@ pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
 /// Removes what any mode has put into the kernel, for a node whose Services somebody else is to serve, or nobody.
 /// Connections that are translated already go on.
 pub fn cleanup(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-    clear_nftables(&mut Socket::open(namespace)?)?;
+    let mut nft = Socket::open(namespace)?;
+    clear_nftables(&mut nft)?;
+    clear_userspace(&mut nft)?;
     clear_iptables(namespace)
 }

@@ -6,7 +6,7 @@
 pub mod configuration;
 pub mod dataplane;
 mod error;
-mod explain;
+pub mod explain;
 mod health;
 mod health_check;
 pub mod http;

@@ -6,11 +6,12 @@ use std::str::FromStr;
 use crate::Error;
 
 /// How Services reach the kernel, as `--proxy-mode` names it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Userspace,
 }
 
 impl FromStr for Mode {
@@ -22,7 +23,7 @@ impl FromStr for Mode {
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Err(Error::LaterMode("ipvs")),
             "ebpf" => Err(Error::LaterMode("ebpf")),
-            "userspace" => Err(Error::LaterMode("userspace")),
+            "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
     }
@@ -33,6 +34,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Userspace => "userspace",
         })
     }
 }

@@ -63,7 +63,7 @@ pub struct NodeView {
     pub pods: Pods,
     /// Where cluster IPs are allocated: packets to one that nobody has are dropped before they loop.
     pub service_cidrs: Vec<IpNet>,
-    /// Masquerade everything that is sent to a Service.
+    /// Masquerade all that is sent to a cluster IP, pods' traffic too.
     pub masquerade_all: bool,
     /// The bit of a packet's mark that the iptables mode uses; the nftables mode uses none.
     pub masquerade_bit: u8,

@@ -7,16 +7,19 @@ use std::time::Duration;
 
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
+use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
+use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
-use crate::dataplane::{Change, Dataplane};
-use crate::stale::{self, Answerers};
+use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
+use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::stale;
 use crate::{Error, Metrics, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -59,7 +62,7 @@ pub type StatusHandle = watch::Receiver<Status>;
 pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
-        Mode::Iptables => Ok(Seed::default()),
+        Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
     }
 }
 
@@ -72,20 +75,51 @@ pub async fn run(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let conntrack = Box::new(conntrack::Socket::open(namespace())?);
+    let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
+        Ok(socket) => Some(Box::new(socket)),
+        // That mode does without, and says what it does not do then.
+        Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
+        Err(error) => return Err(error.into()),
+    };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
-            let clear = Box::new(move || leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd())));
+            let mut others = Socket::open(namespace())?;
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut others)?;
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+            });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
             let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || leftovers::clear_nftables(&mut nft));
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut nft)?;
+                leftovers::clear_nftables(&mut nft)
+            });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
+        }
+        Mode::Userspace => {
+            let nft = userspace::open(namespace())?;
+            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
+                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+                None => Place::Here,
+            };
+            let relays = Sockets::new(place, Handle::current());
+            let clear: Option<Clear> = if nft.is_some() {
+                let mut others = Socket::open(namespace())?;
+                Some(Box::new(move || {
+                    leftovers::clear_nftables(&mut others)?;
+                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                }))
+            } else {
+                None
+            };
+            let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
             Loop::new(kernel, config, feed, status).run(token).await
         }
     }
@@ -94,7 +128,8 @@ pub async fn run(
 /// Everything that talks to the kernel; it moves to a thread of its own for each commit.
 struct Kernel<D> {
     dataplane: D,
-    conntrack: Box<dyn Conntrack>,
+    /// `None` where no rule of ours makes flows.
+    conntrack: Option<Box<dyn Conntrack>>,
     /// Removes what other modes left, once this one's first plan is in place: so that there is always one, and translated
     /// connections live on.
     clear: Option<Clear>,
@@ -239,7 +274,12 @@ impl<D: Dataplane> Loop<D> {
         let begun = Instant::now();
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
-            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, &answerers);
+            let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
+            if whole {
+                // A whole plan takes twice the memory of what is kept of it, and comes once.
+                drop(changes);
+                linux::memory::trim();
+            }
             (kernel, result)
         })
         .await
@@ -272,7 +312,7 @@ fn commit<D: Dataplane>(
     apart: bool,
     base: Option<&D::Base>,
     changes: &[Change<D::Entries>],
-    answerers: &Answerers,
+    answerers: Answerers,
 ) -> Result<(), Error> {
     let dataplane = &mut kernel.dataplane;
     if whole {
@@ -290,7 +330,10 @@ fn commit<D: Dataplane>(
         kernel.clear = None;
     }
     // Only now: before, the old rules would have made the same flows again.
-    let deleted = stale::sweep(&mut *kernel.conntrack, answerers)?;
+    let deleted = match &mut kernel.conntrack {
+        Some(conntrack) => stale::sweep(&mut **conntrack, &kernel.dataplane.answerers(answerers))?,
+        None => 0,
+    };
     if deleted > 0 {
         tracing::info!("proxy: forgot {deleted} UDP flows to endpoints that have gone");
     }

@@ -3,7 +3,7 @@
 //!
 //! TCP needs no such care: its peer answers with a reset, or the client gives up and starts a new connection.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -11,9 +11,7 @@ use linux::conntrack::{Conntrack, Error};
 use services::{Frontend, Protocol};
 
 use crate::NodeView;
-
-/// For each address that clients use: who may answer.
-pub(crate) type Answerers = HashMap<SocketAddr, HashSet<SocketAddr>>;
+use crate::dataplane::Answerers;
 
 /// What a frontend was and is, as far as UDP goes; `None` if nothing is to be looked for. Any *serving* endpoint may
 /// answer, whatever the traffic policy says, so that live flows survive a change of policy; without endpoints nobody may.

@@ -128,6 +128,8 @@ pub struct ContainerStatus {
     pub config: ContainerConfig,
     /// The image's id (the digest of its configuration).
     pub image_id: String,
+    /// What the image can be fetched by again: `NAME@DIGEST` if it was pulled, or else its id. Called imageRef in CRI.
+    pub image_ref: String,
     pub created_at: jiff::Timestamp,
     pub state: ContainerState,
 }

@@ -29,7 +29,7 @@ pub struct Place {
     pub zone: Option<Arc<str>>,
 }
 
-/// The endpoints of each scope, in slot order.
+/// The endpoints of each scope and one address family, in slot order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Categories<'a> {
     pub cluster: Vec<&'a Endpoint>,
@@ -56,7 +56,7 @@ enum Topology {
 }
 
 /// Hints count only if every ready endpoint has one and somebody means us: a half-written slice must not starve a node.
-fn topology(endpoints: &[Arc<Endpoint>], place: &Place) -> Topology {
+fn topology(endpoints: &[&Endpoint], place: &Place) -> Topology {
     let ready = || endpoints.iter().filter(|endpoint| endpoint.ready);
     if ready().all(|endpoint| !endpoint.for_nodes.is_empty())
         && ready().any(|endpoint| endpoint.for_nodes.contains(&place.node))
@@ -75,16 +75,18 @@ fn topology(endpoints: &[Arc<Endpoint>], place: &Place) -> Topology {
 }
 
 /// Called CategorizeEndpoints in kube-proxy. Each scope uses its ready endpoints and, only if it has none, those that
-/// serve while they terminate (KEP-1669); the scopes fall back independently of each other.
-pub fn categorize_endpoints<'a>(frontend: &'a Frontend, place: &Place) -> Categories<'a> {
-    let all = &frontend.endpoints;
+/// serve while they terminate (KEP-1669); the scopes fall back independently of each other, and so do the address
+/// families: a packet of one cannot use an endpoint of the other.
+pub fn categorize_endpoints<'a>(frontend: &'a Frontend, place: &Place, v6: bool) -> Categories<'a> {
+    let of_family = frontend.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv6() == v6);
+    let all: Vec<&'a Endpoint> = of_family.map(|endpoint| &**endpoint).collect();
     let filter = |keep: &dyn Fn(&Endpoint) -> bool| -> Vec<&'a Endpoint> {
-        all.iter().map(|endpoint| &**endpoint).filter(|endpoint| keep(endpoint)).collect()
+        all.iter().copied().filter(|endpoint| keep(endpoint)).collect()
     };
     let or_fallback = |ready: Vec<&'a Endpoint>, fallback: &dyn Fn(&Endpoint) -> bool| {
         if ready.is_empty() { filter(fallback) } else { ready }
     };
-    let topology = topology(all, place);
+    let topology = topology(&all, place);
     let cluster = filter(&|endpoint| {
         endpoint.ready
             && match topology {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroU16;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -248,6 +248,9 @@ struct RawName {
     name: Arc<str>,
 }
 
+/// Most endpoints have no hints: they share the memory of that.
+static NO_NAMES: LazyLock<Arc<[Arc<str>]>> = LazyLock::new(|| Arc::from([]));
+
 /// Names the object in errors.
 struct Checker<'a> {
     kind: &'static str,
@@ -393,7 +396,10 @@ impl Slice {
             let conditions = endpoint.conditions.as_ref();
             let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
             let hints = endpoint.hints.as_ref();
-            let names = |list: Option<&Vec<RawName>>| list.into_iter().flatten().map(|one| one.name.clone()).collect();
+            let names = |list: Option<&Vec<RawName>>| match list {
+                Some(list) if !list.is_empty() => list.iter().map(|one| one.name.clone()).collect(),
+                _ => NO_NAMES.clone(),
+            };
             endpoints.push(SliceEndpoint {
                 address: check.address("endpoints.addresses", first)?,
                 hostname: endpoint.hostname.clone().filter(|name| !name.is_empty()),
@@ -406,6 +412,8 @@ impl Slice {
                 for_nodes: names(hints.and_then(|hints| hints.for_nodes.as_ref())),
             });
         }
+        endpoints.shrink_to_fit();
+        ports.shrink_to_fit();
         let service = raw.metadata.labels.as_ref().and_then(|labels| labels.service_name.as_deref());
         let annotations = raw.metadata.annotations.as_ref();
         Ok(Slice {

@@ -1,8 +1,8 @@
 //! The table of Services and their endpoints: objects in, changed frontends out.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, btree_map};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use crate::{Endpoint, Error, Frontend, FrontendId, PortName, Protocol, Service, ServiceKind, Slice, SliceEndpoint};
 
@@ -53,8 +53,24 @@ pub enum Owner<'a> {
 #[derive(Default)]
 struct Entry {
     service: Option<Arc<Service>>,
-    slices: BTreeMap<Arc<str>, Slice>,
-    frontends: BTreeMap<PortName, Arc<Frontend>>,
+    /// By name. Vectors, as there are few of each in a Service and many Services: a map takes room for eleven.
+    slices: Vec<Slice>,
+    /// By name.
+    frontends: Vec<Arc<Frontend>>,
+}
+
+impl Entry {
+    fn find_slice(&self, name: &str) -> Result<usize, usize> {
+        self.slices.binary_search_by(|slice| (*slice.name).cmp(name))
+    }
+
+    fn remove_slice(&mut self, name: &str) -> Option<Slice> {
+        self.find_slice(name).ok().map(|at| self.slices.remove(at))
+    }
+}
+
+fn find<'a>(frontends: &'a [Arc<Frontend>], name: &PortName) -> Option<&'a Arc<Frontend>> {
+    frontends.iter().find(|frontend| frontend.name == *name)
 }
 
 /// Entries by namespace and name, so that a reader can ask without making a key.
@@ -95,7 +111,8 @@ pub struct ServiceTable {
     /// Which Service a slice was last seen to belong to.
     slice_owners: HashMap<ServiceKey, ServiceKey>,
     ids: BTreeMap<FrontendId, ServiceKey>,
-    by_address: HashMap<IpAddr, Vec<ServiceKey>>,
+    /// How often a Service has an address. One tree of plain keys, as nearly every address has one owner and there are many.
+    by_address: BTreeMap<(IpAddr, ServiceKey), u32>,
     namespaces: BTreeMap<Arc<str>, usize>,
     names: HashSet<Arc<str>>,
     /// How many names are kept before the unused ones are thrown away.
@@ -139,7 +156,7 @@ impl ServiceTable {
             Some(before) => self.forget_cluster_ips(&before, &key),
         }
         for address in cluster_ips(&service) {
-            self.by_address.entry(*address).or_default().push(key.clone());
+            *self.by_address.entry((*address, key.clone())).or_default() += 1;
         }
         Ok(self.rebuild(key))
     }
@@ -177,15 +194,24 @@ impl ServiceTable {
         }
         let Some(owner) = owner else { return Ok(changes) };
         let entry = self.entries.get_or_add(&owner);
-        if entry.slices.get(&slice.name) == Some(&slice) {
+        let found = entry.find_slice(&slice.name);
+        if found.is_ok_and(|at| entry.slices[at] == slice) {
             return Ok(changes);
         }
         let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
-        if let Some(before) = entry.slices.insert(slice.name.clone(), slice) {
+        let before = match found {
+            Ok(at) => Some(std::mem::replace(&mut entry.slices[at], slice)),
+            Err(at) => {
+                entry.slices.reserve_exact(1);
+                entry.slices.insert(at, slice);
+                None
+            }
+        };
+        if let Some(before) = before {
             self.forget_endpoints(&before, &owner);
         }
         for address in addresses {
-            self.by_address.entry(address).or_default().push(owner.clone());
+            *self.by_address.entry((address, owner.clone())).or_default() += 1;
         }
         self.slice_owners.insert(at, owner.clone());
         let mut more = self.rebuild(owner);
@@ -198,7 +224,7 @@ impl ServiceTable {
     pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Changes {
         let at: ServiceKey = (namespace.into(), name.into());
         let Some(owner) = self.slice_owners.remove(&at) else { return Changes::default() };
-        if let Some(before) = self.entries.get_mut(&owner).and_then(|entry| entry.slices.remove(&at.1)) {
+        if let Some(before) = self.entries.get_mut(&owner).and_then(|entry| entry.remove_slice(&at.1)) {
             self.forget_endpoints(&before, &owner);
         }
         self.rebuild(owner)
@@ -249,7 +275,7 @@ impl ServiceTable {
 
     pub fn frontend(&self, id: FrontendId) -> Option<&Arc<Frontend>> {
         let (namespace, name) = self.ids.get(&id)?;
-        self.entries.get(namespace, name)?.frontends.values().find(|frontend| frontend.id == id)
+        self.entries.get(namespace, name)?.frontends.iter().find(|frontend| frontend.id == id)
     }
 
     /// A Service of any type.
@@ -263,7 +289,7 @@ impl ServiceTable {
 
     /// The slices of a Service; each endpoint of a slice has all ports of that slice.
     pub fn slices(&self, namespace: &str, name: &str) -> impl Iterator<Item = &Slice> {
-        self.entries.get(namespace, name).into_iter().flat_map(|entry| entry.slices.values())
+        self.entries.get(namespace, name).into_iter().flat_map(|entry| &entry.slices)
     }
 
     /// The ready endpoints of a Service that have this hostname, or this address written with dashes.
@@ -276,14 +302,16 @@ impl ServiceTable {
     /// What has this address: a Service, or an endpoint once per Service that selects it.
     pub fn by_address(&self, address: IpAddr) -> Vec<Owner<'_>> {
         let mut owners = Vec::new();
-        for key in self.by_address.get(&address).into_iter().flatten() {
+        let first = (address, (NO_NAME.clone(), NO_NAME.clone()));
+        let known = self.by_address.range(first..).map(|(known, _)| known);
+        for (_, key) in known.take_while(|(known, _)| *known == address) {
             let Some(entry) = self.entries.get(&key.0, &key.1) else { continue };
             let Some(service) = entry.service.as_deref() else { continue };
             let mut found = Vec::new();
             if cluster_ips(service).contains(&address) {
                 found.push(Owner::ClusterIp(service));
             }
-            let endpoints = entry.slices.values().flat_map(|slice| &slice.endpoints);
+            let endpoints = entry.slices.iter().flat_map(|slice| &slice.endpoints);
             let matching = endpoints.filter(|endpoint| endpoint.address == address && endpoint.ready);
             found.extend(matching.map(|endpoint| Owner::Endpoint(service, endpoint)));
             owners.extend(found.into_iter().filter(|owner| !owners.contains(owner)).collect::<Vec<_>>());
@@ -315,12 +343,10 @@ impl ServiceTable {
     }
 
     fn forget(&mut self, address: IpAddr, key: &ServiceKey) {
-        if let Some(owners) = self.by_address.get_mut(&address) {
-            if let Some(at) = owners.iter().position(|owner| owner == key) {
-                owners.swap_remove(at);
-            }
-            if owners.is_empty() {
-                self.by_address.remove(&address);
+        if let btree_map::Entry::Occupied(mut count) = self.by_address.entry((address, key.clone())) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
             }
         }
     }
@@ -353,7 +379,7 @@ impl ServiceTable {
                     port: port.name.clone(),
                     protocol: port.protocol,
                 };
-                let known = before.get(&name);
+                let known = find(&before, &name);
                 let id = match known {
                     Some(known) => known.id,
                     None => self.assign_id(cluster_ips, port.protocol, port.port),
@@ -385,17 +411,23 @@ impl ServiceTable {
             }
         }
         let mut changes = Changes { services: vec![key.clone()], ..Changes::default() };
+        entry.frontends.reserve_exact(frontends.len());
         for after in frontends {
-            let unchanged = before.get(&after.name).filter(|before| ***before == after);
+            // Two ports of one name and protocol, which no API server lets through: the first counts.
+            if find(&entry.frontends, &after.name).is_some() {
+                continue;
+            }
+            let unchanged = find(&before, &after.name).filter(|before| ***before == after);
             let after = unchanged.cloned().unwrap_or_else(|| Arc::new(after));
             if unchanged.is_none() {
-                let before = before.get(&after.name).cloned();
+                let before = find(&before, &after.name).cloned();
                 changes.frontends.push(FrontendChange { id: after.id, before, after: Some(after.clone()) });
             }
-            entry.frontends.insert(after.name.clone(), after);
+            entry.frontends.push(after);
         }
-        for (name, frontend) in before {
-            if !entry.frontends.contains_key(&name) {
+        entry.frontends.sort_by(|a, b| a.name.cmp(&b.name));
+        for frontend in before {
+            if find(&entry.frontends, &frontend.name).is_none() {
                 self.ids.remove(&frontend.id);
                 changes.frontends.push(FrontendChange { id: frontend.id, before: Some(frontend), after: None });
             }
@@ -428,6 +460,9 @@ impl SliceEndpoint {
     }
 }
 
+/// The name before all others.
+static NO_NAME: LazyLock<Arc<str>> = LazyLock::new(|| Arc::from(""));
+
 fn cluster_ips(service: &Service) -> &[IpAddr] {
     match &service.kind {
         ServiceKind::ClusterIp(addresses) => addresses,
@@ -441,9 +476,9 @@ fn ready_addresses(frontend: &Frontend) -> Vec<SocketAddr> {
 
 /// The endpoints of a port over all slices. An endpoint may be in two slices while a controller moves it: the better
 /// one counts.
-fn endpoints(slices: &BTreeMap<Arc<str>, Slice>, name: &PortName) -> BTreeMap<SocketAddr, Endpoint> {
+fn endpoints(slices: &[Slice], name: &PortName) -> BTreeMap<SocketAddr, Endpoint> {
     let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-    for slice in slices.values() {
+    for slice in slices {
         let matching = slice.ports.iter().filter(|port| port.name == name.port && port.protocol == name.protocol);
         for port in matching.filter_map(|port| port.port) {
             for endpoint in &slice.endpoints {

@@ -4,6 +4,7 @@
 mod list;
 mod memory;
 mod pods;
+mod proxy;
 mod up;
 mod writes;
 
@@ -30,6 +31,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "memory", run: memory::measure },
     Bench { name: "list", run: list::measure },
     Bench { name: "writes", run: writes::measure },
+    Bench { name: "proxy", run: proxy::measure },
 ];
 
 /// One line of the table.

@@ -29,17 +29,23 @@ struct Options {
     ours: bool,
     nodes: usize,
     proxy_mode: String,
+    /// `fairlead server` and `fairlead agent` by themselves, without `up`.
+    standalone: bool,
     keep: bool,
     up: Vec<String>,
 }
 
 pub fn run(args: &[String]) -> Result<()> {
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        println!("usage: cargo xtask demo [--data-dir DIR] [--nodes N] [--keep] [FLAGS OF fairlead up]");
+        println!("usage: cargo xtask demo [--data-dir DIR] [--nodes N] [--keep] [--standalone] [FLAGS OF fairlead up]");
+        println!("  --standalone  hosts joined by `fairlead server` and `fairlead agent` alone; their flags, then");
         return Ok(());
     }
     let options = parse(args)?;
-    let cluster = Cluster::new(&options.data_dir)?;
+    let cluster = match options.standalone {
+        true => Cluster::standalone(&options.data_dir)?,
+        false => Cluster::new(&options.data_dir)?,
+    };
     if std::env::var_os(TELLER).is_some() {
         Held::release_inherited()?;
         return story::tell(&cluster, &options);
@@ -62,6 +68,9 @@ fn guard(cluster: &Cluster, options: &Options, args: &[String]) -> Result<()> {
         .context("cannot start the story")?;
     if options.keep && story.success() {
         println!("\nthe cluster is up: export KUBECONFIG={}", cluster.kubeconfig().display());
+        if options.standalone {
+            println!("its server listens in the namespace of node-1: `ip netns list`");
+        }
         return Ok(());
     }
     println!("\n== down");
@@ -72,7 +81,7 @@ fn guard(cluster: &Cluster, options: &Options, args: &[String]) -> Result<()> {
             .context("cannot remove the data directory: is something mounted there?")?;
     }
     if !left.is_empty() {
-        bail!("`fairlead down` left behind:\n  {}", left.join("\n  "));
+        bail!("left behind:\n  {}", left.join("\n  "));
     }
     println!("nothing is left: no process, mount, namespace, cgroup, link, route or rule");
     if !story.success() {
@@ -95,10 +104,11 @@ fn clear(cluster: &Cluster, options: &Options) -> Result<()> {
 
 fn parse(args: &[String]) -> Result<Options> {
     let mut options = Options {
-        data_dir: shell::target_dir()?.join("demo"),
+        data_dir: PathBuf::new(),
         ours: true,
         nodes: 3,
         proxy_mode: "nftables".to_owned(),
+        standalone: false,
         keep: false,
         up: Vec::new(),
     };
@@ -111,6 +121,7 @@ fn parse(args: &[String]) -> Result<Options> {
         let mut value =
             || joined.clone().or_else(|| args.next().cloned()).with_context(|| format!("{flag} needs a value"));
         match flag {
+            "--standalone" => options.standalone = true,
             "--keep" => options.keep = true,
             "--data-dir" => {
                 options.data_dir = std::path::absolute(value()?)?;
@@ -121,6 +132,9 @@ fn parse(args: &[String]) -> Result<Options> {
             flag if flag.starts_with("--") => options.up.extend([flag.to_owned(), value()?]),
             other => bail!("{other:?} is no flag; see --help"),
         }
+    }
+    if options.ours {
+        options.data_dir = shell::target_dir()?.join(if options.standalone { "demo-hosts" } else { "demo" });
     }
     Ok(options)
 }

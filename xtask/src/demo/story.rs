@@ -19,12 +19,11 @@ pub fn tell(cluster: &Cluster, options: &Options) -> Result<()> {
     println!("== images");
     image::run(&[])?;
 
-    println!("\n== up");
+    println!("\n== {}", if options.standalone { "hosts: one server, an agent on each" } else { "up" });
     let flags = [&["--proxy-mode".to_owned(), options.proxy_mode.clone()], options.up.as_slice()].concat();
-    shell::step(&mut cluster.up(options.nodes, &flags))?;
+    cluster.start(options.nodes, &flags)?;
     for name in ["nginx:test1", "busybox:test1"] {
-        let mut import = cluster.fairlead(&["image"]);
-        shell::step(import.arg("import").arg(image::archive_path(name)?))?;
+        cluster.import(&image::archive_path(name)?, options.nodes)?;
     }
 
     println!("\n== apply");
@@ -61,7 +60,7 @@ fn ready_pods(cluster: &Cluster) -> Result<Pods> {
         let mut wait = cluster.kubectl(&["rollout", "status", "deployment/nginx-deployment", "--timeout=120s"]);
         shell::step(&mut wait)?;
     } else {
-        traffic::until("both pods are ready", || {
+        shell::until("both pods are ready", || {
             let deployment = cluster.get(&["deployment", "nginx-deployment"])?;
             Ok(deployment.pointer("/status/readyReplicas") == Some(&Value::from(REPLICAS)))
         })?;

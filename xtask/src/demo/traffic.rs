@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -10,8 +9,6 @@ pub const REQUESTS: usize = 200;
 
 /// With two fair endpoints a share leaves these bounds about once in 40,000 runs.
 const SHARE: std::ops::RangeInclusive<f64> = 0.35..=0.65;
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One curl, and a connection per request: a kept connection would be translated once and stay with one pod.
 pub fn curl(url: &str) -> Vec<String> {
@@ -72,18 +69,6 @@ fn judge(answers: &BTreeMap<String, usize>, pods: &BTreeSet<String>) -> Result<(
         if !SHARE.contains(&(count as f64 / REQUESTS as f64)) {
             bail!("{name} gave {count} of {REQUESTS} answers: the load is not balanced");
         }
-    }
-    Ok(())
-}
-
-/// For a machine without kubectl, whose `wait` and `rollout status` watch.
-pub fn until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
-    let begun = Instant::now();
-    while !is_so()? {
-        if begun.elapsed() > PATIENCE {
-            bail!("waited {} s in vain until {what}", PATIENCE.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(200));
     }
     Ok(())
 }

@@ -62,7 +62,7 @@ fn key() -> String {
     hex(sources.concat().as_bytes())
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

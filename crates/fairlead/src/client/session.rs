@@ -42,6 +42,11 @@ pub struct Session {
 }
 
 impl Connection {
+    /// The cluster's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.data_dir.clone().unwrap_or_else(|| DEFAULT_DIR.into())
+    }
+
     pub async fn open(&self) -> anyhow::Result<Session> {
         let file = match (&self.kubeconfig, &self.data_dir) {
             (Some(path), _) => read(path)?,

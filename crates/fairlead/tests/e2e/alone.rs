@@ -137,6 +137,16 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     expect(cluster, "kubectl taint node node-1 ToBeDeletedByClusterAutoscaler-");
     until("the taint is gone", || health("200 OK"));
 
+    // It ends, its rules stay, and the next start changes none of them.
+    let before = rules(cluster);
+    drop(first);
+    until("the proxy has ended", || asks(cluster, "outside", &format!("{node}:10256/livez")).is_none());
+    assert_eq!(rules(cluster), before);
+    serves_everything(cluster, &address);
+    let first = Proxy::start(cluster, "node-1");
+    until("it is back", || health("200 OK"));
+    assert_eq!(rules(cluster), before);
+
     // A load balancer learns which node has an endpoint.
     expect(cluster, "kubectl expose pod asker --name=balanced --type=LoadBalancer --port=80");
     expect(cluster, "kubectl patch service balanced -p '{\"spec\":{\"externalTrafficPolicy\":\"Local\"}}'");
@@ -148,18 +158,8 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     }
     expect(cluster, "kubectl delete service balanced");
 
-    // It ends, its rules stay, and the next start changes none of them.
-    let before = rules(cluster);
-    drop(first);
-    until("the proxy has ended", || asks(cluster, "outside", &format!("{node}:10256/livez")).is_none());
-    assert_eq!(rules(cluster), before);
-    serves_everything(cluster, &address);
-    let first = Proxy::start(cluster, "node-1");
-    until("it is back", || health("200 OK"));
-    assert_eq!(rules(cluster), before);
-    drop(first);
-
     // Another mode, and then nothing at all.
+    drop(first);
     until("the proxy has ended", || asks(cluster, "outside", &format!("{node}:10256/livez")).is_none());
     configure(cluster, "iptables");
     let first = Proxy::start(cluster, "node-1");

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Once;
@@ -43,9 +43,8 @@ pub fn kubectls() -> Vec<Kubectl> {
 
 pub struct Cluster {
     dir: PathBuf,
-    /// What `up` is told beside the number of nodes.
-    flags: &'static [&'static str],
     pub server: String,
+    variables: Vec<(&'static str, String)>,
 }
 
 /// How a command ended and what it printed on both streams.
@@ -59,24 +58,10 @@ impl Cluster {
         Cluster::up_with(kubectl, nodes, &[])
     }
 
-    pub fn up_with(kubectl: &Kubectl, nodes: u8, flags: &'static [&'static str]) -> Cluster {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        static SWEEP: Once = Once::new();
-        SWEEP.call_once(sweep);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        // Short, since a unix socket's path has 108 bytes.
-        let dir = std::env::temp_dir().join(format!("{PREFIX}{}-{number}", std::process::id()));
-        fs::create_dir_all(dir.join("bin")).expect("a temporary directory can be made");
-        // From here on dropping it cleans up.
-        let mut cluster = Cluster { dir, flags, server: String::new() };
-        symlink(BINARY, cluster.dir.join("bin/fairlead")).expect("fairlead can be linked");
-        cluster.play_with(kubectl);
-        cluster.start(nodes);
-        for image in IMAGES {
-            let file = images().join(image);
-            assert!(file.is_file(), "{} is not there: run `cargo xtask image`", file.display());
-            cluster.fairlead(&["image", "--data-dir", &cluster.data_dir(), "import", &file.to_string_lossy()]);
-        }
+    pub fn up_with(kubectl: &Kubectl, nodes: u8, flags: &[&str]) -> Cluster {
+        let mut cluster = Cluster::new(kubectl);
+        cluster.start_with(nodes, flags);
+        cluster.import(&cluster.data_dir(), IMAGES);
         let kubeconfig = fs::read_to_string(cluster.dir.join("data/kubeconfig")).expect("`up` wrote a kubeconfig");
         // YAML or JSON, it is the one URL in it.
         let begin = kubeconfig.find("https://").expect("the kubeconfig names a server");
@@ -85,10 +70,44 @@ impl Cluster {
         cluster
     }
 
+    /// A directory and commands, without a cluster yet.
+    pub fn new(kubectl: &Kubectl) -> Cluster {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        static SWEEP: Once = Once::new();
+        SWEEP.call_once(sweep);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // Short, since a unix socket's path has 108 bytes.
+        let dir = std::env::temp_dir().join(format!("{PREFIX}{}-{number}", std::process::id()));
+        fs::create_dir_all(dir.join("bin")).expect("a temporary directory can be made");
+        // From here on dropping it cleans up.
+        let cluster = Cluster { dir, server: String::new(), variables: Vec::new() };
+        symlink(BINARY, cluster.dir.join("bin/fairlead")).expect("fairlead can be linked");
+        cluster.play_with(kubectl);
+        cluster
+    }
+
     /// `up`, the first time or again.
     pub fn start(&self, nodes: u8) {
-        let (nodes, dir) = (nodes.to_string(), self.data_dir());
-        self.fairlead(&[&["up", "--detach", "--nodes", &nodes, "--data-dir", &dir], self.flags].concat());
+        self.start_with(nodes, &[]);
+    }
+
+    pub fn start_with(&self, nodes: u8, flags: &[&str]) {
+        let (nodes, data) = (nodes.to_string(), self.data_dir());
+        self.fairlead(&[&["up", "--detach", "--nodes", &nodes, "--data-dir", &data], flags].concat());
+    }
+
+    /// Makes archives of `cargo xtask image` known to the nodes that keep their images in this directory.
+    pub fn import(&self, data_dir: &str, names: &[&str]) {
+        for name in names {
+            let file = images().join(name);
+            assert!(file.is_file(), "{} is not there: run `cargo xtask image`", file.display());
+            self.fairlead(&["image", "--data-dir", data_dir, "import", &file.to_string_lossy()]);
+        }
+    }
+
+    /// Makes `$NAME` known to the commands that `run` and `shell` are given.
+    pub fn set(&mut self, name: &'static str, value: &str) {
+        self.variables.push((name, value.to_owned()));
     }
 
     pub fn down(&self) {
@@ -101,6 +120,16 @@ impl Cluster {
         // The first time there is none.
         let _ = fs::remove_file(&link);
         symlink(&kubectl.path, link).expect("kubectl can be linked");
+    }
+
+    /// A command's processes begin in this network namespace from now on: `fairlead` or `kubectl`.
+    pub fn move_into(&self, namespace: &Path, name: &str) {
+        let link = self.dir.join("bin").join(name);
+        let program = link.canonicalize().expect("the command is linked");
+        fs::remove_file(&link).expect("the link can be removed");
+        let script = format!("#!/bin/sh\nexec nsenter --net={} -- {} \"$@\"\n", namespace.display(), program.display());
+        fs::write(&link, script).expect("a script can be written");
+        fs::set_permissions(&link, fs::Permissions::from_mode(0o755)).expect("it can be made executable");
     }
 
     /// Runs a line of `sh` whose kubectl and fairlead are those under test; ends after `seconds`.
@@ -127,16 +156,23 @@ impl Cluster {
         command.env("PATH", format!("{}:{path}", self.dir.join("bin").display()));
         command.env("KUBECONFIG", data.join("kubeconfig")).env("KUBECACHEDIR", self.dir.join("cache"));
         command.env("HOME", &self.dir).env("SERVER", &self.server).env("DIR", &data).env("TMP", &self.dir);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.env("EXAMPLES", root.join("examples")).env("IMAGES", images());
         command
     }
 
     fn fairlead(&self, words: &[&str]) {
         let mut command = Command::new("timeout");
-        let done = command.args(["--kill-after=5", SECONDS_TO_START, BINARY]).args(words).output();
+        command.args(["--kill-after=5", SECONDS_TO_START]).arg(self.dir.join("bin/fairlead"));
+        let done = command.args(words).output();
         let done = done.expect("the built binary runs");
         let said = String::from_utf8_lossy(&done.stderr);
         assert!(done.status.success(), "fairlead {} ended with {}: {said}", words.join(" "), done.status);
+    }
+
+    /// The directory of the test, in which the data directory lies.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub fn data_dir(&self) -> String {
@@ -150,15 +186,28 @@ impl Drop for Cluster {
     }
 }
 
-/// Clusters of runs that were killed before they could clean up.
+/// Clusters of runs that were killed before they could clean up, and the namespaces that such runs played in.
 fn sweep() {
-    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
-        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            end(&entry.path());
+    for entry in abandoned(&std::env::temp_dir()) {
+        end(&entry);
+    }
+    for pin in abandoned(Path::new("/run/netns")) {
+        let name = pin.file_name().expect("a pin has a name");
+        if let Err(error) = Command::new("ip").args(["netns", "delete"]).arg(name).status() {
+            eprintln!("{} stays: {error}", pin.display());
         }
     }
+}
+
+/// What is named after a test process that is no more.
+fn abandoned(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_abandoned = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+    };
+    entries.map(|entry| entry.path()).filter(is_abandoned).collect()
 }
 
 fn end(dir: &Path) {

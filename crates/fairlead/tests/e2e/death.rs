@@ -116,7 +116,7 @@ fn ready(cluster: &Cluster) {
 }
 
 /// Asks for the page by node port from outside and by cluster IP from both nodes, a few times each.
-fn asking(address: &str) -> String {
+pub fn asking(address: &str) -> String {
     format!(
         "set -e; for i in 1 2 3; do
         for node in 192.168.49.2 192.168.49.3; do
@@ -127,7 +127,7 @@ fn asking(address: &str) -> String {
     )
 }
 
-fn answers(cluster: &Cluster, address: &str, when: &str) {
+pub fn answers(cluster: &Cluster, address: &str, when: &str) {
     let seen = cluster.run(&asking(address), "", SECONDS);
     let pages = seen.output.lines().filter(|line| line.starts_with("nginx:test1 on nginx-deployment-")).count();
     assert!(seen.success && pages == 12, "{when}: {pages} of 12 answers\n{}", seen.output);
@@ -140,7 +140,7 @@ fn whole(log: &str, when: &str) {
 }
 
 /// The lines of `status` about this cluster, the first one naming it.
-fn status(cluster: &Cluster) -> Vec<String> {
+pub fn status(cluster: &Cluster) -> Vec<String> {
     // It fails if anything is wrong with any cluster of this machine, and other tests have theirs.
     let all = cluster.run("fairlead status", "", SECONDS).output;
     let first = format!(" in {}", cluster.data_dir());
@@ -184,7 +184,7 @@ fn ours(cluster: &Cluster) -> Vec<(u32, String)> {
 }
 
 /// The processes in pods' containers by pid and start time. Those that come and go are left out.
-fn containers(id: &str) -> BTreeMap<(u32, String), String> {
+pub fn containers(id: &str) -> BTreeMap<(u32, String), String> {
     let lasting = |line: &str| line.starts_with("nginx: ") || line.starts_with("sh -c ");
     let found = processes().into_iter().filter(|(_, line)| lasting(line));
     found
@@ -199,7 +199,7 @@ fn containers(id: &str) -> BTreeMap<(u32, String), String> {
 }
 
 /// What is still there of a cluster that is down, but for its data directory.
-fn leftovers(cluster: &Cluster, id: &str) -> Vec<String> {
+pub fn leftovers(cluster: &Cluster, id: &str) -> Vec<String> {
     let mut left: Vec<String> = ours(cluster).into_iter().map(|(pid, line)| format!("process {pid} {line}")).collect();
     left.extend(containers(id).into_values());
     let run = Path::new("/run/fairlead").join(id);

@@ -4,9 +4,14 @@
 
 mod alone;
 mod cluster;
+mod daemon;
 mod death;
 mod play;
+mod registry;
 mod script;
+mod standalone;
+mod uplink;
+mod variants;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

@@ -1,12 +1,13 @@
 //! Carries a session over WebSocket channels or SPDY streams.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use runtime::Session;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::session::{self, Client, Output, parse_sizes};
@@ -88,6 +89,11 @@ const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 
+/// How long a client has to answer the ping that tells us that it listens.
+const LISTENS_WITHIN: Duration = Duration::from_millis(500);
+/// How long a client that listens may need to know its own channels.
+const KNOWS_ITS_CHANNELS: Duration = Duration::from_millis(30);
+
 pub async fn over_websocket<S>(stream: S, version: Version, session: Result<Session, Value>)
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
@@ -104,9 +110,27 @@ where
     let (resize_sender, resize) = mpsc::channel(4);
     let (output, mut outputs) = mpsc::channel::<(Output, Bytes)>(16);
     let is_gone = gone.clone();
+    // Clients before 1.34 throw away what comes before they have made their channels, the exit code included
+    // (kubernetes/kubernetes#131203), and a command can be quicker than they are. A session starts at once; what it says
+    // is held back until the client has answered a ping and had a moment more.
+    let (listens, listening) = oneshot::channel();
+    let mut listens = Some(listens);
+    // A connection that is gone already is seen by the reader.
+    let _ = sender.send(Outgoing::Ping).await;
     let incoming = tokio::spawn(async move {
         let mut stdin = Some(stdin_sender);
-        while let Ok(Message::Data(message)) = reader.next().await {
+        loop {
+            let message = match reader.next().await {
+                Ok(Message::Data(message)) => message,
+                Ok(Message::Pong) => {
+                    if let Some(listens) = listens.take() {
+                        // Nobody waits any more: it has taken too long.
+                        let _ = listens.send(());
+                    }
+                    continue;
+                }
+                Ok(Message::Close) | Err(_) => break,
+            };
             match message.first() {
                 Some(&STDIN) => {
                     // An empty message is a keep-alive of some clients.
@@ -131,6 +155,9 @@ where
     });
     let writer = sender.clone();
     let outgoing = tokio::spawn(async move {
+        // A client that never answers pings has had its time as well.
+        let _ = tokio::time::timeout(LISTENS_WITHIN, listening).await;
+        tokio::time::sleep(KNOWS_ITS_CHANNELS).await;
         while let Some((kind, bytes)) = outputs.recv().await {
             let channel = if kind == Output::Stdout { STDOUT } else { STDERR };
             if writer.send(frame(channel, &bytes)).await.is_err() {
@@ -152,7 +179,7 @@ where
     }
     let _ = sender.send(Outgoing::Close).await;
     // The client closes its side when it has read ours.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(5), incoming).await;
+    let _ = tokio::time::timeout(Duration::from_secs(5), incoming).await;
 }
 
 /// The streams come one by one, each named by a header; the session begins when all that were asked for are there.
@@ -254,5 +281,5 @@ pub async fn over_spdy<S>(
         sender.data(id, version.render(&status).unwrap_or_default(), true).await;
     }
     // Hanging up at once would overtake what was sent; the client hangs up when it has read it all.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(5), incoming).await;
+    let _ = tokio::time::timeout(Duration::from_secs(5), incoming).await;
 }

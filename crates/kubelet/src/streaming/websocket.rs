@@ -19,6 +19,8 @@ pub fn accept(key: &str) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
     Data(Bytes),
+    /// The answer to a ping of ours.
+    Pong,
     Close,
 }
 
@@ -26,12 +28,15 @@ pub struct Reader<S> {
     stream: ReadHalf<S>,
     /// Pongs go out where everything goes out.
     pongs: mpsc::Sender<Outgoing>,
+    /// The pieces of a message so far: control frames may come between them.
+    whole: Vec<u8>,
 }
 
 /// What a writer task sends.
 #[derive(Debug)]
 pub enum Outgoing {
     Data(Bytes),
+    Ping,
     Pong(Bytes),
     Close,
 }
@@ -44,13 +49,14 @@ where
     let (read, write) = tokio::io::split(stream);
     let (sender, receiver) = mpsc::channel(32);
     tokio::spawn(write_all(write, receiver));
-    (Reader { stream: read, pongs: sender.clone() }, sender)
+    (Reader { stream: read, pongs: sender.clone(), whole: Vec::new() }, sender)
 }
 
 async fn write_all<S: AsyncWrite>(mut stream: WriteHalf<S>, mut receiver: mpsc::Receiver<Outgoing>) {
     while let Some(message) = receiver.recv().await {
         let (opcode, payload) = match &message {
             Outgoing::Data(bytes) => (0x2, &bytes[..]),
+            Outgoing::Ping => (0x9, &[][..]),
             Outgoing::Pong(bytes) => (0xa, &bytes[..]),
             // 1000: a normal end.
             Outgoing::Close => (0x8, &[0x03, 0xe8][..]),
@@ -84,7 +90,6 @@ async fn write_all<S: AsyncWrite>(mut stream: WriteHalf<S>, mut receiver: mpsc::
 impl<S: AsyncRead> Reader<S> {
     /// The next whole message. An end of the connection is a close.
     pub async fn next(&mut self) -> std::io::Result<Message> {
-        let mut whole: Vec<u8> = Vec::new();
         loop {
             let mut head = [0; 2];
             match self.stream.read_exact(&mut head).await {
@@ -97,7 +102,7 @@ impl<S: AsyncRead> Reader<S> {
                 n => u64::from(n),
             };
             let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidData, what.to_owned());
-            if length + whole.len() as u64 > MESSAGE_LIMIT {
+            if length.saturating_add(self.whole.len() as u64) > MESSAGE_LIMIT {
                 return Err(invalid("a message is too long"));
             }
             if head[1] & 0x80 == 0 {
@@ -110,9 +115,9 @@ impl<S: AsyncRead> Reader<S> {
             payload.iter_mut().zip(mask.iter().cycle()).for_each(|(byte, mask)| *byte ^= mask);
             match head[0] & 0x0f {
                 0x0..=0x2 => {
-                    whole.append(&mut payload);
+                    self.whole.append(&mut payload);
                     if head[0] & 0x80 != 0 {
-                        return Ok(Message::Data(whole.into()));
+                        return Ok(Message::Data(std::mem::take(&mut self.whole).into()));
                     }
                 }
                 0x8 => return Ok(Message::Close),
@@ -120,7 +125,7 @@ impl<S: AsyncRead> Reader<S> {
                     // A writer that has ended makes the next read fail as well.
                     let _ = self.pongs.send(Outgoing::Pong(payload.into())).await;
                 }
-                0xa => {}
+                0xa => return Ok(Message::Pong),
                 _ => return Err(invalid("an unknown kind of frame")),
             }
         }
@@ -136,9 +141,11 @@ where
     let (mut reader, sender) = split(stream);
     let (mut from, mut to) = tokio::io::split(theirs);
     tokio::spawn(async move {
-        while let Ok(Message::Data(bytes)) = reader.next().await {
-            if to.write_all(&bytes).await.is_err() {
-                return;
+        loop {
+            match reader.next().await {
+                Ok(Message::Data(bytes)) if to.write_all(&bytes).await.is_err() => return,
+                Ok(Message::Data(_) | Message::Pong) => {}
+                Ok(Message::Close) | Err(_) => break,
             }
         }
         let _ = to.shutdown().await;
@@ -172,6 +179,11 @@ mod tests {
         client.write_all(&[0x02, 0x83, 1, 2, 3, 4, b'H' ^ 1, b'e' ^ 2, b'l' ^ 3]).await.expect("written");
         client.write_all(&[0x80, 0x82, 1, 2, 3, 4, b'l' ^ 1, b'o' ^ 2]).await.expect("written");
         assert_eq!(reader.next().await.expect("read"), Message::Data("Hello".into()));
+        // A pong between two pieces is told at once and loses neither.
+        client.write_all(&[0x02, 0x81, 1, 2, 3, 4, b'a' ^ 1, 0x8a, 0x80, 1, 2, 3, 4]).await.expect("written");
+        assert_eq!(reader.next().await.expect("read"), Message::Pong);
+        client.write_all(&[0x80, 0x81, 1, 2, 3, 4, b'b' ^ 1]).await.expect("written");
+        assert_eq!(reader.next().await.expect("read"), Message::Data("ab".into()));
         sender.send(Outgoing::Data("x".into())).await.expect("sent");
         let mut frame = [0; 3];
         client.read_exact(&mut frame).await.expect("read");

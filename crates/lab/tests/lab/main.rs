@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use lab::{Lab, LabConfig, LabError, id_of};
 use linux::cgroup_v1v2::{CgroupTree, Hierarchies};
+use linux::link::{Address, Item, Links, Veth};
 use linux::mntns::mountinfo;
 use linux::netns::Netns;
 
@@ -220,4 +221,83 @@ fn entered() {
         let Err(error) = linux::enter::main(line.split('\n').map(Into::into));
         panic!("{error}");
     }
+}
+
+/// A machine of the test's own, connected to a world: the real one's interfaces are not ours to touch.
+struct Machine {
+    dir: PathBuf,
+    host: Netns,
+    world: Netns,
+}
+
+impl Machine {
+    fn new(ground: &Ground) -> Self {
+        let dir = ground.dir.join("machine");
+        let host = Netns::create(&dir.join("host")).expect("a namespace for the machine");
+        let world = Netns::create(&dir.join("world")).expect("a namespace for the world");
+        let veth =
+            Veth { name: "eth0".into(), peer: "eth0".into(), peer_netns: world.clone(), peer_mac: None, mtu: None };
+        let address =
+            |text: &str| Item::Address(Address { link: "eth0".into(), address: text.parse().expect("literal") });
+        let up = || Item::Up("eth0".into());
+        let world_end = [up(), address("198.51.100.9/24"), address("2001:db8:51::9/64")];
+        for namespace in [&host, &world] {
+            let settings = [
+                ("net/ipv6/conf/all/disable_ipv6", "0"),
+                ("net/ipv6/conf/all/accept_dad", "0"),
+                ("net/ipv6/conf/default/accept_dad", "0"),
+            ];
+            namespace.sysctls(&settings).expect("settings");
+        }
+        let links = Links::open(&host).expect("links of the machine");
+        links
+            .ensure_all(&[Item::Veth(veth), up(), address("198.51.100.1/24"), address("2001:db8:51::1/64")])
+            .expect("made");
+        Links::open(&world).expect("links of the world").ensure_all(&world_end).expect("made");
+        Self { dir, host, world }
+    }
+
+    /// Links and tables of ours on the machine.
+    fn traces(&self) -> Vec<String> {
+        let links = Links::open(&self.host).and_then(|links| links.links()).expect("links");
+        let tables = self.host.run(|| Command::new("nft").args(["list", "tables"]).output()).expect("a thread");
+        let tables = String::from_utf8(tables.expect("nft").stdout).expect("text");
+        let links = links.into_iter().map(|link| link.name).filter(|name| name.starts_with("fl-"));
+        links.chain(tables.lines().map(str::to_owned)).collect()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        for name in ["host", "world"] {
+            // A test that failed already says why; whatever else is left goes with the namespace.
+            let _ = Netns::remove(&self.dir.join(name));
+        }
+    }
+}
+
+#[test]
+fn an_uplink_leads_to_the_world_and_goes_with_the_lab() {
+    let ground = Ground::new("uplink");
+    let machine = Machine::new(&ground);
+    let mut config = ground.config(1);
+    config.uplink = true;
+    let create = || machine.host.run(|| Lab::create(config.clone())).expect("a thread in the machine");
+    assert!(matches!(create(), Err(LabError::NoForwarding)));
+    machine.host.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")]).expect("forwards");
+    let lab = create().expect("a lab");
+    // Made twice is made once.
+    create().expect("the same lab");
+    assert_eq!(machine.traces().len(), 2, "{:?}", machine.traces());
+    let node = lab.nodes()[0].namespace().expect("node-1");
+    for (world, seen) in [("198.51.100.9", "198.51.100.1"), ("2001:db8:51::9", "2001:db8:51::1")] {
+        let peer = talk_tcp(&node, &machine.world, world.parse().expect("literal"));
+        assert_eq!(peer, seen.parse::<IpAddr>().expect("literal"), "the node comes as the machine");
+    }
+    // Inside, nobody is masqueraded.
+    let outside = lab.outside().expect("outside");
+    let peer = talk_tcp(&node, &outside, "203.0.113.9".parse().expect("literal"));
+    assert_eq!(peer, lab.nodes()[0].addresses()[0]);
+    Lab::destroy(lab.id()).expect("it ends");
+    assert_eq!(machine.traces(), Vec::<String>::new());
 }

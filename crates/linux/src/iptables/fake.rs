@@ -114,6 +114,8 @@ impl Fake {
                 Hook::Prerouting if locals.contains(&walk.packet.to.ip()) => Some(Hook::Input),
                 Hook::Prerouting => Some(Hook::Forward),
                 Hook::Output | Hook::Forward => Some(Hook::Postrouting),
+                // Over the loopback, where nat is settled already.
+                Hook::Postrouting if from_here && locals.contains(&walk.packet.to.ip()) => Some(Hook::Input),
                 Hook::Input | Hook::Postrouting => None,
             };
         }

@@ -50,6 +50,12 @@ impl Error {
     pub fn is_absent(&self) -> bool {
         matches!(self, Error::Refused { cause, .. } if cause.raw_os_error() == Some(libc::ENOENT))
     }
+
+    /// This process may not look at or change what it asked for: it has no CAP_NET_ADMIN.
+    pub fn is_forbidden(&self) -> bool {
+        let (Error::Refused { cause, .. } | Error::Open(cause) | Error::Socket(cause)) = self else { return false };
+        matches!(cause.raw_os_error(), Some(libc::EPERM | libc::EACCES))
+    }
 }
 
 /// What a data path needs of nftables. The kernel implements it, and so does [`Fake`].

@@ -47,8 +47,13 @@ impl NodePortAddress {
     }
 }
 
+/// Whether node ports listen everywhere in this mode, localhost included, if nothing is said.
+fn listens_everywhere(mode: Mode) -> bool {
+    matches!(mode, Mode::Iptables | Mode::Userspace)
+}
+
 /// The addresses that a list means on a node whose interfaces hold `held`, in order, the primary ones first. `None`: the
-/// mode's default. Only the iptables mode serves loopback addresses.
+/// mode's default. Modes that listen on the primary addresses by default serve no loopback address.
 pub fn node_port_addresses(
     wanted: &[NodePortAddress],
     mode: Mode,
@@ -58,16 +63,13 @@ pub fn node_port_addresses(
     if wanted.is_empty() {
         return None;
     }
-    let by_default = match mode {
-        Mode::Iptables => NodePortAddress::All,
-        _ => NodePortAddress::Primary,
-    };
-    if wanted.contains(&by_default) && (mode == Mode::Iptables || wanted.len() == 1) {
+    let everywhere = listens_everywhere(mode);
+    if (everywhere && wanted.contains(&NodePortAddress::All)) || (!everywhere && wanted == [NodePortAddress::Primary]) {
         return None;
     }
     let others: BTreeSet<IpAddr> = held.iter().filter(|address| !primary.contains(address)).copied().collect();
     let all = primary.iter().copied().chain(others);
-    let served = |address: &IpAddr| mode == Mode::Iptables || !address.is_loopback();
+    let served = |address: &IpAddr| everywhere || !address.is_loopback();
     let meant = |address: &IpAddr| wanted.iter().any(|entry| entry.contains(*address, primary));
     Some(all.filter(|address| served(address) && meant(address)).collect())
 }

@@ -148,7 +148,7 @@ impl Configuration {
             masquerade_all: section.masquerade_all,
             masquerade_bit: section.masquerade_bit.unwrap_or(14),
             localhost_node_ports: section.localhost_node_ports.unwrap_or(true),
-            pods: self.pods()?,
+            pods: self.pods(mode)?,
             node_port_addresses: self.node_port_addresses()?,
             oom_score_adj: self.oom_score_adj()?,
             conntrack: self.conntrack(),
@@ -184,7 +184,15 @@ impl Configuration {
         }
     }
 
-    fn pods(&self) -> Result<PodDetection, Error> {
+    fn pods(&self, mode: Mode) -> Result<PodDetection, Error> {
+        let found = self.pod_detection()?;
+        let by_interface = matches!(found, PodDetection::Bridge(_) | PodDetection::InterfacePrefix(_));
+        let why = format!("the mode {mode} knows pods by their networks only; use ClusterCIDR or NodeCIDR");
+        refuse("detectLocalMode", by_interface && !matches!(mode, Mode::Nftables | Mode::Iptables), &why)?;
+        Ok(found)
+    }
+
+    fn pod_detection(&self) -> Result<PodDetection, Error> {
         let section = self.detect_local.as_ref();
         let interface = |field: &str, value: Option<&String>| match text(value) {
             None => Err(problem(

@@ -1,14 +1,20 @@
 //! What a proxy mode provides. A new one is a folder here and an arm in `run`; the case files, the packet tracer and the
 //! namespace tests then run for it too.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
+use std::net::SocketAddr;
 
 use services::{Frontend, FrontendId, Seed};
 
-use crate::{Error, NodeView};
+use crate::{Error, NodeView, Pods};
 
 pub mod iptables;
 pub mod nftables;
+pub mod userspace;
+
+/// For each address that clients use: who may answer.
+pub type Answerers = HashMap<SocketAddr, HashSet<SocketAddr>>;
 
 /// The entries of one frontend before and after.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,9 +34,13 @@ pub trait Dataplane: Send + 'static {
     fn base(node: &NodeView) -> Self::Base;
     fn entries(frontend: &Frontend, node: &NodeView) -> Self::Entries;
 
-    /// Whether this node can be served at all; asked before anything is committed.
-    fn check(_node: &NodeView) -> Result<(), Error> {
-        Ok(())
+    /// Whether this node can be served at all; asked before anything is committed. A mode that can tell pods by the
+    /// interface they are behind says so here.
+    fn check(node: &NodeView) -> Result<(), Error> {
+        match node.pods {
+            Pods::Cidrs(_) => Ok(()),
+            Pods::Bridge(_) | Pods::InterfacePrefix(_) => Err(Error::PodsByInterface),
+        }
     }
 
     /// What holds the rules, and how a person looks at them.
@@ -41,4 +51,9 @@ pub trait Dataplane: Send + 'static {
 
     /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
     fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+
+    /// Who answers UDP flows, as the kernel sees it, given the endpoints that may: others' flows are forgotten.
+    fn answerers(&self, endpoints: Answerers) -> Answerers {
+        endpoints
+    }
 }

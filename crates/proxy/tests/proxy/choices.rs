@@ -3,9 +3,13 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
 
 use linux::iptables::{self, Tools};
+use linux::netns::Netns;
 use linux::nft::{self, Fate, Packet, Socket};
+use proxy::configuration::Conntrack;
 use proxy::dataplane::Dataplane;
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
@@ -13,8 +17,8 @@ use proxy::{NodeView, Pods};
 use serde_json::json;
 use services::ServiceTable;
 
-use crate::cases::whole;
-use crate::net::{World, node_view, tcp};
+use crate::modes::whole;
+use crate::net::{Namespace, World, node_view, tcp};
 use crate::objects::{service, slice};
 
 const POD: &str = "10.244.0.12";
@@ -120,6 +124,47 @@ fn node_ports_answer_where_they_should() {
         let expected = if mode == "nftables" { nftables[index] } else { iptables[index] };
         assert_eq!(found, expected, "{mode}, view {index}");
     });
+}
+
+/// A replacement with a name of its own takes the Services that name it, and leaves those of the node's usual proxy alone.
+#[test]
+fn a_named_proxy_serves_those_that_name_it() {
+    let labels = json!({"service.kubernetes.io/service-proxy-name": "mine"});
+    let mut named: serde_json::Value = serde_json::from_slice(&service("web", json!({}))).expect("json");
+    named["metadata"]["labels"] = labels;
+    let usual = service("else", json!({"clusterIPs": ["10.96.0.11"]}));
+    let served = |mut table: ServiceTable| {
+        table.upsert_service(named.to_string().as_bytes()).expect("a Service");
+        table.upsert_service(&usual).expect("a Service");
+        table.frontends().map(|frontend| frontend.name.service.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(served(ServiceTable::new()), ["else"]);
+    assert_eq!(served(ServiceTable::new().for_proxy("mine")), ["web"]);
+    assert!(served(ServiceTable::new().for_proxy("other")).is_empty());
+}
+
+/// Settings of connection tracking are written where they are configured and differ, and nowhere else.
+#[test]
+fn connection_tracking_is_set_as_configured() {
+    let namespace = Namespace::new();
+    let held = Netns::open(Path::new(&namespace.path)).expect("a namespace");
+    let read = |name: &str| held.read_sysctl(&format!("net/netfilter/nf_conntrack_{name}")).expect("readable");
+    let before = read("udp_timeout");
+    let wanted = Conntrack {
+        tcp_established: Some(Duration::from_secs(3600)),
+        tcp_close_wait: Some(Duration::from_secs(1800)),
+        tcp_be_liberal: true,
+        udp_stream: Some(Duration::from_secs(77)),
+        ..Conntrack::default()
+    };
+    let sysctls = wanted.sysctls(1);
+    let sysctls: Vec<(&str, &str)> = sysctls.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    held.sysctls(&sysctls).expect("written");
+    let names = ["tcp_timeout_established", "tcp_timeout_close_wait", "tcp_be_liberal", "udp_timeout_stream"];
+    assert_eq!(names.map(read), ["3600", "1800", "1", "77"].map(|value| Some(value.to_owned())));
+    assert_eq!(read("udp_timeout"), before);
+    let error = held.sysctls(&[("net/netfilter/nf_conntrack_nothing", "1")]).expect_err("no such setting");
+    assert!(error.to_string().contains("nf_conntrack_nothing=1"), "{error}");
 }
 
 /// The tracer knows interfaces too, so that plans can be judged without a kernel.

@@ -13,10 +13,10 @@ use crate::net::{World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
-struct Running {
-    table: Arc<RwLock<ServiceTable>>,
+pub struct Running {
+    pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
-    status: watch::Receiver<Status>,
+    pub status: watch::Receiver<Status>,
     token: CancellationToken,
     runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
@@ -25,7 +25,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(world: &World, mode: Mode) -> Self {
+    pub fn start(world: &World, mode: Mode) -> Self {
         let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
         let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
@@ -42,7 +42,7 @@ impl Running {
     }
 
     /// Changes the table and waits until the kernel has it.
-    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+    pub fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
         let commits = self.status.borrow().commits;
         let changes = change(&mut self.table.write().expect("table"));
         self.changes.send(Arc::new(changes)).expect("the loop listens");
@@ -53,7 +53,7 @@ impl Running {
         });
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.token.cancel();
         self.runtime.block_on(self.task).expect("joined").expect("no error");
     }
@@ -130,14 +130,22 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let has_table = || world.node.command("nft", "list tables").contains("inet fairlead");
+    let tables = || world.node.command("nft", "list tables inet").lines().map(str::to_owned).collect::<Vec<_>>();
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
-    for _ in 0..2 {
-        for (mode, table, chains) in [(Mode::Iptables, false, true), (Mode::Nftables, true, false)] {
-            let mut running = Running::start(&world, mode);
-            fill(&mut running);
-            running.stop();
-            assert_eq!((has_table(), has_chains()), (table, chains), "{mode}");
-        }
+    let of = |mode| match mode {
+        Mode::Nftables => vec!["table inet fairlead"],
+        Mode::Userspace => vec!["table inet fairlead-userspace"],
+        Mode::Iptables => vec![],
+    };
+    let modes = [Mode::Iptables, Mode::Nftables, Mode::Userspace];
+    for mode in modes.into_iter().chain(modes.into_iter().rev()) {
+        let mut running = Running::start(&world, mode);
+        fill(&mut running);
+        running.stop();
+        assert_eq!(
+            (tables(), has_chains()),
+            (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables),
+            "{mode}"
+        );
     }
 }

@@ -1,10 +1,16 @@
 //! The data paths, with virtual packets (cases) and real ones (namespaces; these need root).
 
+mod case;
 mod cases;
 mod choices;
 mod configuration;
+mod differences;
+mod explain;
 mod history;
 mod live;
+mod modes;
 mod net;
 mod objects;
+mod rows;
 mod serving;
+mod userspace;

@@ -175,7 +175,7 @@ pub fn tcp(from: &Namespace, to: &str) -> Result<(usize, IpAddr), std::io::Error
     tcp_within(from, to, 500)
 }
 
-fn tcp_within(from: &Namespace, to: &str, milliseconds: u64) -> Result<(usize, IpAddr), std::io::ErrorKind> {
+pub fn tcp_within(from: &Namespace, to: &str, milliseconds: u64) -> Result<(usize, IpAddr), std::io::ErrorKind> {
     let to: SocketAddr = to.parse().expect("address");
     from.run(move || {
         let mut stream =

@@ -190,6 +190,7 @@ impl Builtin {
         let status = ContainerStatus {
             id: id.clone(),
             sandbox_id: sandbox.to_owned(),
+            image_ref: image.pulled_as(&config.image).unwrap_or(&image.id).to_owned(),
             image_id: image.id,
             config,
             created_at: jiff::Timestamp::now(),

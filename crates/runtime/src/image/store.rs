@@ -38,6 +38,14 @@ impl Image {
             user: self.config.user.clone(),
         }
     }
+
+    /// `NAME@DIGEST`, of the repository that `reference` names before any other. `None` if no manifest of it
+    /// is known.
+    pub fn pulled_as(&self, reference: &str) -> Option<&str> {
+        let repository = Reference::parse(reference).ok().map(|reference| format!("{}@", reference.name()));
+        let same = repository.and_then(|name| self.digests.iter().find(|digest| digest.starts_with(&name)));
+        same.or(self.digests.first()).map(String::as_str)
+    }
 }
 
 /// Blocking; asynchronous callers use a blocking thread.

@@ -73,6 +73,11 @@ impl Map {
         Map::Allowed,
     ];
 
+    /// Its keys begin with the number of one frontend's list: no other frontend wants its elements.
+    pub fn is_own(self) -> bool {
+        matches!(self, Map::Slots | Map::Numbers | Map::Endpoints)
+    }
+
     pub fn name(self, v6: bool) -> String {
         let stem = match self {
             Map::Frontends => "frontends",

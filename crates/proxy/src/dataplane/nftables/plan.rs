@@ -114,7 +114,7 @@ impl<'a> Plan<'a> {
             self.inside((*address, *port), *internal_policy, node.masquerade_all);
         }
         for destination in &outside {
-            self.outside(*destination, *external_policy, node.masquerade_all);
+            self.outside(*destination, *external_policy);
         }
         let uses = |policy| {
             *internal_policy == policy
@@ -126,7 +126,8 @@ impl<'a> Plan<'a> {
             }
         }
         let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
-        if !ranges.is_empty() {
+        // Where nobody serves, everybody is refused.
+        if !ranges.is_empty() && self.scopes.any {
             let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
             let node_may = node.addresses.iter().any(mine);
             for address in load_balancer_ips.iter().filter(of_family) {
@@ -189,7 +190,7 @@ impl<'a> Plan<'a> {
         self.member(if masquerade_all { Map::Masquerade } else { Map::MasqueradeOutside }, at);
     }
 
-    fn outside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy, masquerade_all: bool) {
+    fn outside(&mut self, at: (IpAddr, u16), policy: TrafficPolicy) {
         let Some(anywhere) = self.pick(TrafficPolicy::Cluster, Ids::Main) else { return self.unserved(at) };
         self.id(Map::Ids, at, TrafficPolicy::Cluster);
         match policy {
@@ -204,7 +205,7 @@ impl<'a> Plan<'a> {
                     self.id(Map::LocalIds, at, TrafficPolicy::Local);
                 }
                 self.class(at, Class::External { anywhere, here });
-                self.member(if masquerade_all { Map::Masquerade } else { Map::MasqueradeHost }, at);
+                self.member(Map::MasqueradeHost, at);
             }
         }
     }

@@ -1,0 +1,452 @@
+//! Measures the Service data path in namespaces of its own, and prints one JSON object; `cargo xtask bench proxy` runs it.
+//!
+//! - `path program --mode M --services N --endpoints E`: a cold start, then single changes, through the proxy's own loop
+//! - `path connect --rounds R --services A,B,… [--modes M,…]`: connections from a pod to random Services, beside no rule at
+//!   all and beside one constant translation, which is the least that netfilter can do
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use linux::link::{Address, Item, Links, Route, Veth};
+use linux::netns::Netns;
+use linux::nft::{
+    Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Nft, Op, Rule, Set, Socket, Statement,
+    Transaction, Value, ct_state,
+};
+use proxy::{Config, Feed, Mode, NodeView, Status};
+use serde_json::json;
+use services::{Changes, Place, ServiceTable};
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const NODE: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
+const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 11);
+const SERVER: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 12);
+const PORTS: std::ops::Range<u16> = 8080..8085;
+/// Services that a client talks to, however many there are.
+const DRAWN: usize = 1_000;
+
+fn main() -> Result<(), Failure> {
+    let mut arguments = std::env::args().skip(1);
+    let what = arguments.next().unwrap_or_default();
+    let mut flags = BTreeMap::new();
+    while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
+        flags.insert(name.trim_start_matches("--").to_owned(), value);
+    }
+    let flag = |name: &str, default: &str| flags.get(name).cloned().unwrap_or_else(|| default.to_owned());
+    let number = |name: &str, default: &str| flag(name, default).parse::<usize>();
+    let lab = Lab::new()?;
+    let printed = match what.as_str() {
+        "program" => {
+            let mode = flag("mode", "nftables").parse::<Mode>()?;
+            program(&lab, mode, number("services", "10000")?, number("endpoints", "5")?, number("changes", "200")?)?
+        }
+        "connect" => {
+            let sizes: Vec<usize> =
+                flag("services", "1000,10000").split(',').map(str::parse).collect::<Result<_, _>>()?;
+            let modes: Vec<Mode> =
+                flag("modes", "nftables,iptables").split(',').map(str::parse).collect::<Result<_, _>>()?;
+            connect(&lab, number("rounds", "5")?, &sizes, &modes, number("iptables-limit", "10000")?)?
+        }
+        other => return Err(format!("{other:?} is neither program nor connect").into()),
+    };
+    println!("{printed}");
+    Ok(())
+}
+
+/// A directory for pins of namespaces; all of them go with it.
+struct Lab {
+    dir: PathBuf,
+}
+
+impl Lab {
+    fn new() -> Result<Lab, Failure> {
+        let dir = std::env::temp_dir().join(format!("fairlead-path-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        Ok(Lab { dir })
+    }
+
+    fn namespace(&self, name: &str) -> Result<Netns, Failure> {
+        Ok(Netns::create(&self.dir.join(name))?)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for pin in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            // What cannot be unpinned now goes with the machine; the figures are what matters here.
+            let _ = Netns::remove(&pin.path());
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A client pod and a server pod on one node.
+struct World {
+    client: Netns,
+    node: Netns,
+    server: Netns,
+}
+
+impl World {
+    fn new(lab: &Lab, name: &str) -> Result<World, Failure> {
+        let namespace = |part: &str| lab.namespace(&format!("{name}-{part}"));
+        let (client, node, server) = (namespace("client")?, namespace("node")?, namespace("server")?);
+        node.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv4/conf/all/send_redirects", "0")])?;
+        let links = Links::open(&node)?;
+        for (pod, address, link) in [(&client, CLIENT, "client"), (&server, SERVER, "server")] {
+            let net = |address: Ipv4Addr| ipnet::IpNet::new_assert(address.into(), 32);
+            let veth =
+                Veth { name: link.into(), peer: "eth0".into(), peer_netns: pod.clone(), peer_mac: None, mtu: None };
+            links.ensure_all(&[
+                Item::Veth(veth),
+                Item::Up(link.into()),
+                Item::Address(Address { link: link.into(), address: net(NODE) }),
+                Item::Route(Route::host(address.into()).link(link)),
+            ])?;
+            Links::open(pod)?.ensure_all(&[
+                Item::Up("eth0".into()),
+                Item::Address(Address { link: "eth0".into(), address: net(address) }),
+                Item::Route(Route::default_via(NODE.into()).link("eth0").onlink()),
+            ])?;
+        }
+        Ok(World { client, node, server })
+    }
+
+    /// Accepts on all ports until told to stop.
+    fn serve(&self, stop: &Arc<AtomicBool>) -> Result<(), Failure> {
+        for port in PORTS {
+            let listener = Arc::new(self.server.run(|| TcpListener::bind((SERVER, port)))??);
+            for _ in 0..4 {
+                let (stop, listener) = (stop.clone(), listener.clone());
+                // The client resets what is closed here, so that nothing stays in TIME-WAIT.
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        // One that was reset before it was accepted is an error, and the next one is not.
+                        drop(listener.accept());
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn view() -> NodeView {
+    NodeView::new(
+        Place { node: "node-1".into(), zone: None },
+        vec![NODE.into()],
+        vec!["10.244.0.0/14".parse().expect("a literal")],
+        vec!["10.96.0.0/12".parse().expect("a literal")],
+    )
+}
+
+fn cluster_ip(number: usize) -> IpAddr {
+    let base = u32::from(Ipv4Addr::new(10, 96, 1, 0));
+    IpAddr::V4(Ipv4Addr::from(base + number as u32))
+}
+
+fn service(number: usize) -> Vec<u8> {
+    let ip = cluster_ip(number);
+    json!({
+        "metadata": {"name": format!("s{number}"), "namespace": "default"},
+        "spec": {"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]},
+    })
+    .to_string()
+    .into_bytes()
+}
+
+fn slice(number: usize, port: u16, endpoints: impl IntoIterator<Item = Ipv4Addr>) -> Vec<u8> {
+    let endpoints: Vec<_> =
+        endpoints.into_iter().map(|address| json!({"addresses": [address], "nodeName": "node-2"})).collect();
+    json!({
+        "metadata": {"name": format!("s{number}-1"), "namespace": "default",
+            "labels": {"kubernetes.io/service-name": format!("s{number}")}},
+        "addressType": "IPv4", "ports": [{"port": port, "protocol": "TCP"}], "endpoints": endpoints,
+    })
+    .to_string()
+    .into_bytes()
+}
+
+/// Endpoints that exist nowhere.
+fn nowhere(number: usize, count: usize) -> impl Iterator<Item = Ipv4Addr> {
+    let base = u32::from(Ipv4Addr::new(10, 244, 16, 0));
+    (0..count).map(move |endpoint| Ipv4Addr::from(base + (number * count + endpoint) as u32 % 200_000))
+}
+
+/// The proxy's loop on a namespace.
+struct Running {
+    table: Arc<RwLock<ServiceTable>>,
+    changes: broadcast::Sender<Arc<Changes>>,
+    status: watch::Receiver<Status>,
+    token: CancellationToken,
+    runtime: tokio::runtime::Runtime,
+    _node: watch::Sender<Arc<NodeView>>,
+}
+
+impl Running {
+    fn start(mode: Mode, namespace: &Netns, table: ServiceTable) -> Result<Running, Failure> {
+        let held: OwnedFd = std::fs::File::open(namespace.path().ok_or("an unnamed namespace")?)?.into();
+        let table = Arc::new(RwLock::new(table));
+        let (changes, receiver) = broadcast::channel(1024);
+        let (sender, status) = watch::channel(Status::default());
+        let (node, receiver_of_node) = watch::channel(Arc::new(view()));
+        let token = CancellationToken::new();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let config = Config { mode, node: receiver_of_node, namespace: Some(held), metrics: Arc::default() };
+        runtime.spawn(proxy::run(config, Feed { table: table.clone(), changes: receiver }, sender, token.clone()));
+        Ok(Running { table, changes, status, token, runtime, _node: node })
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut ServiceTable) -> Changes) -> Result<Duration, Failure> {
+        let before = self.status.borrow().commits;
+        let started = Instant::now();
+        let changes = {
+            let mut table = self.table.write().map_err(|_| "the table's writer panicked")?;
+            change(&mut table)
+        };
+        self.changes.send(Arc::new(changes)).map_err(|_| "the proxy has ended")?;
+        let status = &mut self.status;
+        self.runtime.block_on(async {
+            let done = status.wait_for(|status| status.commits > before && status.pending == 0);
+            tokio::time::timeout(Duration::from_secs(600), done).await.map(drop)
+        })?;
+        Ok(started.elapsed())
+    }
+}
+
+fn program(lab: &Lab, mode: Mode, services: usize, endpoints: usize, changes: usize) -> Result<String, Failure> {
+    let node = lab.namespace("node")?;
+    let mut table = ServiceTable::new();
+    for number in 0..services {
+        table.upsert_service(&service(number))?;
+        table.upsert_slice(&slice(number, 8080, nowhere(number, endpoints)))?;
+    }
+    let mut running = Running::start(mode, &node, table)?;
+    // Everything known: from here to the kernel holding it.
+    let cold = running.change(ServiceTable::set_synced)?;
+    let memory = pss()?;
+    let mut times = Vec::new();
+    let mut draw = Draw::new(services as u64);
+    for turn in 0..changes.div_ceil(2) {
+        let number = draw.below(services);
+        let more = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 247, 0, 0)) + turn as u32);
+        for extra in [Some(more), None] {
+            let object = slice(number, 8080, nowhere(number, endpoints).chain(extra));
+            let mut failure = None;
+            let took = running.change(|table| {
+                table.upsert_slice(&object).unwrap_or_else(|error| {
+                    failure = Some(error);
+                    Changes::default()
+                })
+            })?;
+            if let Some(error) = failure {
+                return Err(error.into());
+            }
+            times.push(took);
+        }
+    }
+    running.token.cancel();
+    times.sort();
+    let at =
+        |part: f64| times.get(((times.len().max(1) - 1) as f64 * part) as usize).map_or(0.0, Duration::as_secs_f64);
+    Ok(json!({
+        "mode": mode.to_string(), "services": services, "endpoints": endpoints,
+        "cold_ms": cold.as_secs_f64() * 1000.0, "changes": times.len(),
+        "change_p50_ms": at(0.5) * 1000.0, "change_p99_ms": at(0.99) * 1000.0, "pss_mb": memory,
+    })
+    .to_string())
+}
+
+/// Megabytes of this process, shared pages divided among their users.
+fn pss() -> Result<f64, Failure> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).ok_or("no Pss")?;
+    let kilobytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kilobytes / 1024.0)
+}
+
+/// One way for packets from the client to the server.
+struct Variant {
+    name: String,
+    world: World,
+    targets: Vec<SocketAddr>,
+    /// Kept: the rules are under its care.
+    _running: Option<Running>,
+    p50: Vec<f64>,
+    rate: Vec<f64>,
+}
+
+fn connect(lab: &Lab, rounds: usize, sizes: &[usize], modes: &[Mode], limit: usize) -> Result<String, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let direct: Vec<SocketAddr> = PORTS.map(|port| (SERVER, port).into()).collect();
+    let mut variants = Vec::new();
+    let mut add = |name: String, world: World, targets: Vec<SocketAddr>, running: Option<Running>| {
+        world.serve(&stop)?;
+        variants.push(Variant { name, world, targets, _running: running, p50: Vec::new(), rate: Vec::new() });
+        Ok::<(), Failure>(())
+    };
+    add("direct".into(), World::new(lab, "direct")?, direct.clone(), None)?;
+    let world = World::new(lab, "nat")?;
+    lay(&world.node, nat_and_ct())?;
+    add("direct, an empty nat chain and one ct rule".into(), world, direct.clone(), None)?;
+    let world = World::new(lab, "constant")?;
+    lay(&world.node, constant())?;
+    let spread = (0..DRAWN).map(|number| (cluster_ip(number), PORTS.start + (number % PORTS.len()) as u16).into());
+    add("one constant dnat rule".into(), world, spread.collect(), None)?;
+    let mut seconds = BTreeMap::new();
+    for mode in modes {
+        for size in sizes {
+            if *mode == Mode::Iptables && *size > limit {
+                continue;
+            }
+            let name = format!("{mode} {size}");
+            let world = World::new(lab, &format!("{mode}{size}"))?;
+            let mut table = ServiceTable::new();
+            for number in 0..*size {
+                table.upsert_service(&service(number))?;
+                let port = PORTS.start + (number % PORTS.len()) as u16;
+                table.upsert_slice(&slice(number, port, [SERVER]))?;
+            }
+            let mut running = Running::start(*mode, &world.node, table)?;
+            seconds.insert(name.clone(), running.change(ServiceTable::set_synced)?.as_secs_f64());
+            let mut draw = Draw::new(*size as u64);
+            let targets: Vec<SocketAddr> = (0..DRAWN).map(|_| (cluster_ip(draw.below(*size)), 80).into()).collect();
+            if *mode == Mode::Nftables && Some(size) == sizes.iter().max() {
+                // The tax that everybody else pays.
+                let other = World::new(lab, &format!("{mode}{size}-direct"))?;
+                let mut table = ServiceTable::new();
+                for number in 0..*size {
+                    table.upsert_service(&service(number))?;
+                    table.upsert_slice(&slice(number, 8080, [SERVER]))?;
+                }
+                let mut beside = Running::start(*mode, &other.node, table)?;
+                beside.change(ServiceTable::set_synced)?;
+                add(format!("direct through {name}"), other, direct.clone(), Some(beside))?;
+            }
+            add(name, world, targets, Some(running))?;
+        }
+    }
+    for _ in 0..rounds {
+        for variant in &mut variants {
+            let (client, targets) = (variant.world.client.clone(), variant.targets.clone());
+            variant.p50.push(client.run(|| latency(&targets, DRAWN * 2))??);
+            variant.rate.push(client.run(|| rate(&targets, Duration::from_millis(700)))??);
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    let rows: Vec<_> = variants
+        .iter()
+        .map(|variant| json!({"name": variant.name, "p50_us": variant.p50, "per_second": variant.rate, "programmed_s": seconds.get(&variant.name)}))
+        .collect();
+    Ok(json!(rows).to_string())
+}
+
+/// The median time of a connect, in microseconds.
+fn latency(targets: &[SocketAddr], count: usize) -> Result<f64, Failure> {
+    let mut times = Vec::with_capacity(count);
+    for turn in 0..count {
+        let started = Instant::now();
+        let stream = TcpStream::connect(targets[turn % targets.len()])?;
+        times.push(started.elapsed());
+        reset(&stream)?;
+    }
+    times.sort();
+    Ok(times[times.len() / 2].as_secs_f64() * 1e6)
+}
+
+/// Connections per second of eight clients at once.
+fn rate(targets: &[SocketAddr], time: Duration) -> Result<f64, Failure> {
+    let started = Instant::now();
+    let counts: Result<Vec<usize>, Failure> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..8)
+            .map(|client| {
+                scope.spawn(move || {
+                    let mut count = 0;
+                    while started.elapsed() < time {
+                        let stream = TcpStream::connect(targets[(count * 8 + client) % targets.len()])?;
+                        reset(&stream)?;
+                        count += 1;
+                    }
+                    Ok::<usize, Failure>(count)
+                })
+            })
+            .collect();
+        clients.into_iter().map(|client| client.join().map_err(|_| "a client panicked")?).collect()
+    });
+    Ok(counts?.into_iter().sum::<usize>() as f64 / started.elapsed().as_secs_f64())
+}
+
+/// Ends without TIME-WAIT, so that ports do not run out.
+fn reset(stream: &TcpStream) -> Result<(), Failure> {
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    Ok(nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger)?)
+}
+
+/// What any machine with Docker on it has.
+fn nat_and_ct() -> Vec<Op> {
+    // Looks at every packet and drops those to a port that nobody uses.
+    let new = Statement::HasBits(Value::CtState, ct_state::NEW);
+    let nobody = Statement::Equal(Value::DestinationPort, Datum::Port(1));
+    vec![
+        Op::AddChain(Chain::base("prerouting", ChainKind::Nat, Hook::Prerouting, -100)),
+        Op::AddChain(Chain::base("forward", ChainKind::Filter, Hook::Forward, 0)),
+        Op::AddRule {
+            chain: "forward".into(),
+            rule: Rule::new([new, nobody, Statement::Verdict(linux::nft::Verdict::Drop)]),
+        },
+    ]
+}
+
+/// The least that netfilter can do for a Service: one rule, which translates whatever goes to a cluster IP.
+fn constant() -> Vec<Op> {
+    let rule = Rule::new([
+        Statement::InNet(Value::DestinationIp { v6: false }, "10.96.0.0/12".parse().expect("a literal")),
+        Statement::Equal(Value::L4Proto, Datum::Proto(6)),
+        Statement::Choose(Value::lookup([Value::DestinationPort], "target")),
+        Statement::Dnat { v6: false },
+    ]);
+    let element = |port| Element {
+        key: Key::new([Datum::Port(port)]),
+        end: None,
+        data: ElementData::Value(Key::new([Datum::V4(SERVER), Datum::Port(port)])),
+    };
+    vec![
+        Op::AddSet(Set::map("target", &[DataType::InetService], &[DataType::Ipv4Addr, DataType::InetService])),
+        Op::AddElements { set: "target".into(), elements: PORTS.map(element).collect() },
+        Op::AddChain(Chain::base("prerouting", ChainKind::Nat, Hook::Prerouting, -100)),
+        Op::AddRule { chain: "prerouting".into(), rule },
+    ]
+}
+
+fn lay(namespace: &Netns, ops: Vec<Op>) -> Result<(), Failure> {
+    let mut transaction = Transaction::new(Family::Inet, "bench");
+    transaction.push(Op::AddTable { comment: None });
+    transaction.ops.extend(ops);
+    let path: &Path = namespace.path().ok_or("an unnamed namespace")?;
+    let file = std::fs::File::open(path)?;
+    Ok(Socket::open(Some(std::os::fd::AsFd::as_fd(&file)))?.commit(&transaction)?)
+}
+
+/// Numbers that are the same in every run (xorshift64*).
+struct Draw(u64);
+
+impl Draw {
+    fn new(seed: u64) -> Draw {
+        Draw(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+    }
+}

@@ -1,0 +1,144 @@
+//! The Service data path beside its floors and beside kube-proxy's shape, which our iptables mode is to the letter.
+//!
+//! `crates/proxy/examples/path.rs` measures; this runs it in rounds and makes ratios.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::{ROUNDS, Row, median};
+use crate::shell;
+
+/// Modes whose plan is programmed and walked, and beside them the peer.
+const MODES: &[&str] = &["nftables"];
+const PEER: &str = "iptables";
+const SIZES: &[usize] = &[1_000, 10_000, 30_000];
+/// Loading more takes kube-proxy's shape half a minute for each world.
+const PEER_LIMIT: usize = 10_000;
+
+pub fn measure() -> Result<Vec<Row>> {
+    let path = build()?;
+    let mut rows = program(&path)?;
+    rows.extend(connect(&path)?);
+    Ok(rows)
+}
+
+fn build() -> Result<PathBuf> {
+    shell::output(shell::cargo().args(["build", "--release", "-p", "proxy", "--example", "path"]))?;
+    Ok(shell::target_dir()?.join("release/examples/path"))
+}
+
+/// What is programmed: a mode, Services, endpoints of each, single changes afterwards.
+struct Load {
+    mode: &'static str,
+    services: usize,
+    endpoints: usize,
+    changes: usize,
+    rounds: usize,
+    wanted: &'static str,
+}
+
+fn program(path: &PathBuf) -> Result<Vec<Row>> {
+    let mut loads = vec![Load { mode: PEER, services: 10_000, endpoints: 5, changes: 5, rounds: 3, wanted: "" }];
+    for mode in MODES {
+        let load =
+            |services, endpoints, wanted| Load { mode, services, endpoints, changes: 400, rounds: ROUNDS, wanted };
+        loads.extend([
+            load(100, 5, ""),
+            load(10_000, 5, "under 300 ms"),
+            load(100_000, 3, "under 4000 ms"),
+            Load { rounds: 1, ..load(50_000, 5, "under 10000 ms") },
+        ]);
+    }
+    let mut runs: Vec<Vec<Value>> = loads.iter().map(|_| Vec::new()).collect();
+    for round in 0..ROUNDS {
+        for (load, runs) in loads.iter().zip(&mut runs).filter(|(load, _)| round < load.rounds) {
+            let mut command = Command::new(path);
+            command.args(["program", "--mode", load.mode, "--services", &load.services.to_string()]);
+            command.args(["--endpoints", &load.endpoints.to_string(), "--changes", &load.changes.to_string()]);
+            runs.push(serde_json::from_str(&shell::output(&mut command)?).context("path did not print JSON")?);
+        }
+    }
+    let middle = |index: usize, name: &str| -> Result<f64> {
+        let figures: Option<Vec<f64>> = runs[index].iter().map(|run| run[name].as_f64()).collect();
+        Ok(median(figures.with_context(|| format!("path printed no {name}"))?))
+    };
+    let mut rows = Vec::new();
+    for (index, load) in loads.iter().enumerate() {
+        let what = format!("{} {} x {}", load.mode, load.services, load.endpoints);
+        let row = |part: &str, measured: String, wanted: &str| Row {
+            what: format!("{what}: {part}"),
+            measured,
+            wanted: wanted.into(),
+        };
+        rows.push(row("cold start", format!("{:.0} ms", middle(index, "cold_ms")?), load.wanted));
+        let times = format!("{:.2} / {:.2} ms", middle(index, "change_p50_ms")?, middle(index, "change_p99_ms")?);
+        rows.push(row("one endpoint, p50 / p99", times, if load.mode == PEER { "" } else { "p99 under 5 ms" }));
+        let memory_wanted = if (load.services, load.endpoints) == (10_000, 5) { "under 60 MB" } else { "" };
+        rows.push(row("memory (PSS)", format!("{:.0} MB", middle(index, "pss_mb")?), memory_wanted));
+    }
+    for mode in MODES {
+        let find = |services| loads.iter().position(|load| load.mode == *mode && load.services == services);
+        let (Some(small), Some(large)) = (find(100), find(100_000)) else { continue };
+        let growth = (middle(large, "change_p50_ms")? / middle(small, "change_p50_ms")?).log10() / 3.0;
+        rows.push(Row {
+            what: format!("{mode}: growth exponent of one endpoint's p50, 100 to 100,000"),
+            measured: format!("{growth:.3}"),
+            wanted: "under 0.1".into(),
+        });
+    }
+    Ok(rows)
+}
+
+fn connect(path: &PathBuf) -> Result<Vec<Row>> {
+    let join = |sizes: &[usize]| sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let modes: Vec<&str> = MODES.iter().copied().chain([PEER]).collect();
+    let mut command = Command::new(path);
+    command.args(["connect", "--rounds", &ROUNDS.to_string(), "--services", &join(SIZES)]);
+    command.args(["--modes", &modes.join(","), "--iptables-limit", &PEER_LIMIT.to_string()]);
+    let printed: Vec<Value> = serde_json::from_str(&shell::output(&mut command)?).context("path did not print JSON")?;
+    let floor = find(&printed, "one constant dnat rule")?;
+    let direct = find(&printed, "direct")?;
+    let with_nat = find(&printed, "direct, an empty nat chain and one ct rule")?;
+    printed
+        .iter()
+        .map(|row| {
+            let name = row["name"].as_str().context("path printed no name")?;
+            // Ratios of each round by itself: a slow minute of the machine falls on all variants.
+            let to = |other: &Value, figure: &str| ratio(row, other, figure);
+            let (beside, base, wanted) = if name.starts_with("direct through") {
+                (with_nat, "direct traffic beside an empty nat chain", "p50 at most 1.05")
+            } else if name.starts_with("nftables") {
+                (floor, "the constant rule", "p50 at most 1.15, rate at least 0.90")
+            } else if name.starts_with("ebpf") {
+                (direct, "direct", "p50 at most 1.05, rate at least 0.97")
+            } else if name.starts_with(PEER) {
+                (floor, "the constant rule", "")
+            } else {
+                (direct, "direct", "")
+            };
+            let p50 = median(figures(row, "p50_us")?);
+            Ok(Row {
+                what: format!("{name}: connect p50 {p50:.1} us; to {base}"),
+                measured: format!("{:.2}, rate {:.2}", to(beside, "p50_us")?, to(beside, "per_second")?),
+                wanted: wanted.into(),
+            })
+        })
+        .collect()
+}
+
+fn find<'a>(printed: &'a [Value], name: &str) -> Result<&'a Value> {
+    printed.iter().find(|row| row["name"] == name).with_context(|| format!("path printed no {name:?}"))
+}
+
+fn figures(row: &Value, name: &str) -> Result<Vec<f64>> {
+    let all = row[name].as_array().with_context(|| format!("path printed no {name}"))?;
+    all.iter().map(|figure| figure.as_f64().context("a figure is a number")).collect()
+}
+
+fn ratio(row: &Value, other: &Value, name: &str) -> Result<f64> {
+    let (mine, theirs) = (figures(row, name)?, figures(other, name)?);
+    Ok(median(mine.iter().zip(&theirs).map(|(mine, theirs)| mine / theirs).collect()))
+}

@@ -1,6 +1,7 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
 use crate::join;
+use crate::proxy as standalone;
 use crate::{cli, explain, local, serve, server};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
@@ -17,8 +18,9 @@ use ipnet::IpNet;
 use kubelet::{ClusterDns, KubeletConfig};
 use linux::netns::Netns;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
+use proxy::configuration::{HEALTHZ_PORT, METRICS_PORT};
 use proxy::{Mode, NodeView};
-use reconcile::{Api, Cache, Named, Scope, ServiceFeed};
+use reconcile::{Api, Cache, Named, ObjectRef, Recorder, Scope, ServiceFeed};
 use runtime::image::PullConfig;
 use runtime::{Builtin, BuiltinConfig, ImageService};
 use serde::Deserialize;
@@ -144,6 +146,13 @@ struct Node {
 struct NodeSpec {
     #[serde(rename = "podCIDRs")]
     pod_cidrs: Vec<IpNet>,
+    taints: Vec<Taint>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Taint {
+    key: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -321,20 +330,38 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
+    let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
     if let Some(mode) = mode {
-        let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, metrics: Arc::default() };
+        let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
+        let metrics: Arc<proxy::Metrics> = Arc::default();
+        let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, metrics: metrics.clone() };
         let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
         let (proxy_feed, check_feed) = (subscribe(), subscribe());
-        let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
         let checks = proxy::HealthChecks {
             namespace: None,
             node: view_seen.clone(),
             feed: check_feed,
             health: health.clone(),
-            events: Some(reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name)),
+            events: Some(proxy_events.clone()),
         };
         tasks.spawn(proxy::serve_health_checks(checks, token.clone()));
-        let (status, health_token) = (proxy_seen.clone(), token.clone());
+        // As kube-proxy does: probes for everybody, metrics for this host.
+        let any = match args.node_ip.iter().all(IpAddr::is_ipv4) {
+            true => IpAddr::from([0u8; 4]),
+            false => IpAddr::from([0u8; 16]),
+        };
+        if let Some(listener) = standalone::listen("probes", SocketAddr::new(any, HEALTHZ_PORT), false)? {
+            let respond = proxy::probes(health.clone(), metrics.clone());
+            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+        }
+        let local = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
+        if let Some(listener) = standalone::listen("metrics", local, false)? {
+            let respond = standalone::scrapes(mode, metrics, feed.clone(), view_seen.clone());
+            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+        }
+        let about = ObjectRef::new("v1", "Node", "", &name, &name);
+        tasks.spawn(standalone::tell_errors(proxy_seen.clone(), proxy_events, about, token.clone()));
+        let (health, status, health_token) = (health.clone(), proxy_seen.clone(), token.clone());
         tasks.spawn(async move { health.follow(status, health_token).await });
         let proxy_token = token.clone();
         tasks.spawn(async move {
@@ -349,6 +376,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after: Option<&Arc<Node>>| {
             if let Some(node) = after.filter(|n| n.metadata.name == own) {
                 ready.send_replace(node.is_ready());
+                health.set_taints(node.spec.taints.iter().map(|taint| taint.key.as_str()));
                 views.send_if_modified(|view| {
                     let zone = node.zone();
                     let changed = view.place.zone != zone;

@@ -20,7 +20,7 @@ use linux::link::{AddressWatch, Links};
 use linux::netns::Netns;
 use proxy::configuration::{Configuration, Settings};
 use proxy::http::{Answer, Respond};
-use proxy::{Feed, Health, HealthChecks, Metrics, NodeView, Status};
+use proxy::{Feed, Health, HealthChecks, Metrics, Mode, NodeView, Status};
 use reconcile::{ApiError, Change, EventKind, ObjectRef, Recorder, Scope, ServiceFeed};
 use serde::Deserialize;
 use serde_json::Value;
@@ -218,7 +218,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     if let Some(at) = settings.metrics
         && let Some(listener) = listen("metricsBindAddress", at, settings.bind_hard_fail)?
     {
-        let respond = scrapes(&settings, metrics.clone(), feed.clone(), view_seen.clone());
+        let respond = scrapes(mode, metrics.clone(), feed.clone(), view_seen.clone());
         tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
     }
     let (status, status_seen) = watch::channel(Status::default());
@@ -352,7 +352,7 @@ fn held_addresses() -> anyhow::Result<Vec<std::net::IpAddr>> {
 }
 
 /// A listener; `None` if its port is taken and that is no reason to end.
-fn listen(field: &str, at: SocketAddr, hard_fail: bool) -> anyhow::Result<Option<TcpListener>> {
+pub fn listen(field: &str, at: SocketAddr, hard_fail: bool) -> anyhow::Result<Option<TcpListener>> {
     let opened = std::net::TcpListener::bind(at).and_then(|listener| {
         listener.set_nonblocking(true)?;
         TcpListener::from_std(listener)
@@ -368,13 +368,7 @@ fn listen(field: &str, at: SocketAddr, hard_fail: bool) -> anyhow::Result<Option
 }
 
 /// `/metrics`, `/proxyMode` and `/healthz` of the metrics port.
-fn scrapes(
-    settings: &Settings,
-    metrics: Arc<Metrics>,
-    feed: ServiceFeed,
-    view: watch::Receiver<Arc<NodeView>>,
-) -> Respond {
-    let mode = settings.mode;
+pub fn scrapes(mode: Mode, metrics: Arc<Metrics>, feed: ServiceFeed, view: watch::Receiver<Arc<NodeView>>) -> Respond {
     Arc::new(move |path| match path {
         "/metrics" => {
             let view = view.borrow().clone();
@@ -391,7 +385,7 @@ fn scrapes(
 }
 
 /// An event at the Node for each error that is new.
-async fn tell_errors(
+pub async fn tell_errors(
     mut status: watch::Receiver<Status>,
     events: Recorder,
     about: ObjectRef,

@@ -11,27 +11,34 @@ const SECONDS: u32 = 60;
 /// Longer than the test: the proxies end when it does.
 const LIFE: u32 = 600;
 
-/// A kubeconfig for the proxy's service account, which leads to the API server as nodes see it.
-const KUBECONFIG: &str = "set -e
-    kubectl --namespace=kube-system create serviceaccount kube-proxy
-    kubectl create clusterrolebinding kube-proxy --clusterrole=system:node-proxier --serviceaccount=kube-system:kube-proxy
+/// The manifest as it is, but for its image: nobody has published one, so the binary under test and the libraries it needs
+/// come from this machine.
+const DAEMONSET: &str = r#"set -e
+    kubectl apply -f $EXAMPLES/proxy/daemonset.yaml
+    at=/spec/template/spec
+    patch="[{\"op\": \"replace\", \"path\": \"$at/containers/0/image\", \"value\": \"busybox:test1\"},
+        {\"op\": \"add\", \"path\": \"$at/containers/0/command\", \"value\": [\"$BINARY\"]}"
+    number=0
+    for directory in $(dirname $BINARY) $(ldd $BINARY | grep -o '/[^ ]*' | xargs -n 1 dirname | sort -u); do
+        number=$((number + 1))
+        patch="$patch,
+        {\"op\": \"add\", \"path\": \"$at/volumes/-\",
+            \"value\": {\"name\": \"test-$number\", \"hostPath\": {\"path\": \"$directory\"}}},
+        {\"op\": \"add\", \"path\": \"$at/containers/0/volumeMounts/-\",
+            \"value\": {\"name\": \"test-$number\", \"mountPath\": \"$directory\", \"readOnly\": true}}"
+    done
+    kubectl --namespace=kube-system patch daemonset fairlead-service-proxy --type=json --patch="$patch]"
+    kubectl --namespace=kube-system rollout status daemonset/fairlead-service-proxy --timeout=45s"#;
+
+/// A kubeconfig of the manifest's service account that leads to the API server as nodes see it, and its configuration.
+const KUBECONFIG: &str = r"set -e
+    kubectl --namespace=kube-system get configmap fairlead-service-proxy -o jsonpath='{.data.config\.yaml}' > $TMP/proxy.yaml
     cp $KUBECONFIG $TMP/proxy.conf
-    token=$(kubectl --namespace=kube-system create token kube-proxy)
+    token=$(kubectl --namespace=kube-system create token fairlead-service-proxy)
     export KUBECONFIG=$TMP/proxy.conf
     kubectl config set-cluster fairlead --server=https://192.168.49.1:6443
     kubectl config unset users
     kubectl config set-credentials fairlead-user --token=$token";
-
-/// What a person would put into the ConfigMap of the DaemonSet.
-const CONFIGURATION: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1
-kind: KubeProxyConfiguration
-mode: MODE
-clusterCIDR: 10.244.0.0/16,fd00:10:244::/56
-nodePortAddresses: [192.168.49.0/24, fd00:c0a8:31::/64]
-metricsBindAddress: 0.0.0.0:10249
-bindAddressHardFail: true
-oomScoreAdj: 0
-";
 
 /// A proxy in a node; gone when dropped, its rules not.
 struct Proxy(Child);
@@ -71,11 +78,6 @@ fn has(cluster: &Cluster, place: &str, url: &str, part: &str) -> bool {
     asks(cluster, place, url).is_some_and(|answer| answer.contains(part))
 }
 
-fn configure(cluster: &Cluster, mode: &str) {
-    let text = CONFIGURATION.replace("MODE", mode);
-    assert!(cluster.run("cat > $TMP/proxy.yaml", &text, SECONDS).success);
-}
-
 /// The rules of node-1, without what packets change.
 fn rules(cluster: &Cluster) -> String {
     let list = "fairlead node exec --data-dir $DIR node-1 -- nft list table inet fairlead | grep -v expires";
@@ -98,21 +100,29 @@ fn serves_everything(cluster: &Cluster, address: &str) {
 fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     let cluster = Cluster::up_with(&kubectls()[0], NODES, &["--proxy-mode", "none"]);
     let cluster = &cluster;
-    expect(cluster, KUBECONFIG);
     expect(cluster, "kubectl apply -f $EXAMPLES/nginx/");
     expect(cluster, "kubectl run asker --image=busybox:test1 -- sleep 3600");
     expect(cluster, "kubectl rollout status deployment/nginx-deployment --timeout=60s");
     expect(cluster, "kubectl wait --for=condition=Ready pod/asker --timeout=60s");
     let address = expect(cluster, "kubectl get service nginx-service -o jsonpath='{.spec.clusterIP}'");
     assert_eq!(asks(cluster, "node-1", &format!("http://{address}")), None, "no node has a proxy yet");
+
+    // As pods of a DaemonSet; when it is deleted, what it has put into the kernel stays.
+    expect(cluster, &DAEMONSET.replace("$BINARY", env!("CARGO_BIN_EXE_fairlead")));
+    serves_everything(cluster, &address);
+    expect(cluster, "kubectl --namespace=kube-system delete daemonset fairlead-service-proxy");
+    until("its pods have ended", || asks(cluster, "outside", "http://192.168.49.2:10256/livez").is_none());
+    serves_everything(cluster, &address);
+
     // Its identity may do what it needs and nothing else.
+    expect(cluster, KUBECONFIG);
     for (line, allowed) in [("list endpointslices -A", true), ("list secrets -A", false), ("create leases", false)] {
         let ask = "fairlead node exec --data-dir $DIR node-1 -- $(command -v kubectl) --kubeconfig=$TMP/proxy.conf auth can-i";
         let seen = cluster.run(&format!("{ask} {line}"), "", SECONDS);
         assert_eq!(seen.success, allowed, "{line}: {}", seen.output);
     }
 
-    configure(cluster, "nftables");
+    // By hand.
     let first = Proxy::start(cluster, "node-1");
     let _second = Proxy::start(cluster, "node-2");
     serves_everything(cluster, &address);
@@ -161,7 +171,7 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     // Another mode, and then nothing at all.
     drop(first);
     until("the proxy has ended", || asks(cluster, "outside", &format!("{node}:10256/livez")).is_none());
-    configure(cluster, "iptables");
+    expect(cluster, "sed -i 's/mode: nftables/mode: iptables/' $TMP/proxy.yaml");
     let first = Proxy::start(cluster, "node-1");
     until("it is back", || health("200 OK"));
     serves_everything(cluster, &address);
@@ -175,7 +185,7 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     assert_eq!(asks(cluster, "node-1", &format!("http://{address}")), None);
 
     // Without rights it says which, and whom to ask.
-    expect(cluster, "kubectl delete clusterrolebinding kube-proxy");
+    expect(cluster, "kubectl delete clusterrolebinding fairlead-service-proxy");
     let line = "fairlead node exec --data-dir $DIR node-1 -- $(command -v fairlead) proxy --kubeconfig $TMP/proxy.conf \
                 --hostname-override node-1 --metrics-bind-address= --healthz-port=0";
     let seen = cluster.run(line, "", SECONDS);

@@ -12,7 +12,7 @@ mod settings;
 pub use addresses::{NodePortAddress, node_port_addresses};
 pub use conntrack::Conntrack;
 pub use duration::GoDuration;
-pub use settings::{PodDetection, Settings};
+pub use settings::{HEALTHZ_PORT, METRICS_PORT, PodDetection, Settings};
 
 use std::collections::BTreeMap;
 

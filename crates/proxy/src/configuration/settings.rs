@@ -11,8 +11,9 @@ use super::{
 };
 use crate::{Error, Mode};
 
-const HEALTHZ_PORT: u16 = 10256;
-const METRICS_PORT: u16 = 10249;
+/// Where kube-proxy answers probes and scrapes.
+pub const HEALTHZ_PORT: u16 = 10256;
+pub const METRICS_PORT: u16 = 10249;
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
 /// Changes are committed as they come: a proxy that is asked to rest between commits for no longer than this does no wrong.
 const MIN_SYNC_PERIOD: Duration = Duration::from_secs(1);

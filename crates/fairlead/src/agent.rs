@@ -26,6 +26,7 @@ use runtime::{Builtin, BuiltinConfig, ImageService};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use services::{Place, Seed};
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -196,6 +197,11 @@ impl Node {
         self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True")
     }
 
+    /// The node lifecycle controller waits for its Lease in vain.
+    fn has_no_heartbeat(&self) -> bool {
+        self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "Unknown")
+    }
+
     fn zone(&self) -> Option<Arc<str>> {
         self.metadata.labels.get("topology.kubernetes.io/zone").map(|z| z.as_str().into())
     }
@@ -330,11 +336,19 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
+    let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
     if let Some(mode) = mode {
         let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
         let metrics: Arc<proxy::Metrics> = Arc::default();
-        let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, metrics: metrics.clone() };
+        let recorder = proxy_events.clone();
+        let watching = proxy::Watching {
+            lost_nodes: Some(lost_seen),
+            notices: Some(Arc::new(move |notice| standalone::tell(&recorder, notice))),
+            ..proxy::Watching::default()
+        };
+        let (node, metrics_of_run) = (view_seen.clone(), metrics.clone());
+        let proxy_config = proxy::Config { mode, node, namespace: None, metrics: metrics_of_run, watching };
         let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
         let (proxy_feed, check_feed) = (subscribe(), subscribe());
         let checks = proxy::HealthChecks {
@@ -356,7 +370,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         }
         let local = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         if let Some(listener) = standalone::listen("metrics", local, false)? {
-            let respond = standalone::scrapes(mode, metrics, feed.clone(), view_seen.clone());
+            let respond = standalone::scrapes(mode, metrics, feed.clone(), view_seen.clone(), proxy_seen.clone());
             tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
         }
         let about = ObjectRef::new("v1", "Node", "", &name, &name);
@@ -373,22 +387,36 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
-        reconcile::feed(&podnet_client, &NODES, Scope::all(), &token, move |_, after: Option<&Arc<Node>>| {
-            if let Some(node) = after.filter(|n| n.metadata.name == own) {
-                ready.send_replace(node.is_ready());
-                health.set_taints(node.spec.taints.iter().map(|taint| taint.key.as_str()));
-                views.send_if_modified(|view| {
-                    let zone = node.zone();
-                    let changed = view.place.zone != zone;
-                    if changed {
-                        let mut next = (**view).clone();
-                        next.place.zone = zone;
-                        *view = Arc::new(next);
-                    }
-                    changed
-                });
-            }
-        })
+        reconcile::feed(
+            &podnet_client,
+            &NODES,
+            Scope::all(),
+            &token,
+            move |before: Option<&Arc<Node>>, after: Option<&Arc<Node>>| {
+                if let Some(node) = before.or(after) {
+                    let name = node.metadata.name.as_str();
+                    let is_lost = after.is_some_and(|node| node.has_no_heartbeat());
+                    lost_nodes.send_if_modified(|lost: &mut BTreeSet<Arc<str>>| match is_lost {
+                        true => lost.insert(name.into()),
+                        false => lost.remove(name),
+                    });
+                }
+                if let Some(node) = after.filter(|n| n.metadata.name == own) {
+                    ready.send_replace(node.is_ready());
+                    health.set_taints(node.spec.taints.iter().map(|taint| taint.key.as_str()));
+                    views.send_if_modified(|view| {
+                        let zone = node.zone();
+                        let changed = view.place.zone != zone;
+                        if changed {
+                            let mut next = (**view).clone();
+                            next.place.zone = zone;
+                            *view = Arc::new(next);
+                        }
+                        changed
+                    });
+                }
+            },
+        )
     };
     {
         // The list of peers follows the cache; heartbeats do not change it.
@@ -652,7 +680,9 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
                 "node": state.name, "proxyMode": state.mode.map_or("none".to_owned(), |mode| mode.to_string()),
-                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about},
+                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
+                    "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
+                    "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
                 "services": table.services().count(), "synced": table.is_synced(),
             })
             .to_string())

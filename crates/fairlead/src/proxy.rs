@@ -6,6 +6,7 @@
 mod flags;
 mod node;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -187,8 +188,11 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     let check_changes = feed.subscribe();
 
     let mut inputs = Inputs::new(settings.clone());
+    let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let mut sources = Sources {
-        nodes: reconcile::watch(&client, &NODES, Scope::fields(format!("metadata.name={name}"))),
+        name: name.clone(),
+        nodes: reconcile::watch(&client, &NODES, Scope::all()),
+        lost_nodes,
         service_cidrs: match can_list(&client, &SERVICE_CIDRS).await {
             true => Some(reconcile::watch(&client, &SERVICE_CIDRS, Scope::all())),
             // An older API server, or fewer rights: then packets to a cluster IP that nobody has are not ours to drop.
@@ -215,13 +219,13 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
         }
     };
     let (views, view_seen) = watch::channel(Arc::new(view));
+    let (status, status_seen) = watch::channel(Status::default());
     if let Some(at) = settings.metrics
         && let Some(listener) = listen("metricsBindAddress", at, settings.bind_hard_fail)?
     {
-        let respond = scrapes(mode, metrics.clone(), feed.clone(), view_seen.clone());
+        let respond = scrapes(mode, metrics.clone(), feed.clone(), view_seen.clone(), status_seen.clone());
         tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
     }
-    let (status, status_seen) = watch::channel(Status::default());
     tasks.spawn({
         let (health, status, token) = (health.clone(), status_seen.clone(), token.clone());
         async move { health.follow(status, token).await }
@@ -261,7 +265,14 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
             }
         }
     });
-    let config = proxy::Config { mode, node: view_seen, namespace: None, metrics };
+    let recorder = events.clone();
+    let watching = proxy::Watching {
+        ejection: args.ejection,
+        retry: args.first_packet_retry,
+        lost_nodes: Some(lost_seen),
+        notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
+    };
+    let config = proxy::Config { mode, node: view_seen, namespace: None, metrics, watching };
     let run = proxy::run(config, Feed { table: feed.table.clone(), changes }, status, token.clone());
     events.event(&about, EventKind::Normal, "Starting", "");
     info!(node = name, %mode, "serving Services");
@@ -284,7 +295,11 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
 
 /// Where the view of the node comes from.
 struct Sources {
+    /// This node's.
+    name: String,
     nodes: mpsc::Receiver<Change<Node>>,
+    /// Nodes that have stopped sending their heartbeat.
+    lost_nodes: watch::Sender<BTreeSet<Arc<str>>>,
     service_cidrs: Option<mpsc::Receiver<Change<ServiceCidr>>>,
     addresses: Option<AddressWatch>,
 }
@@ -320,10 +335,24 @@ impl Sources {
         tokio::select! {
             change = self.nodes.recv() => {
                 match change.context("the watch on this node has ended")? {
-                    Change::Reset(nodes) => inputs.node = nodes.into_iter().next().or(inputs.node.take()),
-                    Change::Apply(node) => inputs.node = Some(node),
-                    // A Node that is registered anew comes back soon; until then it is what it was.
-                    Change::Delete(_) => {}
+                    Change::Reset(nodes) => {
+                        let lost = nodes.iter().filter(|node| node.has_no_heartbeat()).map(|node| node.name().into());
+                        self.lost_nodes.send_replace(lost.collect());
+                        inputs.node = nodes.into_iter().find(|node| node.name() == self.name).or(inputs.node.take());
+                    }
+                    Change::Apply(node) => {
+                        self.lost_nodes.send_if_modified(|lost| match node.has_no_heartbeat() {
+                            true => lost.insert(node.name().into()),
+                            false => lost.remove(node.name()),
+                        });
+                        if node.name() == self.name {
+                            inputs.node = Some(node);
+                        }
+                    }
+                    // A Node that is registered anew comes back soon; until then ours is what it was.
+                    Change::Delete(node) => {
+                        self.lost_nodes.send_if_modified(|lost| lost.remove(node.name()));
+                    }
                 }
                 if let Some(node) = &inputs.node {
                     health.set_taints(node.taints());
@@ -368,20 +397,44 @@ pub fn listen(field: &str, at: SocketAddr, hard_fail: bool) -> anyhow::Result<Op
 }
 
 /// `/metrics`, `/proxyMode` and `/healthz` of the metrics port.
-pub fn scrapes(mode: Mode, metrics: Arc<Metrics>, feed: ServiceFeed, view: watch::Receiver<Arc<NodeView>>) -> Respond {
+pub fn scrapes(
+    mode: Mode,
+    metrics: Arc<Metrics>,
+    feed: ServiceFeed,
+    view: watch::Receiver<Arc<NodeView>>,
+    status: watch::Receiver<Status>,
+) -> Respond {
     Arc::new(move |path| match path {
         "/metrics" => {
-            let view = view.borrow().clone();
+            let (view, status) = (view.borrow().clone(), status.borrow().clone());
             let table = feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Answer {
                 content_type: "text/plain; version=0.0.4; charset=utf-8",
-                ..Answer::text(metrics.text(mode, &table, &view))
+                ..Answer::text(metrics.text(mode, &table, &view, &status))
             }
         }
         "/proxyMode" => Answer::text(mode.to_string()),
         "/healthz" => Answer::text("ok"),
         _ => Answer::not_found(),
     })
+}
+
+/// Writes events about an endpoint that left the pick of this node, or is back in it.
+pub fn tell(recorder: &Recorder, notice: proxy::Notice) {
+    let (address, _) = notice.endpoint;
+    for (namespace, service) in &notice.services {
+        let about = ObjectRef::new("v1", "Service", namespace, service, "");
+        match notice.ejected {
+            Some(evidence) => {
+                let message = format!("endpoint {address} gets no new connections from this node: {evidence}");
+                recorder.event(&about, EventKind::Warning, "EndpointEjected", message);
+            }
+            None => {
+                let message = format!("endpoint {address} answers again");
+                recorder.event(&about, EventKind::Normal, "EndpointReturned", message);
+            }
+        }
+    }
 }
 
 /// An event at the Node for each error that is new.

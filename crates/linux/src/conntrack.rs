@@ -10,8 +10,12 @@ const MSG_GET: u16 = SUBSYSTEM | 1;
 const MSG_DELETE: u16 = SUBSYSTEM | 2;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
+const STATUS: u16 = 3;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
+const STATUS_MASK: u16 = 26;
+const SEEN_REPLY: u32 = 1 << 1;
+const DNAT: u32 = 1 << 5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -43,14 +47,25 @@ pub struct Flow {
     pub original: (SocketAddr, SocketAddr),
     /// Source and destination of the answers.
     pub reply: (SocketAddr, SocketAddr),
+    /// `IPS_…` bits of linux/netfilter/nf_conntrack_common.h.
+    status: u32,
     id: u32,
     zone: Option<u16>,
+}
+
+impl Flow {
+    /// Nobody has answered it yet, and it was sent elsewhere than its client meant.
+    fn is_unanswered(&self) -> bool {
+        self.status & (DNAT | SEEN_REPLY) == DNAT
+    }
 }
 
 /// What a data path needs of the connection table. The kernel implements it, and so does [`Fake`].
 pub trait Conntrack: Send {
     /// The flows of one family and protocol.
     fn flows(&mut self, v6: bool, protocol: u8) -> Result<Vec<Flow>, Error>;
+    /// The translated flows of both families that nobody has answered.
+    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error>;
     /// Forgets the flow; the next packet of it is looked at as if it were the first. No error if it has gone.
     fn delete(&mut self, flow: &Flow) -> Result<(), Error>;
 }
@@ -67,14 +82,40 @@ impl Socket {
         Ok(Socket { raw: Raw::open(namespace)?, sequence: 0 })
     }
 
-    fn begin(&mut self, kind: u16, flags: u16, v6: bool) -> Result<Writer, Error> {
+    fn begin(&mut self, kind: u16, flags: u16, family: i32) -> Result<Writer, Error> {
         self.raw.drain()?;
         self.sequence += 1;
         let mut writer = Writer::default();
-        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
         writer.begin(kind, flags, self.sequence, family as u8, 0);
         Ok(writer)
     }
+
+    /// Sends what asks for a dump; the flows that came back and are wanted.
+    fn dump(&mut self, mut writer: Writer, wanted: impl Fn(&Flow) -> bool) -> Result<Vec<Flow>, Error> {
+        writer.end();
+        self.raw.send(&writer.buffer)?;
+        let mut flows = Vec::new();
+        let mut outcome = Err(Error::Silent);
+        self.raw.replies(|reply| {
+            match reply {
+                Reply::Object(attributes) => {
+                    flows.extend(decode(attributes).filter(|flow| wanted(flow)));
+                    return Ok(true);
+                }
+                Reply::Ack { .. } => return Ok(true),
+                Reply::Done => outcome = Ok(()),
+                Reply::Failed { errno: number, .. } => {
+                    outcome = Err(Error::Refused { doing: "list flows", cause: errno(number) });
+                }
+            }
+            Ok(false)
+        })?;
+        outcome.map(|()| flows)
+    }
+}
+
+fn family(v6: bool) -> i32 {
+    if v6 { libc::AF_INET6 } else { libc::AF_INET }
 }
 
 fn address(attributes: Attributes<'_>, v4: u16) -> Option<IpAddr> {
@@ -100,37 +141,27 @@ fn decode(attributes: Attributes<'_>) -> Option<Flow> {
     let (protocol, from, to) = tuple(attributes.nested(TUPLE_ORIGINAL)?)?;
     let (_, reply_from, reply_to) = tuple(attributes.nested(TUPLE_REPLY)?)?;
     let zone = attributes.get(ZONE).and_then(|bytes| bytes.try_into().ok()).map(u16::from_be_bytes);
-    let id = attributes.u32(ID).unwrap_or(0);
-    Some(Flow { protocol, original: (from, to), reply: (reply_from, reply_to), id, zone })
+    let (id, status) = (attributes.u32(ID).unwrap_or(0), attributes.u32(STATUS).unwrap_or(0));
+    Some(Flow { protocol, original: (from, to), reply: (reply_from, reply_to), status, id, zone })
 }
 
 impl Conntrack for Socket {
     fn flows(&mut self, v6: bool, protocol: u8) -> Result<Vec<Flow>, Error> {
-        let mut writer = self.begin(MSG_GET, NLM_F_DUMP, v6)?;
-        writer.end();
-        self.raw.send(&writer.buffer)?;
-        let mut flows = Vec::new();
-        let mut outcome = Err(Error::Silent);
-        self.raw.replies(|reply| {
-            match reply {
-                Reply::Object(attributes) => {
-                    flows.extend(decode(attributes).filter(|flow| flow.protocol == protocol));
-                    return Ok(true);
-                }
-                Reply::Ack { .. } => return Ok(true),
-                Reply::Done => outcome = Ok(()),
-                Reply::Failed { errno: number, .. } => {
-                    outcome = Err(Error::Refused { doing: "list flows", cause: errno(number) });
-                }
-            }
-            Ok(false)
-        })?;
-        outcome.map(|()| flows)
+        let writer = self.begin(MSG_GET, NLM_F_DUMP, family(v6))?;
+        self.dump(writer, |flow| flow.protocol == protocol)
+    }
+
+    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error> {
+        let mut writer = self.begin(MSG_GET, NLM_F_DUMP, libc::AF_UNSPEC)?;
+        // The kernel leaves out what does not match; one that is too old to know these sends all.
+        writer.u32(STATUS, DNAT);
+        writer.u32(STATUS_MASK, DNAT | SEEN_REPLY);
+        self.dump(writer, |flow| flow.protocol == protocol && flow.is_unanswered())
     }
 
     fn delete(&mut self, flow: &Flow) -> Result<(), Error> {
         let (from, to) = flow.original;
-        let mut writer = self.begin(MSG_DELETE, NLM_F_ACK, from.is_ipv6())?;
+        let mut writer = self.begin(MSG_DELETE, NLM_F_ACK, family(from.is_ipv6()))?;
         let tuple = writer.nest(TUPLE_ORIGINAL);
         let ip = writer.nest(1);
         for (kind, address) in [(1, from.ip()), (2, to.ip())] {
@@ -177,13 +208,20 @@ pub struct Fake {
 impl Fake {
     pub fn add(&mut self, protocol: u8, original: (SocketAddr, SocketAddr), reply: (SocketAddr, SocketAddr)) {
         let id = self.flows.len() as u32;
-        self.flows.push(Flow { protocol, original, reply, id, zone: None });
+        // Translated if somebody else answers than was asked.
+        let status = if original.1 == reply.0 { 0 } else { DNAT };
+        self.flows.push(Flow { protocol, original, reply, status, id, zone: None });
     }
 }
 
 impl Conntrack for Fake {
     fn flows(&mut self, v6: bool, protocol: u8) -> Result<Vec<Flow>, Error> {
         let wanted = |flow: &&Flow| flow.protocol == protocol && flow.original.0.is_ipv6() == v6;
+        Ok(self.flows.iter().filter(wanted).cloned().collect())
+    }
+
+    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error> {
+        let wanted = |flow: &&Flow| flow.protocol == protocol && flow.is_unanswered();
         Ok(self.flows.iter().filter(wanted).cloned().collect())
     }
 

@@ -7,6 +7,7 @@
 // Namespaces are entered here, on scratch threads.
 #![allow(clippy::disallowed_methods)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -220,6 +221,24 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// The processes in each network namespace, by the namespace's inode number. Those that end meanwhile are left out.
+pub fn inhabited() -> io::Result<BTreeMap<u64, Vec<i32>>> {
+    let mut found: BTreeMap<u64, Vec<i32>> = BTreeMap::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        if let Some(namespace) = namespace_of(pid) {
+            found.entry(namespace).or_default().push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// The inode number of the network namespace of a process; `None` if there is no such process.
+pub fn namespace_of(pid: i32) -> Option<u64> {
+    let link = fs::read_link(format!("/proc/{pid}/ns/net")).ok()?;
+    link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// Whether a namespace is mounted on `path`: a plain file is left behind where a process died between the two steps.

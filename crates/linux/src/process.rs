@@ -34,6 +34,20 @@ impl ProcessId {
     }
 }
 
+/// Whether a process is stopped, by a signal or by a debugger; `None` if there is no such process.
+pub fn is_stopped(pid: i32) -> Option<bool> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let state = stat.rsplit_once(") ")?.1.chars().next()?;
+    Some(matches!(state, 'T' | 't'))
+}
+
+/// Whether a process has the socket of this inode number open.
+pub fn has_socket(pid: i32, inode: u32) -> bool {
+    let wanted = format!("socket:[{inode}]");
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.filter_map(|file| fs::read_link(file.path()).ok()).any(|target| target.to_str() == Some(&wanted))
+}
+
 /// The command name may hold spaces and parentheses, so count from its last parenthesis.
 fn parse_start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()

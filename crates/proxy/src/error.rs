@@ -28,6 +28,14 @@ pub enum Error {
     Relay { name: String, address: std::net::SocketAddr, cause: std::io::Error },
     #[error("{service} has no address to ask about: {why}")]
     NoAddress { service: String, why: &'static str },
+    #[error("what the table of the watch holds is not known; it is written whole next time")]
+    WatchUnknown,
+    #[error(transparent)]
+    Nflog(#[from] linux::nflog::Error),
+    #[error(transparent)]
+    Sockets(#[from] linux::sock_diag::Error),
+    #[error("cannot list processes: {0}; is /proc mounted?")]
+    Processes(std::io::Error),
     #[error(transparent)]
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]

@@ -43,5 +43,6 @@ pub fn cleanup(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     let mut nft = Socket::open(namespace)?;
     clear_nftables(&mut nft)?;
     clear_userspace(&mut nft)?;
+    crate::watch::remove(&mut nft)?;
     clear_iptables(namespace)
 }

@@ -17,6 +17,7 @@ mod node;
 mod run;
 mod scope;
 mod stale;
+mod watch;
 
 pub use error::Error;
 pub use explain::{dump, explain};
@@ -28,3 +29,4 @@ pub use metrics::Metrics;
 pub use mode::Mode;
 pub use node::{NodeView, Pods};
 pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use watch::{Evidence, Notice, Target, Watching};

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use services::{Changes, ServiceTable, TrafficPolicy};
 
 use crate::scope::scopes;
-use crate::{Mode, NodeView};
+use crate::{Mode, NodeView, Status};
 
 /// Durations, counted by upper bounds in seconds.
 #[derive(Clone, Debug)]
@@ -180,7 +180,7 @@ impl Metrics {
     }
 
     /// The Prometheus text format.
-    pub fn text(&self, mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
+    pub fn text(&self, mode: Mode, table: &ServiceTable, node: &NodeView, status: &Status) -> String {
         let counts = self.counts().clone();
         let mut out = Text(String::new());
         let sync = "kubeproxy_sync_proxy_rules";
@@ -220,6 +220,12 @@ impl Metrics {
                 out.line(&format!("{name}{{code=\"{code}\"}}"), count);
             }
         }
+        let ejections = "Endpoints that left the pick of this node because they did not answer.";
+        out.one("counter", "fairlead_proxy_ejections_total", ejections, status.ejections);
+        let retries = "First packets that were sent to another endpoint.";
+        out.one("counter", "fairlead_proxy_first_packet_retries_total", retries, status.retries);
+        let ejected = "Endpoints that are out of the pick of this node now.";
+        out.one("gauge", "fairlead_proxy_ejected_endpoints", ejected, status.ejected.len());
         let name = "rest_client_requests_total";
         out.head("counter", name, "Requests to the API server by method and code.");
         for ((method, code), count) in &counts.requests {
@@ -312,9 +318,14 @@ mod tests {
         (table, changes)
     }
 
+    fn status() -> Status {
+        let ejected = [("10.244.0.1:80".parse().expect("an endpoint"), services::Protocol::Tcp)].into();
+        Status { ejections: 3, retries: 5, ejected, ..Status::default() }
+    }
+
     fn text(metrics: &Metrics, table: &ServiceTable) -> String {
         let place = Place { node: "node-1".into(), zone: None };
-        metrics.text(Mode::Nftables, table, &NodeView { place, ..NodeView::default() })
+        metrics.text(Mode::Nftables, table, &NodeView { place, ..NodeView::default() }, &status())
     }
 
     #[test]
@@ -353,6 +364,9 @@ mod tests {
             "kubeproxy_network_programming_duration_seconds_bucket{le=\"300\"} 2",
             "kubeproxy_network_programming_duration_seconds_sum 5",
             "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+            "fairlead_proxy_ejections_total 3",
+            "fairlead_proxy_first_packet_retries_total 5",
+            "fairlead_proxy_ejected_endpoints 1",
             "rest_client_requests_total{code=\"200\",method=\"GET\"} 1",
             "rest_client_requests_total{code=\"<error>\",method=\"GET\"} 1",
         ] {

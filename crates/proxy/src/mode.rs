@@ -14,6 +14,13 @@ pub enum Mode {
     Userspace,
 }
 
+impl Mode {
+    /// Whether its connections can be watched: the kernel translates them, and conntrack knows it.
+    pub(crate) fn is_watched(self) -> bool {
+        matches!(self, Mode::Nftables | Mode::Iptables)
+    }
+}
+
 impl FromStr for Mode {
     type Err = Error;
 

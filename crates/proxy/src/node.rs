@@ -67,7 +67,7 @@ pub struct NodeView {
     pub masquerade_all: bool,
     /// The bit of a packet's mark that the iptables mode uses; the nftables mode uses none.
     pub masquerade_bit: u8,
-    /// Endpoints that are known not to answer. They are avoided as long as another one is left.
+    /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
 }
 
@@ -91,6 +91,12 @@ impl NodeView {
     /// A node whose node ports listen where the mode has them by default.
     pub fn new(place: Place, addresses: Vec<IpAddr>, pod_cidrs: Vec<IpNet>, service_cidrs: Vec<IpNet>) -> Self {
         NodeView { place, addresses, pods: Pods::Cidrs(pod_cidrs), service_cidrs, ..NodeView::default() }
+    }
+
+    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew.
+    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView) -> bool {
+        let without = |view: &NodeView| NodeView { ejected: BTreeSet::new(), ..view.clone() };
+        without(self) == without(other)
     }
 
     /// The first address of each family.

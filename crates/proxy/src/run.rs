@@ -1,6 +1,7 @@
 //! The loop that keeps the kernel true to the table.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
 use crate::stale;
+use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Metrics, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
@@ -34,6 +36,7 @@ pub struct Config {
     pub namespace: Option<OwnedFd>,
     /// Where commits are counted.
     pub metrics: Arc<Metrics>,
+    pub watching: Watching,
 }
 
 /// The service table and what happens to it. Subscribe before the table's first list is complete.
@@ -54,6 +57,14 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// How often an endpoint left the pick because it did not answer.
+    pub ejections: u64,
+    /// First packets that were sent to another endpoint, or will be when the client repeats them.
+    pub retries: u64,
+    /// Endpoints that are out now. Of each Service at most half are, whatever is held against them.
+    pub ejected: BTreeSet<Target>,
+    /// Why endpoints that do not answer go unnoticed; `None` if they do not.
+    pub watch_error: Option<String>,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -82,6 +93,8 @@ pub async fn run(
         Err(error) => return Err(error.into()),
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let status = Arc::new(status);
+    let watcher = watcher(&config, &feed, &status, &token)?;
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
@@ -91,7 +104,7 @@ pub async fn run(
                 leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
@@ -101,7 +114,7 @@ pub async fn run(
                 leftovers::clear_nftables(&mut nft)
             });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
@@ -125,6 +138,30 @@ pub async fn run(
     }
 }
 
+/// Starts the watch over endpoints that do not answer, where the mode's packets can be watched. Without it Services work
+/// all the same: what fails is said, and the proxy goes on.
+fn watcher(
+    config: &Config,
+    feed: &Feed,
+    status: &Arc<watch::Sender<Status>>,
+    token: &CancellationToken,
+) -> Result<Option<Watcher>, Error> {
+    let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
+    let wanted = config.watching.ejection || config.watching.retry;
+    if !wanted || !config.mode.is_watched() {
+        eyes::remove(&mut Socket::open(namespace)?)?;
+        return Ok(None);
+    }
+    match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
+        Ok(watcher) => Ok(Some(watcher)),
+        Err(error) => {
+            tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");
+            status.send_modify(|status| status.watch_error = Some(error.to_string()));
+            Ok(None)
+        }
+    }
+}
+
 /// Everything that talks to the kernel; it moves to a thread of its own for each commit.
 struct Kernel<D> {
     dataplane: D,
@@ -142,7 +179,8 @@ struct Loop<D> {
     kernel: Option<Kernel<D>>,
     config: Config,
     feed: Feed,
-    status: watch::Sender<Status>,
+    status: Arc<watch::Sender<Status>>,
+    watcher: Option<Watcher>,
     /// What the kernel holds.
     committed: HashMap<FrontendId, Arc<Frontend>>,
     /// For which node `committed` was rendered.
@@ -162,19 +200,35 @@ enum Attempt {
 }
 
 impl<D: Dataplane> Loop<D> {
-    fn new(kernel: Kernel<D>, config: Config, feed: Feed, status: watch::Sender<Status>) -> Self {
+    fn new(kernel: Kernel<D>, config: Config, feed: Feed, status: Arc<watch::Sender<Status>>) -> Self {
         Loop {
             kernel: Some(kernel),
             config,
             feed,
             status,
+            watcher: None,
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
         }
     }
 
+    /// With somebody who says which endpoints do not answer.
+    fn watched_by(self, watcher: Option<Watcher>) -> Self {
+        Loop { watcher, ..self }
+    }
+
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
+        let result = self.follow(&token).await;
+        if let Some(watcher) = self.watcher.take() {
+            // It ends with the token; without the loop it has nobody to talk to.
+            watcher.task.abort();
+            drop(watcher.task.await);
+        }
+        result
+    }
+
+    async fn follow(&mut self, token: &CancellationToken) -> Result<(), Error> {
         if let Some(kernel) = &self.kernel {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
@@ -184,13 +238,20 @@ impl<D: Dataplane> Loop<D> {
         let mut retry_at: Option<Instant> = None;
         let mut changes_open = true;
         let mut node_open = true;
+        let mut judged = false;
         loop {
-            let work = attempt == Attempt::Whole || !self.pending.is_empty();
+            let work = attempt == Attempt::Whole || !self.pending.is_empty() || judged;
             if work && retry_at.is_none() && self.read_table().is_synced() {
                 match self.commit(attempt).await {
-                    Ok(()) => {
+                    Ok(Watched::Known) => {
                         attempt = Attempt::Together;
+                        judged = false;
                         back_off = FIRST_RETRY;
+                    }
+                    Ok(Watched::Unknown) => {
+                        attempt = Attempt::Whole;
+                        retry_at = Some(Instant::now() + back_off);
+                        back_off = (back_off * 2).min(LAST_RETRY);
                     }
                     // A commit that panicked took the data path with it.
                     Err(error) if self.kernel.is_none() => return Err(error),
@@ -208,8 +269,13 @@ impl<D: Dataplane> Loop<D> {
                 () = token.cancelled() => return Ok(()),
                 changed = self.config.node.changed(), if node_open => {
                     node_open = changed.is_ok();
-                    attempt = Attempt::Whole;
+                    let now = self.config.node.borrow().clone();
+                    match &self.node {
+                        Some(before) if before.differs_in_ejected_only(&now) => judged = true,
+                        _ => attempt = Attempt::Whole,
+                    }
                 }
+                () = verdicts_change(&mut self.watcher) => judged = true,
                 received = self.feed.changes.recv(), if changes_open => match received {
                     Ok(changes) => self.notice(&changes),
                     Err(broadcast::error::RecvError::Lagged(_)) => attempt = Attempt::Whole,
@@ -238,15 +304,46 @@ impl<D: Dataplane> Loop<D> {
         self.feed.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn commit(&mut self, attempt: Attempt) -> Result<(), Error> {
+    /// The node, with what this proxy itself knows of endpoints that do not answer; and frozen listeners.
+    fn view(&mut self) -> (Arc<NodeView>, BTreeSet<SocketAddr>) {
         let node = self.config.node.borrow_and_update().clone();
+        let Some(watcher) = &mut self.watcher else { return (node, BTreeSet::new()) };
+        let verdicts = watcher.verdicts.borrow_and_update().clone();
+        if verdicts.ejected.is_empty() {
+            return (node, verdicts.frozen.clone());
+        }
+        let mut view = NodeView::clone(&node);
+        view.ejected.extend(&verdicts.ejected);
+        (Arc::new(view), verdicts.frozen.clone())
+    }
+
+    /// Frontends that have an endpoint which has left the pick or is back in it.
+    fn judged(&self, node: &NodeView) -> BTreeSet<FrontendId> {
+        let before = self.node.as_ref().map(|node| &node.ejected);
+        let changed: BTreeSet<Target> = match before {
+            Some(before) => before.symmetric_difference(&node.ejected).copied().collect(),
+            None => node.ejected.clone(),
+        };
+        if changed.is_empty() {
+            return BTreeSet::new();
+        }
+        // Rare, and a walk over a hundred thousand frontends takes milliseconds: no index is worth its memory.
+        let is_hit = |frontend: &Frontend| {
+            let protocol = frontend.name.protocol;
+            frontend.endpoints.iter().any(|endpoint| changed.contains(&(endpoint.address, protocol)))
+        };
+        self.committed.iter().filter(|(_, frontend)| is_hit(frontend)).map(|(id, _)| *id).collect()
+    }
+
+    async fn commit(&mut self, attempt: Attempt) -> Result<Watched, Error> {
+        let (node, frozen) = self.view();
         D::check(&node)?;
         let whole = attempt == Attempt::Whole;
         let ids: BTreeSet<FrontendId> = if whole {
             let table = self.read_table();
             table.frontends().map(|frontend| frontend.id).chain(self.committed.keys().copied()).collect()
         } else {
-            self.pending.clone()
+            self.pending.iter().copied().chain(self.judged(&node)).collect()
         };
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
@@ -269,23 +366,40 @@ impl<D: Dataplane> Loop<D> {
         for (id, after) in &after {
             stale::answerers(self.committed.get(id), after.as_ref(), &node, &mut answerers);
         }
+        let mut table = self.watcher.as_mut().and_then(|watcher| watcher.table.take());
+        let alternatives: Vec<(Alternatives, Alternatives)> = after
+            .iter()
+            .filter(|_| table.is_some())
+            .map(|(id, after)| {
+                let before = before_node.as_ref().zip(self.committed.get(id));
+                let before = before.map(|(node, before)| Alternatives::new(before, node)).unwrap_or_default();
+                let after = after.as_ref().map(|after| Alternatives::new(after, &node)).unwrap_or_default();
+                (before, after)
+            })
+            .collect();
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let begun = Instant::now();
         let mut kernel = self.kernel.take().expect("a commit gives it back");
-        let (kernel, result) = tokio::task::spawn_blocking(move || {
+        let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
+            // What Services need comes first, and does not wait for this.
+            let watch = |table: &mut WatchTable<Socket>| table.commit(whole, &alternatives, &frozen);
+            let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
             if whole {
                 // A whole plan takes twice the memory of what is kept of it, and comes once.
                 drop(changes);
                 linux::memory::trim();
             }
-            (kernel, result)
+            (kernel, table, result, watched)
         })
         .await
         .map_err(Error::Commit)?;
         self.kernel = Some(kernel);
         self.config.metrics.committed(whole, begun.elapsed(), result.is_ok());
+        if let Some(watcher) = &mut self.watcher {
+            watcher.table = table;
+        }
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
@@ -294,16 +408,41 @@ impl<D: Dataplane> Loop<D> {
                 None => drop(self.committed.remove(&id)),
             }
         }
+        let ejected = node.ejected.clone();
         self.node = Some(node);
         let pending = self.pending.len();
         self.status.send_modify(|status| {
+            status.ejected = ejected;
             status.synced = true;
             status.commits += 1;
             status.pending = pending;
             status.error = None;
         });
-        Ok(())
+        Ok(match watched {
+            Some(Err(error)) => {
+                tracing::warn!("proxy: {error}; endpoints that do not answer may stay in the pick");
+                self.status.send_modify(|status| status.watch_error = Some(error.to_string()));
+                Watched::Unknown
+            }
+            Some(Ok(())) | None => Watched::Known,
+        })
     }
+}
+
+/// Whether the watch's own table is what it should be.
+enum Watched {
+    Known,
+    Unknown,
+}
+
+/// Returns when other endpoints are out than before.
+async fn verdicts_change(watcher: &mut Option<Watcher>) {
+    if let Some(watcher) = watcher
+        && watcher.verdicts.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 fn commit<D: Dataplane>(
@@ -322,7 +461,7 @@ fn commit<D: Dataplane>(
         // The first error is told; the others have had their chance.
         let results: Vec<_> = changes.chunks(1).map(|change| dataplane.commit(None, change)).collect();
         results.into_iter().collect::<Result<(), Error>>()?;
-    } else {
+    } else if base.is_some() || !changes.is_empty() {
         dataplane.commit(base, changes)?;
     }
     if let Some(clear) = &mut kernel.clear {

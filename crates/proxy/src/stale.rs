@@ -35,7 +35,7 @@ pub(crate) fn answerers(
     }
 }
 
-fn addresses(frontend: &Frontend, node: &NodeView) -> Vec<SocketAddr> {
+pub(crate) fn addresses(frontend: &Frontend, node: &NodeView) -> Vec<SocketAddr> {
     let own = frontend.cluster_ips.iter().chain(&frontend.external_ips).chain(&frontend.load_balancer_ips);
     let mut addresses: Vec<SocketAddr> = own.map(|address| (*address, frontend.port).into()).collect();
     if let Some(port) = frontend.node_port {

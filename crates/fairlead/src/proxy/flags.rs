@@ -12,7 +12,7 @@ use proxy::configuration::{
 };
 use serde_json::Value;
 
-#[derive(Args, Debug, Clone, Default)]
+#[derive(Args, Debug, Clone)]
 pub struct ProxyArgs {
     /// A file with kube-proxy's configuration (KubeProxyConfiguration, v1alpha1).
     #[arg(long, value_name = "FILE")]
@@ -29,6 +29,12 @@ pub struct ProxyArgs {
     /// Serve only Services whose label service.kubernetes.io/service-proxy-name has this value.
     #[arg(long, value_name = "NAME")]
     pub service_proxy_name: Option<String>,
+    /// Endpoints that do not answer leave the pick until they do.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", action = clap::ArgAction::Set)]
+    pub ejection: bool,
+    /// A first packet that nobody answers, or that is refused, is sent to another endpoint when the client repeats it.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", action = clap::ArgAction::Set)]
+    pub first_packet_retry: bool,
     /// Remove what the proxy has put into the kernel, in whatever mode, and exit.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", action = clap::ArgAction::Set)]
     pub cleanup: bool,

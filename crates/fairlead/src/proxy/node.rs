@@ -39,6 +39,14 @@ struct Taint {
 #[serde(default)]
 struct NodeStatus {
     addresses: Vec<Address>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Condition {
+    r#type: String,
+    status: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -49,6 +57,15 @@ struct Address {
 }
 
 impl Node {
+    pub fn name(&self) -> &str {
+        &self.metadata.name
+    }
+
+    /// Its kubelet has fallen silent, as the node controller sees it.
+    pub fn has_no_heartbeat(&self) -> bool {
+        self.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "Unknown")
+    }
+
     pub fn taints(&self) -> impl Iterator<Item = &str> {
         self.spec.taints.iter().map(|taint| taint.key.as_str())
     }

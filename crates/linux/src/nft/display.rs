@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result};
 
-use super::rule::{ADDRESS_LOCAL, Reject, Rule, Statement, Value, ct_state, ct_status};
+use super::rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
 use super::value::{
     Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Op, Set, SetData, Transaction, Verdict,
 };
@@ -161,6 +161,10 @@ impl Display for Value {
             Value::DestinationPort => f.write_str("th dport"),
             Value::OriginalDestinationIp { v6 } => write!(f, "ct original {} daddr", header(*v6)),
             Value::OriginalDestinationPort => f.write_str("ct original proto-dst"),
+            Value::TcpFlags => f.write_str("tcp flags"),
+            Value::IcmpType => f.write_str("icmp type"),
+            Value::IcmpCode => f.write_str("icmp code"),
+            Value::CtDirection => f.write_str("ct direction"),
             Value::CtState => f.write_str("ct state"),
             Value::CtStatus => f.write_str("ct status"),
             Value::FibSourceType => f.write_str("fib saddr type"),
@@ -178,6 +182,10 @@ fn constant(value: &Value, datum: &Datum) -> String {
     match (value, datum) {
         (Value::Nfproto, Datum::Proto(2)) => "ipv4".into(),
         (Value::Nfproto, Datum::Proto(10)) => "ipv6".into(),
+        (Value::CtDirection, Datum::Proto(0)) => "original".into(),
+        (Value::CtDirection, Datum::Proto(1)) => "reply".into(),
+        // In these places the number is none of a protocol.
+        (Value::IcmpType | Value::IcmpCode, Datum::Proto(number)) => number.to_string(),
         (Value::FibSourceType | Value::FibDestinationType, Datum::Mark(ADDRESS_LOCAL)) => "local".into(),
         (_, datum) => datum.to_string(),
     }
@@ -195,6 +203,11 @@ impl Display for Statement {
             }
             Statement::HasBits(Value::CtState, ct_state::NEW) => f.write_str("ct state new"),
             Statement::HasBits(Value::CtStatus, ct_status::DNAT) => f.write_str("ct status dnat"),
+            Statement::HasBits(Value::CtState, ct_state::RELATED) => f.write_str("ct state related"),
+            Statement::HasBits(Value::CtStatus, ct_status::DYING) => f.write_str("ct status dying"),
+            Statement::HasBits(Value::TcpFlags, TCP_RST) => f.write_str("tcp flags rst"),
+            Statement::LacksBits(Value::CtStatus, ct_status::SEEN_REPLY) => f.write_str("ct status ! seen-reply"),
+            Statement::LacksBits(value, bits) => write!(f, "{value} & {bits:#x} == 0"),
             Statement::HasBits(value, bits) => write!(f, "{value} & {bits:#x} != 0"),
             Statement::In { key, set } => write!(f, "{} @{set}", Joined(key, " . ")),
             Statement::NotIn { key, set } => write!(f, "{} != @{set}", Joined(key, " . ")),
@@ -214,6 +227,7 @@ impl Display for Statement {
             Statement::Reject(Reject::PortUnreachable) => f.write_str("reject"),
             Statement::Counter => f.write_str("counter"),
             Statement::Limit { rate, burst } => write!(f, "limit rate {rate}/second burst {burst} packets"),
+            Statement::Log { group, bytes } => write!(f, "log group {group} snaplen {bytes}"),
             Statement::Verdict(verdict) => write!(f, "{verdict}"),
         }
     }

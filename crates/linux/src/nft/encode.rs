@@ -534,6 +534,10 @@ impl Expressions<'_> {
             Value::OriginalDestinationIp { v6: false } => self.ct(20, true, to),
             Value::OriginalDestinationIp { v6: true } => self.ct(22, true, to),
             Value::OriginalDestinationPort => self.ct(12, true, to),
+            Value::TcpFlags => self.payload(2, 13, 1, to),
+            Value::IcmpType => self.payload(2, 0, 1, to),
+            Value::IcmpCode => self.payload(2, 1, 1, to),
+            Value::CtDirection => self.ct(1, false, to),
             Value::CtState => self.ct(0, false, to),
             Value::CtStatus => self.ct(2, false, to),
             Value::FibSourceType => self.fib_type(1, to),
@@ -633,6 +637,17 @@ impl Expressions<'_> {
         self.compare(0, equal, &bytes);
     }
 
+    fn bits(&mut self, value: &Value, bits: u32, none: bool) {
+        self.load(value, 0, 0);
+        // The flags of TCP are one byte, and `nft` wants to see one.
+        let (mask, zero): (&[u8], &[u8]) = match value {
+            Value::TcpFlags => (&[bits as u8], &[0]),
+            _ => (&bits.to_ne_bytes(), &[0; 4]),
+        };
+        self.mask(mask);
+        self.compare(0, none, zero);
+    }
+
     fn in_net(&mut self, value: &Value, net: &ipnet::IpNet, inside: bool) {
         self.load(value, 0, 0);
         let bytes = |address: std::net::IpAddr| {
@@ -661,11 +676,8 @@ impl Expressions<'_> {
                 }
                 self.compare(0, true, &bytes);
             }
-            Statement::HasBits(value, bits) => {
-                self.load(value, 0, 0);
-                self.mask(&bits.to_ne_bytes());
-                self.compare(0, false, &[0; 4]);
-            }
+            Statement::HasBits(value, bits) => self.bits(value, *bits, false),
+            Statement::LacksBits(value, bits) => self.bits(value, *bits, true),
             Statement::In { key, set } => {
                 self.key(key, 0);
                 self.lookup(set, 0, None, false);
@@ -714,6 +726,10 @@ impl Expressions<'_> {
                 w.u64(1, *rate);
                 w.u64(2, 1);
                 w.u32(3, *burst);
+            }),
+            Statement::Log { group, bytes } => self.expression("log", |w| {
+                w.u16(1, *group);
+                w.u32(3, *bytes);
             }),
             Statement::Verdict(verdict) => self.expression("immediate", |w| {
                 w.u32(1, 0);

@@ -378,6 +378,10 @@ impl Walk<'_, '_> {
                     [Datum::Mark(found)] => found & bits != 0,
                     _ => false,
                 },
+                Statement::LacksBits(value, bits) => match self.value(value, &chosen)?[..] {
+                    [Datum::Mark(found)] => found & bits == 0,
+                    _ => false,
+                },
                 Statement::In { key, set } => self.find(key, set, &chosen)?.is_some(),
                 Statement::NotIn { key, set } => self.find(key, set, &chosen)?.is_none(),
                 Statement::VerdictMap { key, map } => match self.find(key, map, &chosen)??.data {
@@ -419,7 +423,7 @@ impl Walk<'_, '_> {
                     return Some(Verdict::Accept);
                 }
                 Statement::Reject(_) => return Some(Verdict::Goto(REJECTED.into())),
-                Statement::Counter | Statement::Limit { .. } => true,
+                Statement::Counter | Statement::Limit { .. } | Statement::Log { .. } => true,
                 Statement::Verdict(verdict) => return Some(verdict.clone()),
             };
             if !holds {
@@ -477,6 +481,10 @@ impl Walk<'_, '_> {
             Value::DestinationPort => Datum::Port(self.packet.to.port()),
             Value::OriginalDestinationIp { v6 } => family(self.original.ip(), *v6)?,
             Value::OriginalDestinationPort => Datum::Port(self.original.port()),
+            // The packet walked is the first of a connection: a SYN, if it is TCP.
+            Value::TcpFlags if self.packet.protocol == 6 => Datum::Mark(2),
+            Value::TcpFlags | Value::IcmpType | Value::IcmpCode => return None,
+            Value::CtDirection => Datum::Proto(0),
             Value::CtState => Datum::Mark(ct_state::NEW),
             Value::CtStatus => Datum::Mark(if self.translated { ct_status::DNAT } else { 0 }),
             Value::FibSourceType => kind(self.packet.from.ip(), self.locals),

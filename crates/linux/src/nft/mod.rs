@@ -19,7 +19,7 @@ mod socket;
 mod value;
 
 pub use fake::{Fake, Fate, Packet};
-pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, Value, ct_state, ct_status};
+pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
 pub use socket::Socket;
 pub use value::{
     Base, Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Op, Set, SetData, Transaction,

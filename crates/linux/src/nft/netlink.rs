@@ -1,5 +1,5 @@
 //! Netlink framing for the netfilter family: messages with nested attributes out, attributes in, and the raw socket.
-//! Shared by nftables and conntrack.
+//! Shared by nftables, conntrack, nflog and sock_diag.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -166,14 +166,19 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub fn open(namespace: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
+        Self::open_protocol(namespace, SockProtocol::NetlinkNetFilter)
+    }
+
+    /// The same for another family of messages.
+    pub fn open_protocol(namespace: Option<BorrowedFd<'_>>, protocol: SockProtocol) -> Result<Self, Error> {
         let fd = match namespace {
-            None => Self::socket(),
+            None => Self::socket(protocol),
             // A socket belongs to the namespace of the thread that made it: a scratch thread goes there and comes back
             // with the socket only.
             Some(namespace) => std::thread::scope(|scope| {
                 let thread = scope.spawn(move || {
                     setns(namespace, CloneFlags::CLONE_NEWNET)?;
-                    Self::socket()
+                    Self::socket(protocol)
                 });
                 thread.join().unwrap_or(Err(nix::Error::EIO))
             }),
@@ -182,13 +187,8 @@ impl Raw {
         Ok(Raw { fd, receive: vec![0; 1 << 16], send_limit: 0 })
     }
 
-    fn socket() -> nix::Result<OwnedFd> {
-        let fd = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            Some(SockProtocol::NetlinkNetFilter),
-        )?;
+    fn socket(protocol: SockProtocol) -> nix::Result<OwnedFd> {
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, Some(protocol))?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         // The replies to a large batch are queued before the first can be read.
         setsockopt(&fd, sockopt::RcvBufForce, &(8 << 20))?;

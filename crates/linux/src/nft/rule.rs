@@ -24,6 +24,13 @@ pub enum Value {
         v6: bool,
     },
     OriginalDestinationPort,
+    /// Flags of the TCP header; the rule has to ask for TCP before.
+    TcpFlags,
+    /// Type and code of an ICMP or ICMPv6 header; the rule has to ask for the protocol before.
+    IcmpType,
+    IcmpCode,
+    /// 0 on packets of whoever began the connection, 1 on the answers.
+    CtDirection,
     /// One of `NEW`, `ESTABLISHED` … as a bit.
     CtState,
     CtStatus,
@@ -78,6 +85,8 @@ pub enum Statement {
     },
     /// At least one of the bits is set.
     HasBits(Value, u32),
+    /// None of the bits is set.
+    LacksBits(Value, u32),
     In {
         key: Vec<Value>,
         set: Box<str>,
@@ -120,6 +129,11 @@ pub enum Statement {
         rate: u64,
         burst: u32,
     },
+    /// Sends at most so many bytes of the packet to whoever listens to the group (`crate::nflog`).
+    Log {
+        group: u16,
+        bytes: u32,
+    },
     Verdict(Verdict),
 }
 
@@ -143,14 +157,21 @@ impl Rule {
 /// Bits of `ct state`.
 pub mod ct_state {
     pub const ESTABLISHED: u32 = 1 << 1;
+    pub const RELATED: u32 = 1 << 2;
     pub const NEW: u32 = 1 << 3;
 }
 
 /// Bits of `ct status`.
 pub mod ct_status {
+    pub const SEEN_REPLY: u32 = 1 << 1;
     pub const SNAT: u32 = 1 << 4;
     pub const DNAT: u32 = 1 << 5;
+    /// The kernel has just taken the connection out of its table.
+    pub const DYING: u32 = 1 << 9;
 }
+
+/// The RST flag of TCP.
+pub const TCP_RST: u32 = 4;
 
 /// `fib … type local`.
 pub const ADDRESS_LOCAL: u32 = 2;

@@ -9,7 +9,7 @@ use services::{Changes, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::net::{World, node_view, tcp, udp};
+use crate::net::{Namespace, World, node_view, tcp, udp};
 use crate::objects::{service, slice};
 use serde_json::json;
 
@@ -18,7 +18,7 @@ pub struct Running {
     changes: broadcast::Sender<Arc<Changes>>,
     pub status: watch::Receiver<Status>,
     token: CancellationToken,
-    runtime: tokio::runtime::Runtime,
+    pub runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
     _node: watch::Sender<Arc<proxy::NodeView>>,
@@ -26,7 +26,11 @@ pub struct Running {
 
 impl Running {
     pub fn start(world: &World, mode: Mode) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&world.node.path).expect("namespace").into();
+        Self::start_in(&world.node, mode, proxy::Watching::default())
+    }
+
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(&node.path).expect("namespace").into();
         let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
@@ -35,7 +39,8 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), metrics: Arc::default() };
+        let config =
+            Config { mode, node: node_receiver, namespace: Some(namespace), metrics: Arc::default(), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }
@@ -130,7 +135,15 @@ fn modes_are_swapped_without_cleaning() {
         running.change(|table| table.set_synced());
         assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
     };
-    let tables = || world.node.command("nft", "list tables inet").lines().map(str::to_owned).collect::<Vec<_>>();
+    let tables = || {
+        world
+            .node
+            .command("nft", "list tables inet")
+            .lines()
+            .filter(|line| !line.contains("watch"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
     let of = |mode| match mode {
         Mode::Nftables => vec!["table inet fairlead"],

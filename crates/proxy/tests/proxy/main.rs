@@ -5,6 +5,7 @@ mod cases;
 mod choices;
 mod configuration;
 mod differences;
+mod ejection;
 mod explain;
 mod history;
 mod live;

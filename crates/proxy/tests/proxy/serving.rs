@@ -216,7 +216,7 @@ fn probes_are_answered_over_http() {
     assert!(ask("/healthz").starts_with("HTTP/1.1 503"));
     assert!(ask("/livez").starts_with("HTTP/1.1 200"));
     assert!(ask("/metrics").starts_with("HTTP/1.1 404"));
-    let text = metrics.text(proxy::Mode::Nftables, &ServiceTable::new(), &NodeView::default());
+    let text = metrics.text(proxy::Mode::Nftables, &ServiceTable::new(), &NodeView::default(), &Status::default());
     assert!(text.contains("kubeproxy_proxy_healthz_total{code=\"503\"} 2\n"), "{text}");
     token.cancel();
     runtime.block_on(server).expect("joined");

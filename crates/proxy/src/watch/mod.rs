@@ -1,0 +1,58 @@
+//! Ejection and first-packet retry: an endpoint that does not answer leaves the pick, and the client whose first packet
+//! found it is sent to another one.
+//!
+//! Nothing here is on a packet's path, and at rest nothing runs. The kernel tells when there are new connections at all,
+//! and which ones are refused; whether somebody answers is then looked up in the connection table.
+//!
+//! - `evidence`: what is held against each endpoint, and when it is tried again; pure
+//! - `queues`: which listeners take nobody from their queues; pure
+//! - `backlog`: looks into the queues of this machine's pods
+//! - `suspects`: which flows have gone unanswered for too long; pure
+//! - `table`: the rules and sets by which the kernel tells, and holds refusals back
+//! - `task`: waits, looks, tells the commit loop who is out
+
+mod backlog;
+mod evidence;
+mod queues;
+mod suspects;
+mod table;
+mod task;
+
+pub use evidence::{Evidence, Target};
+pub(crate) use table::{Alternatives, WatchTable, remove};
+pub(crate) use task::{Watcher, start};
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use services::ServiceKey;
+use tokio::sync::watch;
+
+/// What is done for requests whose endpoint does not answer. All of it is on by default.
+#[derive(Clone)]
+pub struct Watching {
+    /// Endpoints that do not answer leave the pick until they do.
+    pub ejection: bool,
+    /// A first packet that nobody answers, or that is refused, is sent to another endpoint when the client repeats it.
+    pub retry: bool,
+    /// Nodes that have stopped sending their heartbeat: whatever is on them is out.
+    pub lost_nodes: Option<watch::Receiver<BTreeSet<Arc<str>>>>,
+    /// Called when an endpoint leaves the pick and when it is back for good. It must not block.
+    pub notices: Option<Arc<dyn Fn(Notice) + Send + Sync>>,
+}
+
+impl Default for Watching {
+    fn default() -> Self {
+        Watching { ejection: true, retry: true, lost_nodes: None, notices: None }
+    }
+}
+
+/// What became of an endpoint on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    pub endpoint: Target,
+    /// The Services that have it.
+    pub services: Vec<ServiceKey>,
+    /// Why it has left the pick; `None`: it is back.
+    pub ejected: Option<Evidence>,
+}

@@ -1,0 +1,462 @@
+//! Waits for what the kernel tells, looks at the connection table while there is something to see, and tells the commit
+//! loop who is out.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use linux::conntrack::{self, Conntrack};
+use linux::netns::Netns;
+use linux::nflog;
+use linux::nft::Socket;
+use services::{Endpoint, Protocol, ServiceKey, ServiceTable};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::backlog::Backlog;
+use super::evidence::{Evidence, Ledger, Step, Target};
+use super::suspects::Suspects;
+use super::table::{BEGUN, Destinations, REFUSED, WatchTable};
+use super::{Notice, Watching};
+use crate::{Config, Error, NodeView, Status};
+
+/// Between a first packet and the first look: nearly all are answered by then.
+const FIRST_LOOK: Duration = Duration::from_millis(15);
+/// Between looks while somebody waits for an answer, and while nobody does. Together they keep an endpoint that went
+/// silent out of the pick within 300 ms of its first unanswered packet.
+const NEXT_LOOK: Duration = Duration::from_millis(75);
+const IDLE_LOOK: Duration = Duration::from_millis(110);
+/// Between looks while a queue stands.
+const QUEUE_LOOK: Duration = Duration::from_millis(200);
+/// Looking may take this part of the time.
+const SHARE: u32 = 20;
+/// Within a cluster a connection takes microseconds.
+const CONNECT: Duration = Duration::from_millis(300);
+
+/// What the commit loop is to render.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Verdicts {
+    pub ejected: BTreeSet<Target>,
+    /// Listeners of this node that take no connections: nobody is sent there.
+    pub frozen: BTreeSet<SocketAddr>,
+}
+
+/// The watch, as the commit loop holds it.
+pub(crate) struct Watcher {
+    /// `None` only while a commit runs.
+    pub table: Option<WatchTable<Socket>>,
+    pub verdicts: watch::Receiver<Arc<Verdicts>>,
+    pub task: JoinHandle<()>,
+}
+
+/// Starts to watch the connections of a network namespace, until the token is cancelled.
+pub(crate) fn start(
+    config: &Config,
+    namespace: Option<BorrowedFd<'_>>,
+    services: Arc<RwLock<ServiceTable>>,
+    status: Arc<watch::Sender<Status>>,
+    token: CancellationToken,
+) -> Result<Watcher, Error> {
+    let watching = &config.watching;
+    let table = WatchTable::new(Socket::open(namespace)?, watching.retry);
+    let path = match namespace {
+        Some(namespace) => PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
+        None => PathBuf::from("/proc/thread-self/ns/net"),
+    };
+    let listen = |group, bytes| -> Result<AsyncFd<nflog::Socket>, Error> {
+        nflog::Socket::open(namespace, group, bytes)?.register().map_err(Error::Namespace)
+    };
+    let (sender, verdicts) = watch::channel(Arc::new(Verdicts::default()));
+    let task = Task {
+        watching: watching.clone(),
+        begun: listen(BEGUN, 20)?,
+        refused: listen(REFUSED, 128)?,
+        eyes: Some(Eyes {
+            conntrack: Box::new(conntrack::Socket::open(namespace)?),
+            destinations: table.destinations(),
+            suspects: Suspects::default(),
+            retry: watching.retry,
+            backlog: watching.ejection.then(Backlog::default),
+            next_backlog: Duration::ZERO,
+            stuck: BTreeSet::new(),
+        }),
+        node: Netns::open(&path)?,
+        view: config.node.clone(),
+        services,
+        status,
+        ledger: Ledger::default(),
+        frozen: BTreeSet::new(),
+        lost: BTreeSet::new(),
+        verdicts: sender,
+        start: Instant::now(),
+        next_look: None,
+        probes: JoinSet::new(),
+    };
+    Ok(Watcher { table: Some(table), verdicts, task: tokio::spawn(task.run(token)) })
+}
+
+/// What looks at the kernel; it moves to a thread of its own for each look.
+struct Eyes {
+    conntrack: Box<dyn Conntrack>,
+    destinations: Destinations,
+    suspects: Suspects,
+    retry: bool,
+    backlog: Option<Backlog>,
+    /// When queues are looked into next, if anything is looked at.
+    next_backlog: Duration,
+    /// Listeners that took nobody at the last look into their queues.
+    stuck: BTreeSet<SocketAddr>,
+}
+
+/// What one look found.
+struct Look {
+    /// Endpoints that let a first packet wait for too long.
+    silent: BTreeSet<SocketAddr>,
+    /// Flows that were deleted, so that the repeated packet is picked anew.
+    deleted: u64,
+    /// Somebody waits for an answer.
+    goes_on: bool,
+    /// Listeners that take nobody from their queues, whether or not they are endpoints.
+    stuck: BTreeSet<SocketAddr>,
+    /// Somebody waits in a queue that may or may not move.
+    is_undecided: bool,
+    took: Duration,
+}
+
+impl Eyes {
+    fn look(&mut self, now: Duration) -> Result<Look, Error> {
+        let begin = Instant::now();
+        let mut flows = self.conntrack.unanswered(Protocol::Tcp.number())?;
+        flows.retain(|flow| self.destinations.has_alternative(flow.original.1, flow.reply.0));
+        let old = self.suspects.look(flows, now);
+        let mut deleted = 0;
+        if self.retry {
+            for flow in &old {
+                self.conntrack.delete(flow)?;
+                deleted += 1;
+            }
+        }
+        let silent = old.iter().map(|flow| flow.reply.0).collect();
+        let took = begin.elapsed();
+        if let Some(backlog) = &mut self.backlog
+            && now >= self.next_backlog
+        {
+            let begin = Instant::now();
+            self.stuck = backlog.look(now)?;
+            self.next_backlog = now + (begin.elapsed() * SHARE).max(NEXT_LOOK);
+        }
+        let is_undecided = self.backlog.as_ref().is_some_and(Backlog::is_undecided);
+        let goes_on = !self.suspects.is_empty();
+        Ok(Look { silent, deleted, goes_on, stuck: self.stuck.clone(), is_undecided, took })
+    }
+
+    /// Nothing is looked at for a while.
+    fn rest(&mut self) {
+        self.suspects = Suspects::default();
+        if let Some(backlog) = &mut self.backlog {
+            backlog.rest();
+        }
+    }
+}
+
+struct Task {
+    watching: Watching,
+    begun: AsyncFd<nflog::Socket>,
+    refused: AsyncFd<nflog::Socket>,
+    /// `None` only while they look.
+    eyes: Option<Eyes>,
+    /// Where probes start.
+    node: Netns,
+    services: Arc<RwLock<ServiceTable>>,
+    status: Arc<watch::Sender<Status>>,
+    ledger: Ledger,
+    /// What the other parts of the proxy know of this node.
+    view: watch::Receiver<Arc<NodeView>>,
+    /// Endpoints here that take no connections.
+    frozen: BTreeSet<SocketAddr>,
+    /// Endpoints on nodes without a heartbeat.
+    lost: BTreeSet<Target>,
+    verdicts: watch::Sender<Arc<Verdicts>>,
+    start: Instant,
+    /// `None`: at rest.
+    next_look: Option<Instant>,
+    probes: JoinSet<(Target, bool)>,
+}
+
+impl Task {
+    async fn run(mut self, token: CancellationToken) {
+        loop {
+            let due = self.ledger.due().map(|due| self.start + due);
+            let deadline = [self.next_look, due].into_iter().flatten().min();
+            tokio::select! {
+                () = token.cancelled() => return,
+                // While looking anyway nobody needs to be woken.
+                ready = self.begun.readable_mut(), if self.next_look.is_none() => {
+                    let drained = ready.map(|mut ready| {
+                        let drained = drain(ready.get_inner_mut(), |_| ());
+                        ready.clear_ready();
+                        drained
+                    });
+                    self.next_look = Some(Instant::now() + FIRST_LOOK);
+                    self.report(drained.map_err(Error::Namespace).and_then(|drained| drained));
+                }
+                ready = self.refused.readable_mut() => {
+                    let mut refusers = Vec::new();
+                    let drained = ready.map(|mut ready| {
+                        let drained = drain(ready.get_inner_mut(), |packet| refusers.extend(nflog::refuser(packet)));
+                        ready.clear_ready();
+                        drained
+                    });
+                    self.report(drained.map_err(Error::Namespace).and_then(|drained| drained));
+                    let held = refusers.len() as u64;
+                    if self.watching.retry {
+                        self.status.send_modify(|status| status.retries += held);
+                    }
+                    self.accuse(tcp(refusers), Evidence::Refused);
+                }
+                () = nodes_change(&mut self.watching.lost_nodes) => self.judge_nodes(),
+                Some(probed) = self.probes.join_next() => {
+                    // A probe that panicked is one that failed; its endpoint is asked for again when evidence comes.
+                    if let Ok((target, connected)) = probed {
+                        self.ledger.probed(target, connected, self.now());
+                    }
+                }
+                () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {}
+            }
+            if self.next_look.is_some_and(|at| at <= Instant::now()) {
+                self.look().await;
+            }
+            self.advance();
+            self.publish();
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Says once what goes wrong.
+    fn report(&self, result: Result<(), Error>) {
+        let error = result.err().map(|error| error.to_string());
+        self.status.send_if_modified(|status| {
+            let changed = status.watch_error != error;
+            if let Some(error) = error.as_ref().filter(|_| changed) {
+                tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick meanwhile");
+            }
+            status.watch_error = error;
+            changed
+        });
+    }
+
+    async fn look(&mut self) {
+        let mut woken = false;
+        let drained = drain(self.begun.get_mut(), |_| woken = true);
+        self.report(drained);
+        let now = self.now();
+        let mut eyes = self.eyes.take().expect("a look gives them back");
+        let looked = tokio::task::spawn_blocking(move || {
+            let look = eyes.look(now);
+            (eyes, look)
+        })
+        .await;
+        let (eyes, look) = match looked {
+            Ok(looked) => looked,
+            // Without eyes there is nothing left to do but to say so.
+            Err(error) => return self.report(Err(Error::Commit(error))),
+        };
+        self.eyes = Some(eyes);
+        let look = match look {
+            Ok(look) => look,
+            Err(error) => {
+                self.next_look = Some(Instant::now() + IDLE_LOOK * 10);
+                return self.report(Err(error));
+            }
+        };
+        self.report(Ok(()));
+        if look.deleted > 0 {
+            self.status.send_modify(|status| status.retries += look.deleted);
+        }
+        self.accuse(tcp(look.silent), Evidence::Unanswered);
+        self.judge_queues(&look.stuck);
+        let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
+            (true, ..) => Some(NEXT_LOOK),
+            (false, true, _) => Some(IDLE_LOOK),
+            // Nothing tells when a queue moves.
+            (false, false, true) => Some(QUEUE_LOOK),
+            (false, false, false) => None,
+        };
+        self.next_look = pause.map(|pause| Instant::now() + pause.max(look.took * SHARE).saturating_sub(look.took));
+        if self.next_look.is_none()
+            && let Some(eyes) = &mut self.eyes
+        {
+            eyes.rest();
+        }
+    }
+
+    /// Takes over which listeners take nobody. Endpoints of this node among them get no more packets, if others are left:
+    /// never more than half of a Service's, and no endpoint that is the only one of a Service, which may just be slow.
+    fn judge_queues(&mut self, stuck: &BTreeSet<SocketAddr>) {
+        if stuck.is_empty() && self.frozen.is_empty() {
+            return;
+        }
+        let place = self.view.borrow().place.node.clone();
+        let mut frozen = BTreeSet::new();
+        let mut spared: BTreeSet<SocketAddr> = BTreeSet::new();
+        for frontend in self.table().frontends().filter(|frontend| frontend.name.protocol == Protocol::Tcp) {
+            let here = |endpoint: &&Arc<Endpoint>| endpoint.node.as_ref().is_none_or(|node| *node == place);
+            let hit = frontend.endpoints.iter().filter(|endpoint| stuck.contains(&endpoint.address)).filter(here);
+            let hit: BTreeSet<SocketAddr> = hit.map(|endpoint| endpoint.address).collect();
+            let Some(first) = hit.first() else { continue };
+            let others = frontend.endpoints.iter().filter(|endpoint| endpoint.ready);
+            let usable = others.filter(|endpoint| endpoint.address.is_ipv6() == first.is_ipv6()).count();
+            frozen.extend(hit.iter().take(usable / 2));
+            spared.extend(hit.iter().skip(usable / 2));
+        }
+        frozen.retain(|address| !spared.contains(address));
+        let now = self.now();
+        let before = std::mem::replace(&mut self.frozen, frozen.clone());
+        for address in before.difference(&frozen) {
+            self.ledger.withdraw((*address, Protocol::Tcp), Evidence::Frozen, now);
+        }
+        self.accuse(tcp(frozen.difference(&before).copied()), Evidence::Frozen);
+    }
+
+    fn accuse(&mut self, endpoints: BTreeSet<Target>, evidence: Evidence) {
+        if !self.watching.ejection {
+            return;
+        }
+        let now = self.now();
+        for endpoint in endpoints {
+            if self.ledger.accuse(endpoint, evidence, now) {
+                tracing::warn!("proxy: endpoint {} is out: {evidence}", endpoint.0);
+                self.status.send_modify(|status| status.ejections += 1);
+                self.notice(endpoint, Some(evidence));
+            }
+        }
+    }
+
+    fn notice(&self, endpoint: Target, ejected: Option<Evidence>) {
+        let Some(notices) = &self.watching.notices else { return };
+        let mut services: Vec<ServiceKey> = self
+            .table()
+            .frontends()
+            .filter(|frontend| frontend.name.protocol == endpoint.1)
+            .filter(|frontend| frontend.endpoints.iter().any(|held| held.address == endpoint.0))
+            .map(|frontend| (frontend.name.namespace.clone(), frontend.name.service.clone()))
+            .collect();
+        services.sort();
+        services.dedup();
+        notices(Notice { endpoint, services, ejected });
+    }
+
+    fn table(&self) -> RwLockReadGuard<'_, ServiceTable> {
+        self.services.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over which nodes have no heartbeat.
+    fn judge_nodes(&mut self) {
+        let Some(nodes) = &mut self.watching.lost_nodes else { return };
+        let nodes = nodes.borrow_and_update().clone();
+        let mut lost = BTreeSet::new();
+        if !nodes.is_empty() {
+            for frontend in self.table().frontends() {
+                let on_them =
+                    |endpoint: &&Arc<Endpoint>| endpoint.node.as_ref().is_some_and(|node| nodes.contains(node));
+                let endpoints = frontend.endpoints.iter().filter(on_them);
+                lost.extend(endpoints.map(|endpoint| (endpoint.address, frontend.name.protocol)));
+            }
+        }
+        let now = self.now();
+        let before = std::mem::replace(&mut self.lost, lost.clone());
+        for endpoint in before.difference(&lost) {
+            self.ledger.withdraw(*endpoint, Evidence::NodeLost, now);
+        }
+        self.accuse(lost.difference(&before).copied().collect(), Evidence::NodeLost);
+    }
+
+    /// Starts what has become due.
+    fn advance(&mut self) {
+        let steps = self.ledger.advance(self.now());
+        if steps.is_empty() {
+            return;
+        }
+        let known = self.known(&steps);
+        for step in steps {
+            match step {
+                Step::Connect(target) if !known.contains(&target) => self.ledger.retain(|held| *held != target),
+                Step::Connect(target) => {
+                    let node = self.node.clone();
+                    self.probes.spawn(async move { (target, connects(&node, target).await) });
+                }
+                Step::Returned(endpoint) => {
+                    tracing::info!("proxy: endpoint {} answers again", endpoint.0);
+                    self.notice(endpoint, None);
+                }
+            }
+        }
+    }
+
+    /// Those of the endpoints to try that some Service still has.
+    fn known(&self, steps: &[Step]) -> BTreeSet<Target> {
+        let asked: BTreeSet<Target> = steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::Connect(target) => Some(*target),
+                Step::Returned(_) => None,
+            })
+            .collect();
+        if asked.is_empty() {
+            return asked;
+        }
+        let table = self.table();
+        let targets = table.frontends().flat_map(|frontend| {
+            let protocol = frontend.name.protocol;
+            frontend.endpoints.iter().map(move |endpoint| (endpoint.address, protocol))
+        });
+        targets.filter(|target| asked.contains(target)).collect()
+    }
+
+    fn publish(&self) {
+        let ejected = self.ledger.ejected();
+        self.verdicts.send_if_modified(|verdicts| {
+            let next = Verdicts { ejected, frozen: self.frozen.clone() };
+            let changed = **verdicts != next;
+            if changed {
+                *verdicts = Arc::new(next);
+            }
+            changed
+        });
+    }
+}
+
+fn tcp(addresses: impl IntoIterator<Item = SocketAddr>) -> BTreeSet<Target> {
+    addresses.into_iter().map(|address| (address, Protocol::Tcp)).collect()
+}
+
+/// Returns when other nodes are lost than before.
+async fn nodes_change(nodes: &mut Option<watch::Receiver<BTreeSet<Arc<str>>>>) {
+    if let Some(nodes) = nodes
+        && nodes.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+fn drain(socket: &mut nflog::Socket, visit: impl FnMut(&[u8])) -> Result<(), Error> {
+    // What the kernel left out are more of the same.
+    socket.packets(visit)?;
+    Ok(())
+}
+
+/// Whether the endpoint accepts a connection from this node.
+async fn connects(node: &Netns, (address, protocol): Target) -> bool {
+    // Of the other protocols nobody can tell.
+    protocol != Protocol::Tcp || matches!(timeout(CONNECT, node.tcp_connect(address)).await, Ok(Ok(_)))
+}

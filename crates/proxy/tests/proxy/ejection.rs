@@ -1,0 +1,375 @@
+//! Endpoints die while clients talk: how long requests take, and who is asked afterwards.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use proxy::{Evidence, Mode, Notice, Status, Target, Watching};
+use serde_json::json;
+use services::Protocol;
+
+use crate::live::Running;
+use crate::net::Namespace;
+use crate::objects::{service, slice};
+
+const MODES: [Mode; 2] = [Mode::Nftables, Mode::Iptables];
+const SERVICE: &str = "10.96.0.10:80";
+
+/// A pod that answers with its number, as long as it is told to.
+struct Pod {
+    namespace: Namespace,
+    address: String,
+    open: Option<Arc<AtomicBool>>,
+}
+
+impl Pod {
+    fn target(&self) -> Target {
+        (format!("{}:8080", self.address).parse().expect("address"), Protocol::Tcp)
+    }
+
+    /// Listens on 8080.
+    fn open(&mut self) {
+        let listener = self.namespace.run(|| TcpListener::bind("[::]:8080").expect("bind"));
+        let (open, address) = (Arc::new(AtomicBool::new(true)), self.address.clone());
+        self.open = Some(open.clone());
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                if !open.load(Ordering::SeqCst) {
+                    return;
+                }
+                drop(stream.write_all(address.as_bytes()));
+            }
+        });
+    }
+
+    /// Stops to listen, as a crashed process does: from now on connections are refused.
+    fn close(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        open.store(false, Ordering::SeqCst);
+        self.namespace.run(|| {
+            // The thread that accepts looks at the flag once more.
+            drop(TcpStream::connect("127.0.0.1:8080"));
+            while TcpStream::connect("127.0.0.1:8080").is_ok() {
+                std::thread::yield_now();
+            }
+        });
+    }
+
+    /// Nothing that is sent to the pod arrives.
+    fn cut(&self) {
+        self.namespace.command("nft", "add table inet cut");
+        self.namespace.command(
+            "nft",
+            "add chain inet cut everything { type filter hook prerouting priority -400; policy drop; }",
+        );
+    }
+
+    fn mend(&self) {
+        self.namespace.command("nft", "delete table inet cut");
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // The listener's thread would hold the namespace.
+        if let Some(open) = self.open.take() {
+            open.store(false, Ordering::SeqCst);
+            self.namespace.run(|| drop(TcpStream::connect("127.0.0.1:8080")));
+        }
+    }
+}
+
+/// A node with a client pod and three pods that serve.
+struct Stage {
+    node: Namespace,
+    client: Namespace,
+    pods: Vec<Pod>,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let node = Namespace::new();
+        node.sysctl("net/ipv4/ip_forward", "1");
+        for interface in ["all", "default"] {
+            node.sysctl(&format!("net/ipv4/conf/{interface}/send_redirects"), "0");
+        }
+        let plug = |name: &str, address: &str| {
+            let pod = Namespace::new();
+            node.ip(&format!("link add {name} type veth peer name eth0 netns {}", pod.path));
+            node.ip(&format!("link set {name} up"));
+            pod.ip("link set eth0 up");
+            node.ip(&format!("addr add 10.244.0.1/32 dev {name}"));
+            node.ip(&format!("route add {address} dev {name}"));
+            pod.ip(&format!("addr add {address}/32 dev eth0"));
+            pod.ip("route add 10.244.0.1 dev eth0");
+            pod.ip("route add default via 10.244.0.1 dev eth0");
+            pod
+        };
+        let client = plug("client", "10.244.0.9");
+        let pods = (0..3).map(|index| {
+            let address = format!("10.244.0.{}", 11 + index);
+            let mut pod = Pod { namespace: plug(&format!("pod{index}"), &address), address, open: None };
+            pod.open();
+            pod
+        });
+        let pods = pods.collect();
+        Stage { node, client, pods }
+    }
+
+    /// The proxy, with a Service of the first pods.
+    fn serve(&self, mode: Mode, pods: usize, watching: Watching) -> Running {
+        let mut running = Running::start_in(&self.node, mode, watching);
+        running.table.write().expect("table").upsert_service(&service("web", json!({}))).expect("service");
+        let endpoints: Vec<(&str, &str)> = self.pods[..pods].iter().map(|pod| (&*pod.address, "node-1")).collect();
+        running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &endpoints)).expect("slice");
+        running.change(|table| table.set_synced());
+        assert_eq!(running.status.borrow().watch_error, None);
+        running
+    }
+
+    /// One request: who answered, and how long it took.
+    fn request(&self) -> (Result<String, std::io::ErrorKind>, Duration) {
+        self.client.run(|| {
+            let start = Instant::now();
+            let to: SocketAddr = SERVICE.parse().expect("address");
+            let ask = || -> std::io::Result<String> {
+                let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+                stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+                let mut text = String::new();
+                stream.read_to_string(&mut text)?;
+                Ok(text)
+            };
+            (ask().map_err(|error| error.kind()), start.elapsed())
+        })
+    }
+
+    /// Asks until the endpoint in question is out; each request must be answered, and at most `slow` of them may have been
+    /// repeated by the client's kernel, which takes a second. Then nobody is slow.
+    fn ask_until_out(&self, running: &mut Running, pod: &Pod, slow: usize) {
+        let mut repeated = 0;
+        for round in 0.. {
+            assert!(round < 200, "{} is still in the pick", pod.address);
+            let (answer, took) = self.request();
+            let answer = answer.unwrap_or_else(|error| panic!("{error} after {took:?}"));
+            assert_ne!(answer, pod.address, "it is dead");
+            assert!(took < Duration::from_millis(2500), "{took:?}");
+            repeated += usize::from(took > Duration::from_millis(700));
+            if running.status.borrow().ejected.contains(&pod.target()) && took < Duration::from_millis(700) {
+                break;
+            }
+        }
+        assert!((1..=slow).contains(&repeated), "{repeated} requests had to be repeated");
+        for _ in 0..20 {
+            let (answer, took) = self.request();
+            assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
+        }
+    }
+
+    fn wait(running: &mut Running, what: &str, done: impl FnMut(&Status) -> bool) {
+        let status = &mut running.status;
+        running.runtime.block_on(async {
+            let waited = tokio::time::timeout(Duration::from_secs(20), status.wait_for(done)).await;
+            drop(waited.unwrap_or_else(|_| panic!("{what}")).expect("alive"));
+        });
+    }
+}
+
+/// What was said about endpoints.
+type Told = Arc<Mutex<Vec<Notice>>>;
+
+fn telling(told: &Told) -> Watching {
+    let told = told.clone();
+    Watching { notices: Some(Arc::new(move |notice| told.lock().expect("list").push(notice))), ..Watching::default() }
+}
+
+fn notice(pod: &Pod, ejected: Option<Evidence>) -> Notice {
+    Notice { endpoint: pod.target(), services: vec![("default".into(), "web".into())], ejected }
+}
+
+#[test]
+fn a_cut_endpoint_costs_a_second_once_and_returns() {
+    for mode in MODES {
+        let stage = Stage::new();
+        let told = Told::default();
+        let mut running = stage.serve(mode, 3, telling(&told));
+        let pod = &stage.pods[1];
+        pod.cut();
+        stage.ask_until_out(&mut running, pod, 3);
+        assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Unanswered))], "{mode}");
+        assert!(running.status.borrow().retries >= 1 && running.status.borrow().ejections == 1);
+        pod.mend();
+        Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+        for round in 0.. {
+            assert!(round < 200, "{mode}: it is not asked again");
+            if stage.request().0.is_ok_and(|answer| answer == pod.address) {
+                break;
+            }
+        }
+        running.stop();
+    }
+}
+
+#[test]
+fn the_endpoints_of_a_lost_node_are_out_until_it_is_back() {
+    let stage = Stage::new();
+    let told = Told::default();
+    let (nodes, lost) = tokio::sync::watch::channel(std::collections::BTreeSet::new());
+    let mut running = stage.serve(Mode::Nftables, 2, Watching { lost_nodes: Some(lost), ..telling(&told) });
+    // All of them are on this node: half stay.
+    nodes.send_replace(["node-1".into()].into());
+    Stage::wait(&mut running, "an ejection", |status| status.ejected.len() == 2);
+    for _ in 0..20 {
+        assert_eq!(stage.request().0, Ok(stage.pods[1].address.clone()));
+    }
+    nodes.send_replace(Default::default());
+    Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+    assert_eq!(told.lock().expect("list")[0], notice(&stage.pods[0], Some(Evidence::NodeLost)));
+    running.stop();
+}
+
+#[test]
+fn a_crashed_endpoint_is_hidden_while_there_is_another() {
+    for mode in MODES {
+        let mut stage = Stage::new();
+        let told = Told::default();
+        let mut running = stage.serve(mode, 2, telling(&told));
+        stage.pods[1].close();
+        stage.ask_until_out(&mut running, &stage.pods[1], 2);
+        assert_eq!(*told.lock().expect("list"), [notice(&stage.pods[1], Some(Evidence::Refused))], "{mode}");
+        // Now the last one goes: it has to refuse, at once.
+        stage.pods[0].close();
+        for _ in 0..3 {
+            let (answer, took) = stage.request();
+            assert_eq!(answer, Err(std::io::ErrorKind::ConnectionRefused), "{mode} after {took:?}");
+            assert!(took < Duration::from_millis(700), "{took:?}");
+        }
+        // Both come back, and both are asked.
+        stage.pods[0].open();
+        stage.pods[1].open();
+        Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+        for index in 0..2 {
+            let answers = |_| stage.request().0.is_ok_and(|answer| answer == stage.pods[index].address);
+            assert!((0..200).any(answers), "{mode}: pod {index} is not asked");
+        }
+        running.stop();
+    }
+}
+
+/// Whoever switches it off gets what the kernel does by itself.
+#[test]
+fn without_the_watch_a_refusal_is_a_refusal() {
+    let mut stage = Stage::new();
+    let running = stage.serve(Mode::Nftables, 2, Watching { ejection: false, retry: false, ..Watching::default() });
+    stage.pods[1].close();
+    let refused = (0..200).filter(|_| stage.request().0 == Err(std::io::ErrorKind::ConnectionRefused)).count();
+    assert!((50..150).contains(&refused), "{refused} of 200");
+    assert!(running.status.borrow().ejected.is_empty());
+    assert!(!stage.node.command("nft", "list tables").contains("fairlead-watch"));
+    running.stop();
+}
+
+/// A process of its own, which a signal can stop.
+struct Server(std::process::Child);
+
+impl Server {
+    fn start(pod: &mut Pod) -> Self {
+        pod.close();
+        let address = pod.address.clone();
+        let server = Server(pod.namespace.run(move || {
+            let program = std::env::current_exe().expect("this program");
+            let mut command = std::process::Command::new(program);
+            command.args(["--exact", "ejection::serve_until_killed", "--ignored"]).env("FAIRLEAD_ANSWER", address);
+            command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+            command.spawn().expect("a server")
+        }));
+        pod.namespace.run(|| {
+            while TcpStream::connect("127.0.0.1:8080").is_err() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        server
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
+        nix::sys::signal::kill(pid, signal).expect("it is alive");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// What [`Server`] runs.
+#[test]
+#[ignore = "a server for other tests"]
+fn serve_until_killed() {
+    let Some(answer) = std::env::var_os("FAIRLEAD_ANSWER") else { return };
+    let listener = TcpListener::bind("[::]:8080").expect("bind");
+    for mut stream in listener.incoming().flatten() {
+        drop(stream.write_all(answer.as_encoded_bytes()));
+    }
+}
+
+/// The kernel accepts for a process that is stopped. Its own node sees that nobody takes the connections, and refuses more
+/// of them to others too.
+#[test]
+fn a_frozen_endpoint_is_out_until_it_thaws() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+    let mut stage = Stage::new();
+    let server = Server::start(&mut stage.pods[1]);
+    let told = Told::default();
+    let mut running = stage.serve(Mode::Nftables, 3, telling(&told));
+    let pod = &stage.pods[1];
+    server.signal(SIGSTOP);
+    // Clients that it has taken wait until it thaws; nobody else does.
+    let waiting: Vec<TcpStream> = (0..3)
+        .map(|_| {
+            let to = format!("{}:8080", pod.address).parse().expect("address");
+            stage
+                .client
+                .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("the kernel accepts"))
+        })
+        .collect();
+    Stage::wait(&mut running, "an ejection", |status| status.ejected.contains(&pod.target()));
+    for _ in 0..20 {
+        let (answer, took) = stage.request();
+        assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
+    }
+    // A proxy of another node, which knows nothing of it yet, gets no answer.
+    let direct = |timeout| {
+        let to = format!("{}:8080", pod.address).parse().expect("address");
+        stage
+            .client
+            .run(move || TcpStream::connect_timeout(&to, Duration::from_millis(timeout)).map_err(|error| error.kind()))
+    };
+    assert_eq!(direct(300).map(drop), Err(std::io::ErrorKind::TimedOut));
+    assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Frozen))]);
+    server.signal(SIGCONT);
+    for mut stream in waiting {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("an answer at last");
+        assert_eq!(text, pod.address);
+    }
+    Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+    assert!(direct(3000).is_ok());
+    running.stop();
+}
+
+/// A person can read the table.
+#[test]
+fn the_table_of_the_watch_prints() {
+    let stage = Stage::new();
+    let running = stage.serve(Mode::Nftables, 3, Watching::default());
+    let text = stage.node.command("nft", "list table inet fairlead-watch");
+    for part in ["10.96.0.10 . tcp . 80", "tcp flags rst", "ct status dying", "log group 64022"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    running.stop();
+}

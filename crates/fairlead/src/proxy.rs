@@ -17,6 +17,7 @@ use api::kinds::{ENDPOINT_SLICES, NODES, SERVICES};
 use http::Request;
 use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use linux::cgroup_v1v2::Hierarchies;
 use linux::link::{AddressWatch, Links};
 use linux::netns::Netns;
 use proxy::configuration::{Configuration, Settings};
@@ -32,7 +33,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::{cli, local};
+use crate::{barrier, cli, local, warnings};
 pub use flags::ProxyArgs;
 use node::{Inputs, Node};
 
@@ -50,7 +51,7 @@ const OOM_SCORE: i32 = -999;
 pub fn run(args: ProxyArgs) -> anyhow::Result<ExitCode> {
     if args.cleanup {
         cli::start_logging();
-        proxy::cleanup(None)?;
+        proxy::cleanup(Some(&hooks(&args)?), None)?;
         println!("no rule of the proxy is left");
         return Ok(ExitCode::SUCCESS);
     }
@@ -102,6 +103,14 @@ fn prepare(settings: &Settings) -> anyhow::Result<()> {
         "the settings of connection tracking; where they are read-only, set conntrack.maxPerCore to 0 and leave the \
          others out",
     )
+}
+
+/// Where the ebpf mode attaches, and what it keeps.
+fn hooks(args: &ProxyArgs) -> anyhow::Result<proxy::Hooks> {
+    let mounted = Hierarchies::mounted().context("look for the cgroup2 mount")?.v2;
+    let root = mounted.unwrap_or_else(|| "/sys/fs/cgroup".into());
+    let cgroup = root.join(args.node_cgroup.strip_prefix("/").unwrap_or(&args.node_cgroup));
+    Ok(proxy::Hooks { cgroup, pins: args.state_dir.join("bpf") })
 }
 
 async fn client(args: &ProxyArgs, settings: &Settings, metrics: Arc<Metrics>) -> anyhow::Result<kube::Client> {
@@ -178,7 +187,15 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     check_rights(&client).await?;
 
     let mode = settings.mode;
-    let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
+    let hooks = hooks(&args)?;
+    let seed = {
+        let hooks = hooks.clone();
+        tokio::task::spawn_blocking(move || {
+            proxy::prepare(mode, None, Some(&hooks))?;
+            proxy::found(mode, None, Some(&hooks))
+        })
+        .await??
+    };
     let mut table = ServiceTable::with_seed(seed);
     if let Some(name) = &args.service_proxy_name {
         table = table.for_proxy(name);
@@ -230,6 +247,9 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
         let (health, status, token) = (health.clone(), status_seen.clone(), token.clone());
         async move { health.follow(status, token).await }
     });
+    // Without the right to write a Lease it says so once; only kubelets of ours wait for it.
+    tasks.spawn(barrier::report(client.clone(), name.clone(), status_seen.clone(), token.clone()));
+    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), events.clone(), token.clone()));
     tasks.spawn(tell_errors(status_seen, events.clone(), about.clone(), token.clone()));
     tasks.spawn(proxy::serve_health_checks(
         HealthChecks {
@@ -272,7 +292,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
         lost_nodes: Some(lost_seen),
         notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
     };
-    let config = proxy::Config { mode, node: view_seen, namespace: None, metrics, watching };
+    let config = proxy::Config { mode, node: view_seen, namespace: None, hooks: Some(hooks), metrics, watching };
     let run = proxy::run(config, Feed { table: feed.table.clone(), changes }, status, token.clone());
     events.event(&about, EventKind::Normal, "Starting", "");
     info!(node = name, %mode, "serving Services");

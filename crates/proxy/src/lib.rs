@@ -3,8 +3,10 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod applied;
 pub mod configuration;
 pub mod dataplane;
+mod end;
 mod error;
 pub mod explain;
 mod health;
@@ -19,14 +21,16 @@ mod scope;
 mod stale;
 mod watch;
 
+pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
 pub use health::{Health, probes};
 pub use health_check::{HealthChecks, serve_health_checks};
 pub use leftovers::cleanup;
+pub use linux::bpf::Hooks;
 pub use linux::nft::Packet;
 pub use metrics::Metrics;
 pub use mode::Mode;
 pub use node::{NodeView, Pods};
-pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
 pub use watch::{Evidence, Notice, Target, Watching};

@@ -67,6 +67,9 @@ pub struct NodeView {
     pub masquerade_all: bool,
     /// The bit of a packet's mark that the iptables mode uses; the nftables mode uses none.
     pub masquerade_bit: u8,
+    /// Node ports answer on 127.0.0.1 and ::1 as well, TCP and UDP, through relays of this process where the kernel's rules
+    /// cannot do it (KEP-6032). Asked once, when the proxy starts.
+    pub relay_localhost: bool,
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
 }
@@ -82,6 +85,7 @@ impl Default for NodeView {
             service_cidrs: Vec::new(),
             masquerade_all: false,
             masquerade_bit: MASQUERADE_BIT,
+            relay_localhost: false,
             ejected: BTreeSet::new(),
         }
     }

@@ -47,6 +47,12 @@ pub struct ProxyArgs {
     /// How much is logged: from 4 on every decision.
     #[arg(short = 'v', long = "v", value_name = "LEVEL")]
     pub verbosity: Option<u32>,
+    /// Where the ebpf mode keeps what outlives the process.
+    #[arg(long, value_name = "DIR", default_value = "/run/fairlead-proxy")]
+    pub state_dir: PathBuf,
+    /// The cgroup of all processes of this node, below the cgroup2 mount; the ebpf mode balances what they connect to.
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    pub node_cgroup: PathBuf,
     #[command(flatten)]
     flags: Flags,
 }

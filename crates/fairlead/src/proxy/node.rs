@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use api::object::Metadata;
 use ipnet::IpNet;
-use proxy::configuration::{PodDetection, Settings, node_port_addresses};
-use proxy::{NodeView, Pods};
+use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
+use proxy::{Mode, NodeView, Pods};
 use serde::Deserialize;
 use services::Place;
 
@@ -145,6 +145,9 @@ impl Inputs {
         let held: Vec<IpAddr> = self.held.iter().filter(is_usable).copied().collect();
         view.node_port_addresses =
             node_port_addresses(&settings.node_port_addresses, settings.mode, &view.primary_addresses(), &held);
+        // The iptables mode's rules reach 127.0.0.1 themselves.
+        view.relay_localhost =
+            settings.mode != Mode::Iptables && settings.node_port_addresses.contains(&NodePortAddress::Localhost);
         view.pods = pods;
         view.localhost_node_ports = settings.localhost_node_ports;
         view.masquerade_all = settings.masquerade_all;
@@ -190,6 +193,7 @@ mod tests {
 
         let text = "bindAddress: 198.51.100.1\ndetectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: br0}\n\
                     nodePortAddresses: [198.51.100.0/24]\nnftables: {masqueradeAll: true}";
+        assert!(inputs("nodePortAddresses: [primary, localhost]", node()).view().expect("a view").relay_localhost);
         let mut with = inputs(text, node());
         with.held = ["127.0.0.1", "192.0.2.1", "198.51.100.1", "fe80::1"].map(|ip| ip.parse().expect("ip")).to_vec();
         with.service_cidrs.insert("kubernetes".into(), vec!["10.96.0.0/12".parse().expect("net")]);

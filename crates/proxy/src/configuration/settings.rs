@@ -29,7 +29,7 @@ const GATES: &[(&str, bool)] = &[
     ("EndpointSliceProxying", true),
     ("IPv6DualStack", true),
     ("KubeProxyDrainingTerminatingNodes", true),
-    ("KubeProxyNFTablesLocalhostNodePorts", false),
+    ("KubeProxyNFTablesLocalhostNodePorts", true),
     ("LoadBalancerIPMode", true),
     ("MinimizeIPTablesRestore", true),
     ("MixedProtocolLBService", true),

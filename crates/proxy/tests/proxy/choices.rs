@@ -51,7 +51,7 @@ fn in_each_mode(views: &[NodeView], check: impl Fn(&World, usize, &str)) {
         commit(&mut nftables, view);
         check(&world, index, "nftables");
     }
-    proxy::cleanup(Some(namespace.as_fd())).expect("cleaned");
+    proxy::cleanup(None, Some(namespace.as_fd())).expect("cleaned");
     assert_eq!(world.node.command("nft", "list ruleset"), "");
     assert!(tcp(&world.pods[1], "10.96.0.10:80").is_err());
 
@@ -62,7 +62,7 @@ fn in_each_mode(views: &[NodeView], check: impl Fn(&World, usize, &str)) {
         commit(&mut iptables, view);
         check(&world, index, "iptables");
     }
-    proxy::cleanup(Some(namespace.as_fd())).expect("cleaned");
+    proxy::cleanup(None, Some(namespace.as_fd())).expect("cleaned");
     let left = world.node.command("iptables-nft-save", "");
     assert!(!left.contains("KUBE-S") && left.contains("KUBE-IPTABLES-HINT"), "{left}");
 }

@@ -64,7 +64,7 @@ fn fields_come_to_what_they_come_to_in_kube_proxy() {
         ("conntrack: {maxPerCore: 32768, tcpEstablishedTimeout: 24h0m0s}", |s| s.conntrack.sysctls(2).len() == 2),
         ("oomScoreAdj: -998", |s| s.oom_score_adj == Some(-998)),
         ("logging: {format: text, verbosity: 4, flushFrequency: 5000000000}", |s| s.verbosity == 4),
-        ("featureGates: {NFTablesProxyMode: true, KubeProxyNFTablesLocalhostNodePorts: false}", |s| s.verbosity == 0),
+        ("featureGates: {NFTablesProxyMode: true, KubeProxyNFTablesLocalhostNodePorts: true}", |s| s.verbosity == 0),
         ("ipvs: {scheduler: lc, strictARP: true, excludeCIDRs: [192.0.2.0/24], tcpTimeout: 0s}", |s| s.verbosity == 0),
     ];
     for (fragment, holds) in cases {

@@ -2,10 +2,13 @@
 
 mod case;
 mod cases;
+mod cgroup;
 mod choices;
 mod configuration;
 mod differences;
+mod ebpf;
 mod ejection;
+mod end;
 mod explain;
 mod history;
 mod live;

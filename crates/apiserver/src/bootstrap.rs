@@ -38,6 +38,9 @@ pub async fn run(server: &ApiServer, components: &[Component]) -> Result<(), Str
         )
         .await?;
     }
+    // What a proxy of another make needs, kube-proxy for one; a user of that name has it already.
+    let proxy = json!({"apiGroup": RBAC, "kind": "User", "name": "system:kube-proxy"});
+    role(&master, "system:node-proxier", &node_proxier(), &[proxy]).await?;
     for component in components {
         let account = json!({
             "apiVersion": "v1", "kind": "ServiceAccount",
@@ -72,6 +75,17 @@ fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
 
 const READ: &[&str] = &["get", "list", "watch"];
 const WRITE: &[&str] = &["create", "delete", "deletecollection", "patch", "update"];
+
+fn node_proxier() -> Value {
+    const FOLLOW: &[&str] = &["list", "watch"];
+    json!([
+        rule(&[""], &["endpoints", "services"], FOLLOW),
+        rule(&[""], &["nodes"], READ),
+        rule(&["", "events.k8s.io"], &["events"], &["create", "patch", "update"]),
+        rule(&["discovery.k8s.io"], &["endpointslices"], FOLLOW),
+        rule(&["networking.k8s.io"], &["servicecidrs"], FOLLOW),
+    ])
+}
 
 /// Name, rules, and the groups the role is bound to.
 fn roles() -> Vec<(&'static str, Value, &'static [&'static str])> {

@@ -1,5 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
+use crate::proxy as standalone;
 use crate::{barrier, cli, explain, join, local, serve, server, top, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
@@ -17,13 +18,14 @@ use kubelet::{ClusterDns, KubeletConfig};
 use linux::cgroup_v1v2::Hierarchies;
 use linux::netns::Netns;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
+use proxy::configuration::{HEALTHZ_PORT, METRICS_PORT};
 use proxy::{Mode, NodeView};
-use reconcile::{Api, Cache, EventKind, Named, ObjectRef, Recorder, Scope, ServiceFeed};
+use reconcile::{Api, Cache, Named, ObjectRef, Recorder, Scope, ServiceFeed};
 use runtime::image::PullConfig;
 use runtime::{Builtin, BuiltinConfig, ImageService};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use services::Place;
+use services::{Place, Seed};
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -64,9 +66,9 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf or userspace.
-    #[arg(long, default_value = "nftables", value_parser = parse_mode)]
-    pub proxy_mode: Mode,
+    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf, userspace, or none for a node whose proxy is another process.
+    #[arg(long, default_value = "nftables")]
+    pub proxy_mode: NodeProxy,
     /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
     #[arg(long, default_value = "rr", value_parser = parse_scheduler)]
     pub ipvs_scheduler: proxy::Scheduler,
@@ -113,6 +115,31 @@ pub fn parse_mode(text: &str) -> Result<Mode, String> {
     text.parse().map_err(|e: proxy::Error| e.to_string())
 }
 
+/// Who serves Services on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeProxy {
+    Ours(Mode),
+    /// Another process, such as `fairlead proxy` or kube-proxy.
+    Others,
+}
+
+impl std::str::FromStr for NodeProxy {
+    type Err = proxy::Error;
+
+    fn from_str(text: &str) -> Result<Self, proxy::Error> {
+        if text == "none" { Ok(NodeProxy::Others) } else { text.parse().map(NodeProxy::Ours) }
+    }
+}
+
+impl NodeProxy {
+    fn mode(self) -> Option<Mode> {
+        match self {
+            NodeProxy::Ours(mode) => Some(mode),
+            NodeProxy::Others => None,
+        }
+    }
+}
+
 pub fn run(args: AgentArgs) -> anyhow::Result<ExitCode> {
     cli::start_logging();
     if args.announce {
@@ -144,6 +171,13 @@ struct Node {
 struct NodeSpec {
     #[serde(rename = "podCIDRs")]
     pod_cidrs: Vec<IpNet>,
+    taints: Vec<Taint>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Taint {
+    key: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -312,15 +346,18 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
-    let mode = args.proxy_mode;
+    let mode = args.proxy_mode.mode();
     let hooks = proxy_hooks(&args, &dir)?;
-    let seed = {
-        let hooks = hooks.clone();
-        tokio::task::spawn_blocking(move || {
-            proxy::prepare(mode, None, Some(&hooks))?;
-            proxy::found(mode, None, Some(&hooks))
-        })
-        .await??
+    let seed = match mode {
+        Some(mode) => {
+            let hooks = hooks.clone();
+            tokio::task::spawn_blocking(move || {
+                proxy::prepare(mode, None, Some(&hooks))?;
+                proxy::found(mode, None, Some(&hooks))
+            })
+            .await??
+        }
+        None => Seed::default(),
     };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
     let mut view = NodeView::new(
@@ -335,24 +372,62 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
-    let recorder = Recorder::new(&proxy_client, "fairlead-proxy", &name);
-    let watching = proxy::Watching {
-        lost_nodes: Some(lost_seen),
-        notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
-        ..proxy::Watching::default()
-    };
-    let proxy_config =
-        proxy::Config { mode, node: view_seen.clone(), namespace: None, hooks: Some(hooks.clone()), watching };
-    let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
-    let proxy_token = token.clone();
-    tasks.spawn(async move {
-        if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
-            warn!(%error, "the proxy ended");
+    let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
+    if let Some(mode) = mode {
+        let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
+        let metrics: Arc<proxy::Metrics> = Arc::default();
+        let recorder = proxy_events.clone();
+        let watching = proxy::Watching {
+            lost_nodes: Some(lost_seen),
+            notices: Some(Arc::new(move |notice| standalone::tell(&recorder, notice))),
+            ..proxy::Watching::default()
+        };
+        let (node, metrics_of_run) = (view_seen.clone(), metrics.clone());
+        let proxy_config = proxy::Config {
+            mode,
+            node,
+            namespace: None,
+            hooks: Some(hooks.clone()),
+            metrics: metrics_of_run,
+            watching,
+        };
+        let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
+        let (proxy_feed, check_feed) = (subscribe(), subscribe());
+        let checks = proxy::HealthChecks {
+            namespace: None,
+            node: view_seen.clone(),
+            feed: check_feed,
+            health: health.clone(),
+            events: Some(proxy_events.clone()),
+        };
+        tasks.spawn(proxy::serve_health_checks(checks, token.clone()));
+        // As kube-proxy does: probes for everybody, metrics for this host.
+        let any = match args.node_ip.iter().all(IpAddr::is_ipv4) {
+            true => IpAddr::from([0u8; 4]),
+            false => IpAddr::from([0u8; 16]),
+        };
+        if let Some(listener) = standalone::listen("probes", SocketAddr::new(any, HEALTHZ_PORT), false)? {
+            let respond = proxy::probes(health.clone(), metrics.clone());
+            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
         }
-    });
-    let recorder = reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name);
-    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), recorder, token.clone()));
-    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
+        let local = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
+        if let Some(listener) = standalone::listen("metrics", local, false)? {
+            let respond = standalone::scrapes(mode, metrics, feed.clone(), view_seen.clone(), proxy_seen.clone());
+            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+        }
+        tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), proxy_events.clone(), token.clone()));
+        tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
+        let about = ObjectRef::new("v1", "Node", "", &name, &name);
+        tasks.spawn(standalone::tell_errors(proxy_seen.clone(), proxy_events, about, token.clone()));
+        let (health, status, health_token) = (health.clone(), proxy_seen.clone(), token.clone());
+        tasks.spawn(async move { health.follow(status, health_token).await });
+        let proxy_token = token.clone();
+        tasks.spawn(async move {
+            if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
+                warn!(%error, "the proxy ended");
+            }
+        });
+    }
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
@@ -372,6 +447,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                 }
                 if let Some(node) = after.filter(|n| n.metadata.name == own) {
                     ready.send_replace(node.is_ready());
+                    health.set_taints(node.spec.taints.iter().map(|taint| taint.key.as_str()));
                     views.send_if_modified(|view| {
                         let zone = node.zone();
                         let changed = view.place.zone != zone;
@@ -497,8 +573,10 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     let mut ready = ready_seen;
     ready.wait_for(|ready| *ready).await.context("nobody follows this node any more")?;
-    let mut synced = proxy_seen;
-    synced.wait_for(|s| s.synced).await.context("the proxy ended before its first commit")?;
+    if mode.is_some() {
+        let mut synced = proxy_seen;
+        synced.wait_for(|s| s.synced).await.context("the proxy ended before its first commit")?;
+    }
     info!(node = name, "the node is ready");
     if args.announce {
         local::announce(&json!({"node": name}).to_string())?;
@@ -517,6 +595,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 }
 
 pub const KUBELET_PORT: u16 = 10250;
+/// A change that waits twice as long for its commit makes a node's health check ports say so.
+const PROXY_SYNC_PERIOD: std::time::Duration = std::time::Duration::from_secs(30);
 
 async fn follow_peers(
     nodes: Cache<Node>,
@@ -582,28 +662,11 @@ fn authorize() -> kubelet::Authorize {
     })
 }
 
-/// Writes events about an endpoint that left the pick of this node, or is back in it.
-fn tell(recorder: &Recorder, notice: proxy::Notice) {
-    let (address, _) = notice.endpoint;
-    for (namespace, service) in &notice.services {
-        let about = ObjectRef::new("v1", "Service", namespace, service, "");
-        match notice.ejected {
-            Some(evidence) => {
-                let message = format!("endpoint {address} gets no new connections from this node: {evidence}");
-                recorder.event(&about, EventKind::Warning, "EndpointEjected", message);
-            }
-            None => {
-                let message = format!("endpoint {address} answers again");
-                recorder.event(&about, EventKind::Normal, "EndpointReturned", message);
-            }
-        }
-    }
-}
-
 /// What local commands may ask.
 struct Local {
     name: String,
-    mode: Mode,
+    /// `None`: Services are another process's affair.
+    mode: Option<Mode>,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
     hooks: proxy::Hooks,
@@ -652,6 +715,8 @@ async fn answer(state: &Local, request: Request<hyper::body::Incoming>) -> Respo
     response
 }
 
+const NO_PROXY: &str = "Services are another process's affair on this node (--proxy-mode none)";
+
 async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -> anyhow::Result<String> {
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let body = request.into_body().collect().await?.to_bytes();
@@ -660,7 +725,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let proxy = state.proxy.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
-                "node": state.name, "proxyMode": state.mode.to_string(),
+                "node": state.name, "proxyMode": state.mode.map_or("none".to_owned(), |mode| mode.to_string()),
                 "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
                     "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
                     "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
@@ -671,14 +736,12 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         (&Method::GET, "/plan") => {
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(proxy::dump(state.mode, &table, &view))
+            Ok(proxy::dump(state.mode.context(NO_PROXY)?, &table, &view))
         }
         (&Method::GET, "/traffic") => {
-            if matches!(state.mode, Mode::Userspace | Mode::Ebpf) {
-                bail!(
-                    "the {} mode does not count what goes through each Service; nftables and iptables do",
-                    state.mode
-                );
+            let mode = state.mode.context(NO_PROXY)?;
+            if matches!(mode, Mode::Userspace | Mode::Ebpf | Mode::Ipvs) {
+                bail!("the {mode} mode does not count what goes through each Service; nftables and iptables do");
             }
             let table = state.feed.table.clone();
             let mut view = NodeView::clone(&state.view.borrow());
@@ -692,7 +755,8 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, table) = (state.mode, state.feed.table.clone());
+            let mode = state.mode.context(NO_PROXY)?;
+            let table = state.feed.table.clone();
             let mut view = NodeView::clone(&state.view.borrow());
             let pending = {
                 let proxy = state.proxy.borrow();

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, await_dns, client, down, explain, image, node, server, status, top, up};
+use crate::{agent, await_dns, client, down, explain, image, node, proxy, server, status, top, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +44,8 @@ enum Command {
     Server(server::ServerArgs),
     /// Run a node on this host and join it to a server.
     Agent(agent::AgentArgs),
+    /// Run the Service proxy alone, in kube-proxy's place, on a node of any Kubernetes.
+    Proxy(Box<proxy::ProxyArgs>),
     /// Create or change objects from files (server-side apply).
     Apply(client::ApplyArgs),
     /// Show objects.
@@ -61,7 +63,7 @@ enum Command {
 
 impl Cli {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        if !matches!(self.command, Command::Server(_) | Command::Agent(_) | Command::Up(_)) {
+        if !matches!(self.command, Command::Server(_) | Command::Agent(_) | Command::Up(_) | Command::Proxy(_)) {
             linux::sigpipe::end_on_closed_pipe();
         }
         match self.command {
@@ -74,6 +76,7 @@ impl Cli {
             Command::Image(args) => image::run(args),
             Command::Server(args) => server::run(args),
             Command::Agent(args) => agent::run(args),
+            Command::Proxy(args) => proxy::run(*args),
             Command::Apply(args) => blocking(args.run()),
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),
@@ -94,15 +97,28 @@ fn blocking(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Res
 
 /// Log lines go to standard error. `RUST_LOG` chooses them by target and level: `info`, `proxy=debug,info`.
 pub fn start_logging() {
+    start_logging_at(0);
+}
+
+/// The same at one of klog's levels: our own parts tell more from 4 on, and everything from 8 on.
+pub fn start_logging_at(verbosity: u32) {
     use tracing_subscriber::filter::Targets;
     use tracing_subscriber::layer::SubscriberExt;
     use tracing_subscriber::util::SubscriberInitExt;
     let wanted = std::env::var("RUST_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
     let filter = wanted.unwrap_or_else(|| {
+        let ours = match verbosity {
+            0..4 => tracing::Level::INFO,
+            4..8 => tracing::Level::DEBUG,
+            _ => tracing::Level::TRACE,
+        };
         // The client library tells of every refused connection, without a word of what for; its callers do it better.
-        Targets::new()
+        let filter = Targets::new()
             .with_default(tracing::Level::INFO)
-            .with_target("kube_client", tracing_subscriber::filter::LevelFilter::OFF)
+            .with_target("kube_client", tracing_subscriber::filter::LevelFilter::OFF);
+        ["fairlead", "proxy", "reconcile", "services", "linux"]
+            .into_iter()
+            .fold(filter, |filter, target| filter.with_target(target, ours))
     });
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     // A second call finds the first subscriber in place, which is as good.

@@ -19,6 +19,7 @@ mod kubeconfig;
 mod local;
 mod node;
 mod pki;
+mod proxy;
 mod publish;
 mod serve;
 mod server;

@@ -1,6 +1,6 @@
 //! `up`: a whole cluster on this machine, made of the same server and agents as on real hosts.
 
-use crate::agent::Overlay;
+use crate::agent::{NodeProxy, Overlay};
 use crate::config::{ClusterConfig, Publish};
 use crate::{cli, down, local, server};
 use anyhow::{Context, bail};
@@ -20,7 +20,8 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf or userspace.
+    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf, userspace, or none if each node's proxy is started by
+    /// somebody else.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
@@ -58,13 +59,13 @@ pub struct UpArgs {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    let mode = args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
+    let proxy = args.proxy_mode.parse::<NodeProxy>().map_err(|e| anyhow::anyhow!("{e}"))?;
     if !nix::unistd::geteuid().is_root() {
         bail!("`fairlead up` makes namespaces and cgroups, which only root may; run it with sudo");
     }
     // What this kernel lacks is said here, not in the log of every node.
-    if mode == proxy::Mode::Ipvs {
-        proxy::found(mode, None, None)?;
+    if args.proxy_mode == ::proxy::Mode::Ipvs.to_string() {
+        ::proxy::found(::proxy::Mode::Ipvs, None, None)?;
     }
     let started = Instant::now();
     let dir = &args.data.data_dir;
@@ -92,7 +93,11 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         localhost_node_ports: args.localhost_node_ports,
     };
     config.save(dir)?;
-    let outcome = bring_up(&args, &lab, &config);
+    let outcome = bring_up(&args, &lab, &config).and_then(|()| match proxy {
+        NodeProxy::Ours(_) => wait_for_dns(&lab, &args.service_cidr),
+        // Cluster DNS has a cluster IP, to which nothing leads yet.
+        NodeProxy::Others => Ok(()),
+    });
     if let Err(error) = outcome {
         // What was half made is ended, so that nothing is left and the next `up` begins clean.
         if !args.detach {
@@ -154,7 +159,7 @@ fn bring_up(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> anyhow::Result<
     for agent in agents {
         ready(agent, PATIENCE)?;
     }
-    wait_for_dns(lab, &args.service_cidr)
+    Ok(())
 }
 
 fn server_arguments(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> Vec<String> {

@@ -6,6 +6,7 @@
 mod code;
 mod read;
 pub(crate) mod socket;
+mod watch;
 pub(crate) mod wire;
 mod write;
 
@@ -19,6 +20,7 @@ use nix::sys::socket::SockProtocol;
 
 use crate::netns::{Netns, NetnsError};
 use socket::Socket;
+pub use watch::AddressWatch;
 
 /// Marks routes as ours in the kernel (`ip route show proto 70`), so that nothing else's are listed or removed.
 pub const PROTOCOL: u8 = 70;

@@ -24,6 +24,12 @@ pub enum Error {
     ClassNumbers(String, String),
     #[error("the iptables mode takes one pod CIDR per family, not {0}; use --proxy-mode=nftables")]
     PodCidrs(String),
+    #[error("this mode knows pods by their networks only; use detectLocalMode ClusterCIDR or NodeCIDR")]
+    PodsByInterface,
+    #[error("{field}: {problem}")]
+    Configuration { field: String, problem: String },
+    #[error("the configuration cannot be read: {0}")]
+    Yaml(Box<serde_saphyr::Error>),
     #[error("what the table of the watch holds is not known; it is written whole next time")]
     WatchUnknown,
     #[error(transparent)]

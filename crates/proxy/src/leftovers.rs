@@ -90,3 +90,14 @@ fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     }
     Ok(())
 }
+
+/// Removes what any mode has put into the kernel, for a node whose Services somebody else is to serve, or nobody.
+/// Connections that are translated already go on.
+pub fn cleanup(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    clear_nftables(namespace)?;
+    clear_userspace(namespace)?;
+    clear_watch(namespace)?;
+    clear_ebpf(hooks, namespace)?;
+    clear_ipvs(namespace)?;
+    clear_iptables(namespace)
+}

@@ -4,12 +4,17 @@
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
 mod applied;
+pub mod configuration;
 pub mod dataplane;
 mod end;
 mod error;
 pub mod explain;
 mod guard;
+mod health;
+mod health_check;
+pub mod http;
 mod leftovers;
+mod metrics;
 mod mode;
 mod node;
 mod run;
@@ -21,11 +26,15 @@ mod watch;
 pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
+pub use health::{Health, probes};
+pub use health_check::{HealthChecks, serve_health_checks};
+pub use leftovers::cleanup;
 pub use linux::bpf::Hooks;
 pub use linux::ipvs::{Scheduler, Timeouts};
 pub use linux::nft::Packet;
+pub use metrics::Metrics;
 pub use mode::Mode;
-pub use node::{IpvsSettings, NodeView};
+pub use node::{IpvsSettings, NodeView, Pods};
 pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
 pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

@@ -29,7 +29,7 @@ use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
-use crate::{Error, Mode, NodeView, leftovers};
+use crate::{Error, Metrics, Mode, NodeView, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -45,6 +45,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where commits are counted.
+    pub metrics: Arc<Metrics>,
     /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
     pub hooks: Option<Hooks>,
     pub watching: Watching,
@@ -145,6 +147,8 @@ fn localhost(
         node: config.node.clone(),
         namespace: None,
         hooks: None,
+        // Of the mode beside it commits are told.
+        metrics: Arc::default(),
         watching: Watching { ejection: false, ..Watching::default() },
     };
     let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
@@ -408,6 +412,7 @@ impl<D: Dataplane> Loop<D> {
     }
 
     fn notice(&mut self, changes: &Changes) {
+        self.config.metrics.noticed(changes);
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
         self.applied.notice(changes);
     }
@@ -520,6 +525,7 @@ impl<D: Dataplane> Loop<D> {
         self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
+        let begun = Instant::now();
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
@@ -537,6 +543,7 @@ impl<D: Dataplane> Loop<D> {
         .await
         .map_err(Error::Commit)?;
         self.kernel = Some(kernel);
+        self.config.metrics.committed(whole, begun.elapsed(), result.is_ok());
         if let Some(watcher) = &mut self.watcher {
             watcher.table = table;
         }

@@ -43,10 +43,12 @@ impl ServiceFeed {
 
     /// Starts following the API. `seed` is what an earlier run left in the kernel.
     pub fn start(client: &kube::Client, seed: Seed, token: &CancellationToken) -> ServiceFeed {
-        let feed = ServiceFeed {
-            table: Arc::new(RwLock::new(ServiceTable::with_seed(seed))),
-            changes: broadcast::Sender::new(KEPT),
-        };
+        ServiceFeed::start_with(client, ServiceTable::with_seed(seed), token)
+    }
+
+    /// The same, into a table that was made with further choices.
+    pub fn start_with(client: &kube::Client, table: ServiceTable, token: &CancellationToken) -> ServiceFeed {
+        let feed = ServiceFeed { table: Arc::new(RwLock::new(table)), changes: broadcast::Sender::new(KEPT) };
         let mut services = watch::<Box<RawValue>>(client, &SERVICES, Scope::all());
         let mut slices = watch::<Box<RawValue>>(client, &ENDPOINT_SLICES, Scope::all());
         let (writer, token) = (feed.clone(), token.clone());

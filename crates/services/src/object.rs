@@ -24,8 +24,8 @@ pub struct Service {
     pub affinity: Option<Affinity>,
     pub source_ranges: Vec<IpNet>,
     pub health_check_node_port: Option<NonZeroU16>,
-    /// No other proxy is named by `service.kubernetes.io/service-proxy-name`.
-    pub is_ours: bool,
+    /// The proxy that is to serve it, if not every node's own: label `service.kubernetes.io/service-proxy-name`.
+    pub proxy_name: Option<Arc<str>>,
     pub end_policy: EndPolicy,
     /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
     pub warnings: Option<Box<Warnings>>,
@@ -70,6 +70,9 @@ pub struct Slice {
     pub service: Option<Arc<str>>,
     pub ports: Vec<SlicePort>,
     pub endpoints: Vec<SliceEndpoint>,
+    /// When the change happened that this version tells of (RFC 3339), as the controller says: annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`.
+    pub triggered: Option<Arc<str>>,
 }
 
 /// One version of a slice.
@@ -113,6 +116,8 @@ struct RawLabels {
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct RawAnnotations {
+    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    triggered: Option<Arc<str>>,
     #[serde(rename = "fairlead.io/end-policy")]
     end_policy: Option<String>,
 }
@@ -388,7 +393,7 @@ impl Service {
             affinity: affinity.transpose()?,
             source_ranges: source_ranges.collect::<Result<_, _>>()?,
             health_check_node_port: check.optional_port("healthCheckNodePort", spec.health_check_node_port)?,
-            is_ours: raw.metadata.labels.as_ref().is_none_or(|labels| labels.proxy_name.is_none()),
+            proxy_name: raw.metadata.labels.as_ref().and_then(|labels| labels.proxy_name.as_deref()).map(Arc::from),
             namespace: raw.metadata.namespace.as_str().into(),
             name: raw.metadata.name.as_str().into(),
         })
@@ -460,7 +465,9 @@ impl Slice {
         ports.shrink_to_fit();
         let terminating = endpoints.iter().any(|endpoint| endpoint.terminating);
         let service = raw.metadata.labels.as_ref().and_then(|labels| labels.service_name.as_deref());
+        let annotations = raw.metadata.annotations.as_ref();
         Ok(Slice {
+            triggered: annotations.and_then(|annotations| annotations.triggered.clone()),
             service: service.filter(|name| !name.is_empty()).map(Arc::from),
             ports,
             endpoints,

@@ -40,6 +40,8 @@ pub struct Changes {
     pub frontends: Vec<FrontendChange>,
     /// Services whose names, addresses or endpoints may have changed: what cluster DNS cares for.
     pub services: Vec<ServiceKey>,
+    /// When what this event tells of happened (RFC 3339), where its object says so.
+    pub triggered: Vec<Arc<str>>,
     /// What the removal barrier asks of a proxy; `frontends` names what these versions changed.
     pub slices: Vec<SliceChange>,
     /// The table became complete with this event.
@@ -54,6 +56,7 @@ impl Changes {
     fn append(&mut self, mut later: Changes) {
         self.frontends.append(&mut later.frontends);
         self.services.append(&mut later.services);
+        self.triggered.append(&mut later.triggered);
         self.slices.append(&mut later.slices);
         self.synced |= later.synced;
     }
@@ -144,6 +147,8 @@ pub struct ServiceTable {
     seed: Seed,
     next_id: u32,
     synced: bool,
+    /// Only Services that name this proxy have frontends; `None`: only those that name none.
+    proxy_name: Option<Arc<str>>,
 }
 
 impl ServiceTable {
@@ -155,6 +160,12 @@ impl ServiceTable {
     pub fn with_seed(seed: Seed) -> Self {
         let next_id = seed.ids.values().chain(seed.slots.keys()).map(|id| id.0 + 1).max().unwrap_or(0);
         ServiceTable { seed, next_id, ..Self::default() }
+    }
+
+    /// Makes frontends only of Services whose label `service.kubernetes.io/service-proxy-name` has this value, not of those
+    /// without it.
+    pub fn for_proxy(self, name: &str) -> Self {
+        ServiceTable { proxy_name: Some(name.into()), ..self }
     }
 
     /// Adds or replaces a Service. After an error the last valid version stays.
@@ -195,6 +206,8 @@ impl ServiceTable {
     /// Adds or replaces an EndpointSlice. After an error the last valid version stays.
     pub fn upsert_slice(&mut self, json: &[u8]) -> Result<Changes, Error> {
         let mut slice = Slice::parse(json)?;
+        // Not part of what the slice says: the same endpoints are the same slice.
+        let triggered = slice.triggered.take();
         for endpoint in &mut slice.endpoints {
             endpoint.node = endpoint.node.take().map(|name| self.intern(&name));
             endpoint.zone = endpoint.zone.take().map(|name| self.intern(&name));
@@ -230,6 +243,7 @@ impl ServiceTable {
             *self.by_address.entry((address, owner.clone())).or_default() += 1;
         }
         self.slice_owners.insert(at, owner.clone());
+        changes.triggered.extend(triggered);
         changes.append(self.rebuild(owner));
         Ok(changes)
     }
@@ -391,7 +405,7 @@ impl ServiceTable {
         let mut frontends = Vec::new();
         if let Some(service) = &entry.service
             && let ServiceKind::ClusterIp(cluster_ips) = &service.kind
-            && service.is_ours
+            && service.proxy_name == self.proxy_name
         {
             for port in &service.ports {
                 let name = PortName {

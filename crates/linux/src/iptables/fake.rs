@@ -15,6 +15,8 @@ pub struct Fake {
     tables: BTreeMap<(bool, Table), Chains>,
     /// Lists of `-m recent`: client and list.
     recent: HashMap<(IpAddr, String), ()>,
+    /// Where packets from these networks come in.
+    interfaces: Vec<(ipnet::IpNet, Box<str>)>,
     restores: u64,
     fail_every: Option<u64>,
 }
@@ -23,6 +25,11 @@ impl Fake {
     /// Fails each `n`th restore.
     pub fn failing(n: u64) -> Self {
         Fake { fail_every: Some(n), ..Fake::default() }
+    }
+
+    /// From now on packets from `net` come in through the interface of this name.
+    pub fn comes_through(&mut self, net: ipnet::IpNet, interface: &str) {
+        self.interfaces.push((net, interface.into()));
     }
 
     /// What `iptables-save` would print of our chains.
@@ -177,6 +184,12 @@ impl Walk<'_, '_> {
             Part::Comment(_) => true,
             Part::Source { net, not } => net.contains(&from.ip()) != *not,
             Part::Destination { net, not } => net.contains(&to.ip()) != *not,
+            Part::InInterface { name, is_prefix, not } => {
+                let behind = self.fake.interfaces.iter().find(|(net, _)| net.contains(&from.ip()));
+                let interface = behind.map(|(_, name)| name).filter(|_| !self.locals.contains(&from.ip()));
+                let holds = |held: &str| if *is_prefix { held.starts_with(&**name) } else { *held == **name };
+                interface.is_some_and(|held| holds(held)) != *not
+            }
             Part::Port { protocol: _, number, destination, port } => {
                 self.packet.protocol == *number
                     && to.port() == *port

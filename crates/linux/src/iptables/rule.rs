@@ -32,6 +32,12 @@ pub enum Part {
         net: IpNet,
         not: bool,
     },
+    /// Came in through the interface, or through one whose name starts so.
+    InInterface {
+        name: Box<str>,
+        is_prefix: bool,
+        not: bool,
+    },
     /// `tcp`, `udp` or `sctp`, with a destination port.
     Port {
         protocol: &'static str,
@@ -127,6 +133,9 @@ impl Display for Part {
             Part::Comment(text) => write!(f, "-m comment --comment \"{text}\""),
             Part::Source { net: source, not: negated } => write!(f, "{}-s {}", not(*negated), net(source)),
             Part::Destination { net: to, not: negated } => write!(f, "{}-d {}", not(*negated), net(to)),
+            Part::InInterface { name, is_prefix, not: negated } => {
+                write!(f, "{}-i {name}{}", not(*negated), if *is_prefix { "+" } else { "" })
+            }
             Part::Port { protocol, number: _, destination, port } => {
                 write!(f, "-m {protocol} -p {protocol}")?;
                 if let Some(destination) = destination {

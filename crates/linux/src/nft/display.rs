@@ -198,6 +198,9 @@ impl Display for Statement {
             Statement::NotEqual(value, datum) => write!(f, "{value} != {}", constant(value, datum)),
             Statement::InNet(value, net) => write!(f, "{value} {net}"),
             Statement::NotInNet(value, net) => write!(f, "{value} != {net}"),
+            Statement::CameThrough { name, is_prefix } => {
+                write!(f, "iifname \"{name}{}\"", if *is_prefix { "*" } else { "" })
+            }
             Statement::HasBits(Value::CtState, ct_state::NEW) => f.write_str("ct state new"),
             Statement::HasBits(Value::CtStatus, ct_status::DNAT) => f.write_str("ct status dnat"),
             Statement::HasBits(Value::CtState, ct_state::RELATED) => f.write_str("ct state related"),

@@ -438,6 +438,10 @@ fn add_rule(writer: &mut Writer, table: &str, chain: &str, rule: &Rule) {
     }
 }
 
+/// `meta iifname`, and the kernel's IFNAMSIZ.
+const IIFNAME: u32 = 6;
+const INTERFACE_NAME_SIZE: usize = 16;
+
 /// The kernel's number of the register that starts at this word.
 fn register(word: u32) -> u32 {
     // Whole registers 1 to 4 are what nft expects to see where a value starts at their first word.
@@ -677,6 +681,15 @@ impl Expressions<'_> {
             Statement::NotEqual(value, constant) => self.equal(value, *constant, false),
             Statement::InNet(value, net) => self.in_net(value, net, true),
             Statement::NotInNet(value, net) => self.in_net(value, net, false),
+            Statement::CameThrough { name, is_prefix } => {
+                self.meta(IIFNAME, 0);
+                let mut bytes = name.as_bytes().to_vec();
+                // A whole name is compared with the zeros that follow it.
+                if !is_prefix {
+                    bytes.resize(INTERFACE_NAME_SIZE, 0);
+                }
+                self.compare(0, true, &bytes);
+            }
             Statement::HasBits(value, bits) => self.bits(value, *bits, false),
             Statement::LacksBits(value, bits) => self.bits(value, *bits, true),
             Statement::In { key, set } => {

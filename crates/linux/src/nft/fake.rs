@@ -24,6 +24,8 @@ pub struct Fake {
     tables: BTreeMap<(Family, Box<str>), Table>,
     commits: u64,
     fail_every: Option<u64>,
+    /// Where packets from these networks come in.
+    interfaces: Vec<(ipnet::IpNet, Box<str>)>,
     /// Elements and rules changed so far: what a test counts to see that a change stayed small.
     pub changed: u64,
 }
@@ -32,6 +34,11 @@ impl Fake {
     /// Fails each `n`th commit, so that the caller's retry is exercised.
     pub fn failing(n: u64) -> Self {
         Fake { fail_every: Some(n), ..Fake::default() }
+    }
+
+    /// From now on packets from `net` come in through the interface of this name.
+    pub fn comes_through(&mut self, net: ipnet::IpNet, interface: &str) {
+        self.interfaces.push((net, interface.into()));
     }
 
     /// Everything held, in nft-like text: equal texts are equal rulesets.
@@ -255,6 +262,8 @@ struct Walk<'a, 'p> {
     translated: bool,
     masqueraded: bool,
     locals: &'p [IpAddr],
+    /// Where the packet came in; `None` if a process of this node sent it.
+    interface: Option<Box<str>>,
     random: &'p mut dyn FnMut(u32) -> u32,
     /// Elements that the rule at hand has found.
     notes: Vec<String>,
@@ -297,6 +306,8 @@ impl Fake {
         let from_here = locals.contains(&packet.from.ip());
         let first = if from_here { Hook::Output } else { Hook::Prerouting };
         let original = packet.to;
+        let behind = self.interfaces.iter().find(|(net, _)| net.contains(&packet.from.ip()));
+        let interface = behind.map(|(_, name)| name.clone()).filter(|_| !from_here);
         let (mut translated, mut masqueraded, mut diverted) = (false, false, false);
         let mut hook = Some(first);
         'hooks: while let Some(now) = hook {
@@ -340,7 +351,9 @@ impl Fake {
                 }
                 let packet = &mut packet;
                 let notes = Vec::new();
-                let mut walk = Walk { table, packet, original, translated, masqueraded, locals, random, notes, log };
+                let interface = interface.clone();
+                let mut walk =
+                    Walk { table, packet, original, translated, masqueraded, locals, interface, random, notes, log };
                 let step = walk.chain(&chain, 0);
                 (translated, masqueraded) = (walk.translated, walk.masqueraded);
                 if let Step::Fate(fate) = step {
@@ -400,6 +413,9 @@ impl Walk<'_, '_> {
                 Statement::NotEqual(value, datum) => self.value(value, &chosen)? != [*datum],
                 Statement::InNet(value, net) => self.inside(value, net)?,
                 Statement::NotInNet(value, net) => !self.inside(value, net)?,
+                Statement::CameThrough { name, is_prefix } => self.interface.as_ref().is_some_and(|interface| {
+                    if *is_prefix { interface.starts_with(&**name) } else { interface == name }
+                }),
                 Statement::HasBits(value, bits) => match self.value(value, &chosen)?[..] {
                     [Datum::Mark(found)] => found & bits != 0,
                     _ => false,

@@ -77,6 +77,12 @@ pub enum Statement {
     /// The address lies in the network.
     InNet(Value, IpNet),
     NotInNet(Value, IpNet),
+    /// The packet came in through this interface, or through one whose name starts so. Packets of this node's own
+    /// processes came in through none.
+    CameThrough {
+        name: Box<str>,
+        is_prefix: bool,
+    },
     /// At least one of the bits is set.
     HasBits(Value, u32),
     /// None of the bits is set.

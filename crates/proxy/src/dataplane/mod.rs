@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use services::{Frontend, FrontendId, Seed};
 
-use crate::{Error, NodeView};
+use crate::{Error, NodeView, Pods};
 
 pub mod ebpf;
 pub mod iptables;
@@ -46,9 +46,13 @@ pub trait Dataplane: Send + 'static {
     fn base(node: &NodeView) -> Self::Base;
     fn entries(frontend: &Frontend, node: &NodeView) -> Self::Entries;
 
-    /// Whether this node can be served at all; asked before anything is committed.
-    fn check(_node: &NodeView) -> Result<(), Error> {
-        Ok(())
+    /// Whether this node can be served at all; asked before anything is committed. A mode that can tell pods by the
+    /// interface they are behind says so here.
+    fn check(node: &NodeView) -> Result<(), Error> {
+        match node.pods {
+            Pods::Cidrs(_) => Ok(()),
+            Pods::Bridge(_) | Pods::InterfacePrefix(_) => Err(Error::PodsByInterface),
+        }
     }
 
     /// What holds the rules, and how a person looks at them.

@@ -66,7 +66,9 @@ pub const CONNECTED: &[Mode] = &[Mode::Ebpf];
 /// Whether a socket of this node sends the packet.
 pub fn is_own(packet: &Packet, node: &NodeView) -> bool {
     let from = packet.from.ip();
-    node.addresses.contains(&from) || from.is_loopback() || node.pod_cidrs.iter().any(|cidr| cidr.contains(&from))
+    node.addresses.contains(&from)
+        || from.is_loopback()
+        || node.pods.cidrs(from.is_ipv6()).any(|cidr| cidr.contains(&from))
 }
 
 pub struct Exception {

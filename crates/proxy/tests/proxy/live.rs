@@ -61,7 +61,7 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace, hooks, watching };
+        let config = Config { mode, node: node_receiver, namespace, hooks, metrics: Arc::default(), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }

@@ -3,6 +3,8 @@
 mod case;
 mod cases;
 mod cgroup;
+mod choices;
+mod configuration;
 mod differences;
 mod ebpf;
 mod ejection;
@@ -19,4 +21,5 @@ mod objects;
 mod refusals;
 mod ring;
 mod rows;
+mod serving;
 mod userspace;

@@ -49,7 +49,14 @@ fn without_rights_a_mode_does_not_start() {
         let (_changes, changes) = tokio::sync::broadcast::channel(1);
         let (_node, node) = tokio::sync::watch::channel(Arc::new(node()));
         let (status, _) = tokio::sync::watch::channel(Status::default());
-        let config = Config { mode, node, namespace: None, hooks: None, watching: proxy::Watching::default() };
+        let config = Config {
+            mode,
+            node,
+            namespace: None,
+            hooks: None,
+            metrics: Default::default(),
+            watching: proxy::Watching::default(),
+        };
         let feed = Feed { table: Arc::new(RwLock::new(table)), changes };
         let token = tokio_util::sync::CancellationToken::new();
         let error = runtime.block_on(proxy::run(config, feed, status, token)).expect_err("no rights").to_string();

@@ -51,7 +51,14 @@ impl Proxy {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
         let watching = proxy::Watching::default();
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks: None, watching };
+        let config = Config {
+            mode,
+            node: node_receiver,
+            namespace: Some(namespace),
+            hooks: None,
+            metrics: Default::default(),
+            watching,
+        };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         let mut proxy = Proxy { table, status, changes, node, token, runtime, task };
@@ -120,7 +127,8 @@ pub struct Ring {
 }
 
 fn is_pod(address: IpAddr) -> bool {
-    node().pod_cidrs.iter().any(|cidr| cidr.contains(&address))
+    let proxy::Pods::Cidrs(cidrs) = node().pods else { panic!("pods are known by their networks here") };
+    cidrs.iter().any(|cidr| cidr.contains(&address))
 }
 
 impl Ring {

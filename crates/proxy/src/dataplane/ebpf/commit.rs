@@ -14,7 +14,7 @@ use services::{Frontend, FrontendId, Seed};
 use super::layout::{Base, Key, Line, List, Map, Value, flag};
 use super::plan::{Entries, entries};
 use crate::dataplane::{Change, Dataplane};
-use crate::{Error, NodeView};
+use crate::{Error, NodeView, Pods};
 
 /// Entries per system call: large enough to be cheap, small enough to stay off the allocator's bad side.
 const BATCH: usize = 16_384;
@@ -170,6 +170,9 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
     }
 
     fn check(node: &NodeView) -> Result<(), Error> {
+        if !matches!(node.pods, Pods::Cidrs(_)) {
+            return Err(Error::PodsByInterface);
+        }
         if Base::new(node).fits() { Ok(()) } else { Err(Error::Networks) }
     }
 

@@ -327,7 +327,11 @@ pub struct Base {
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
-        Base { addresses: node.primary_addresses(), pods: node.pod_cidrs.clone(), services: node.service_cidrs.clone() }
+        Base {
+            addresses: node.primary_addresses(),
+            pods: [false, true].into_iter().flat_map(|v6| node.pod_cidrs(v6)).copied().collect(),
+            services: node.service_cidrs.clone(),
+        }
     }
 
     /// Whether there is room for all networks.

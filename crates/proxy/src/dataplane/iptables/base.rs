@@ -11,9 +11,6 @@ use super::names::{
 };
 use crate::NodeView;
 
-/// The bit that asks for masquerading in postrouting.
-const MASQUERADE: u32 = 0x4000;
-
 const NODE_PORTS_COMMENT: &str = "kubernetes service nodeports; NOTE: this must be the last rule in this chain";
 
 /// What does not depend on Services, for one node.
@@ -22,6 +19,10 @@ pub struct Base {
     /// Whether the node has IPv4 and IPv6.
     pub families: [bool; 2],
     node_port_addresses: Option<Vec<IpAddr>>,
+    /// Node ports answer on 127.0.0.1, which the kernel must be told to route.
+    localhost_node_ports: bool,
+    /// The bit of a packet's mark that asks for masquerading in postrouting.
+    masquerade: u32,
 }
 
 fn comment(text: &str) -> Part {
@@ -41,12 +42,19 @@ impl Base {
         let has = |v6: bool| {
             node.addresses.iter().any(|address| address.is_ipv6() == v6) || node.pod_cidrs(v6).next().is_some()
         };
-        Base { families: [has(false), has(true)], node_port_addresses: node.node_port_addresses.clone() }
+        let families = [has(false), has(true)];
+        let loopback = |address: &IpAddr| address.is_ipv4() && address.is_loopback();
+        let on_localhost = node.node_port_addresses.as_ref().is_none_or(|all| all.iter().any(loopback));
+        Base {
+            families,
+            node_port_addresses: node.node_port_addresses.clone(),
+            localhost_node_ports: node.localhost_node_ports && on_localhost && families[0],
+            masquerade: 1 << node.masquerade_bit,
+        }
     }
 
-    /// Node ports answer on 127.0.0.1, which the kernel must be told to route.
     pub fn has_localhost_node_ports(&self) -> bool {
-        self.node_port_addresses.is_none() && self.families[0]
+        self.localhost_node_ports
     }
 
     /// Chains of a table that every commit writes anew.
@@ -101,9 +109,9 @@ impl Base {
         let rule = |parts: Vec<Part>, target| Rule { parts, target };
         match table {
             Table::Nat => vec![
-                (POSTROUTING, rule(vec![Part::Mark { bits: MASQUERADE, not: true }], Target::Return)),
+                (POSTROUTING, rule(vec![Part::Mark { bits: self.masquerade, not: true }], Target::Return)),
                 // The packet may come by again, and must not be masqueraded twice.
-                (POSTROUTING, rule(vec![], Target::MarkXor(MASQUERADE))),
+                (POSTROUTING, rule(vec![], Target::MarkXor(self.masquerade))),
                 (
                     POSTROUTING,
                     rule(
@@ -111,7 +119,7 @@ impl Base {
                         Target::Masquerade { random_fully: true },
                     ),
                 ),
-                (MARK_MASQ, rule(vec![], Target::MarkOr(MASQUERADE))),
+                (MARK_MASQ, rule(vec![], Target::MarkOr(self.masquerade))),
             ],
             Table::Filter if !v6 && self.has_localhost_node_ports() => {
                 // Routing 127.0.0.0/8 would let neighbours reach what listens on localhost only.
@@ -134,11 +142,15 @@ impl Base {
                 let mut parts = vec![comment(NODE_PORTS_COMMENT), Part::DestinationTypeLocal];
                 if v6 {
                     parts.push(Part::Destination { net: IpAddr::V6(std::net::Ipv6Addr::LOCALHOST).into(), not: true });
+                } else if !self.localhost_node_ports {
+                    parts.push(Part::Destination { net: localhost(), not: true });
                 }
                 vec![(SERVICES, jump(parts, NODE_PORTS))]
             }
             (Table::Nat, Some(addresses)) => {
-                let mine = addresses.iter().filter(|address| address.is_ipv6() == v6 && !address.is_loopback());
+                // The kernel routes no packet from ::1.
+                let usable = |address: &IpAddr| !address.is_loopback() || (!v6 && self.localhost_node_ports);
+                let mine = addresses.iter().filter(|address| address.is_ipv6() == v6 && usable(address));
                 let to = |address: &IpAddr| Part::Destination { net: (*address).into(), not: false };
                 mine.map(|address| (SERVICES, jump([comment(NODE_PORTS_COMMENT), to(address)], NODE_PORTS))).collect()
             }
@@ -149,7 +161,7 @@ impl Base {
                     Rule {
                         parts: vec![
                             comment("kubernetes forwarding rules"),
-                            Part::Mark { bits: MASQUERADE, not: false },
+                            Part::Mark { bits: self.masquerade, not: false },
                         ],
                         target: Target::Accept,
                     },

@@ -9,8 +9,8 @@ use linux::iptables::{Part, Rule, Target};
 use services::{Endpoint, Frontend, TrafficPolicy};
 
 use super::names::{EXTERNAL_SERVICES, MARK_MASQ, NODE_PORTS, Names, PROXY_FIREWALL, SERVICES};
-use crate::NodeView;
 use crate::scope::{Scopes, scopes};
+use crate::{NodeView, Pods};
 
 /// What one frontend adds for one address family. Rules of shared chains are kept apart from chains of its own.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -51,7 +51,7 @@ pub fn entries(frontend: &Frontend, node: &NodeView) -> Entries {
             name: frontend.name.to_string(),
             names: Names::new(&frontend.name),
             scopes: scopes(frontend, node, v6),
-            pods: node.pod_cidrs(v6).next().copied(),
+            pods: from_pods(&node.pods, v6),
             v6,
             entries: FamilyEntries::default(),
         };
@@ -65,9 +65,34 @@ struct Plan<'a> {
     name: String,
     names: Names,
     scopes: Scopes<'a>,
-    pods: Option<IpNet>,
+    /// How a packet from a pod is told, if it can be.
+    pods: Option<Local>,
     v6: bool,
     entries: FamilyEntries,
+}
+
+/// A match for packets of pods.
+enum Local {
+    From(IpNet),
+    Through { name: Box<str>, is_prefix: bool },
+}
+
+fn from_pods(pods: &Pods, v6: bool) -> Option<Local> {
+    match pods {
+        // `check` has seen to it that there is no second one.
+        Pods::Cidrs(_) => pods.cidrs(v6).next().copied().map(Local::From),
+        Pods::Bridge(name) => Some(Local::Through { name: name.clone(), is_prefix: false }),
+        Pods::InterfacePrefix(name) => Some(Local::Through { name: name.clone(), is_prefix: true }),
+    }
+}
+
+impl Local {
+    fn part(&self, not: bool) -> Part {
+        match self {
+            Local::From(net) => Part::Source { net: *net, not },
+            Local::Through { name, is_prefix } => Part::InInterface { name: name.clone(), is_prefix: *is_prefix, not },
+        }
+    }
 }
 
 fn jump(parts: impl IntoIterator<Item = Part>, chain: &str) -> Rule {
@@ -162,10 +187,10 @@ impl Plan<'_> {
         if inside {
             let mut parts = vec![Part::Comment(format!("{} cluster IP", self.name)), self.to(cluster_ip, port)];
             // Someone outside may route the Service range to any node; the way back must lead through that node.
-            match self.pods {
+            match &self.pods {
                 _ if node.masquerade_all => internal_rules.push(jump(parts, MARK_MASQ)),
                 Some(pods) => {
-                    parts.push(Part::Source { net: pods, not: true });
+                    parts.push(pods.part(true));
                     internal_rules.push(jump(parts, MARK_MASQ));
                 }
                 None => {}
@@ -240,8 +265,8 @@ impl Plan<'_> {
                 rules.push(jump([comment], MARK_MASQ));
             }
             TrafficPolicy::Local => {
-                if let Some(pods) = self.pods {
-                    rules.push(jump([says("pod"), Part::Source { net: pods, not: false }], &self.names.cluster));
+                if let Some(pods) = &self.pods {
+                    rules.push(jump([says("pod"), pods.part(false)], &self.names.cluster));
                 }
                 rules.push(jump([says("masquerade LOCAL"), Part::SourceTypeLocal], MARK_MASQ));
                 rules.push(jump([says("route LOCAL"), Part::SourceTypeLocal], &self.names.cluster));

@@ -1,11 +1,11 @@
 //! The chains that pick an endpoint: frontends that differ only in their addresses share one.
 
-use ipnet::IpNet;
 use linux::nft::{ADDRESS_LOCAL, Datum, Rule, Statement, Value};
 
 use sha2::{Digest, Sha256};
 
-use super::layout::{Map, destination, of_family};
+use super::layout::{Map, destination, from_pods, of_family};
+use crate::Pods;
 
 /// Which map says where a destination's endpoints are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -158,17 +158,15 @@ impl Class {
         }
     }
 
-    pub fn rules(&self, pod_cidrs: &[IpNet]) -> Vec<Rule> {
+    pub fn rules(&self, pods: &Pods) -> Vec<Rule> {
         let (anywhere, here) = match self {
             Class::Pick(pick) => return pick.rules(),
             Class::External { anywhere, here } => (anywhere, here),
         };
         let v6 = anywhere.v6;
         let short_circuit = || Statement::goto(&anywhere.name());
-        let pods = pod_cidrs.iter().filter(|cidr| cidr.addr().is_ipv6() == v6);
-        let mut rules: Vec<Rule> = pods
-            .map(|cidr| Rule::new([of_family(v6), Statement::InNet(Value::SourceIp { v6 }, *cidr), short_circuit()]))
-            .collect();
+        let pods = from_pods(pods, v6).into_iter();
+        let mut rules: Vec<Rule> = pods.map(|from_pod| Rule::new([of_family(v6), from_pod, short_circuit()])).collect();
         rules.push(Rule::new([Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL)), short_circuit()]));
         rules.push(Rule::new([match here {
             Some(here) => Statement::goto(&here.name()),

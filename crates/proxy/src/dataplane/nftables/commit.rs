@@ -17,7 +17,7 @@ use super::class::Class;
 use super::layout::{Base, FAMILY, Map, TABLE};
 use super::plan::{Entries, Slot, entries};
 use crate::dataplane::{Change, Dataplane, OwnTable};
-use crate::{Error, NodeView};
+use crate::{Error, NodeView, Pods};
 
 /// So many chains may wait for a use.
 const IDLE_CLASSES: usize = 64;
@@ -264,6 +264,10 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         entries(frontend, node)
     }
 
+    fn check(_node: &NodeView) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn about(&self) -> String {
         format!("nftables, `nft list table {FAMILY} {TABLE}`")
     }
@@ -388,12 +392,13 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         if base.is_some() || classes.values().filter(|uses| **uses == 0).count() > IDLE_CLASSES {
             classes.retain(|_, uses| *uses > 0);
         }
-        let cidrs = base.or(self.base.as_ref()).map(|base| base.pod_cidrs.as_slice()).unwrap_or_default();
+        let nobody = Pods::default();
+        let pods = base.or(self.base.as_ref()).map_or(&nobody, |base| &base.pods);
         // `BTreeMap` order puts picks before what needs them.
         let new: Vec<&Class> = classes.keys().filter(|class| !before_classes.contains_key(class)).collect();
         for class in &new {
             transaction.push(Op::AddChain(Chain::regular(&class.name())));
-            for rule in class.rules(cidrs) {
+            for rule in class.rules(pods) {
                 transaction.push(Op::AddRule { chain: class.name().into(), rule });
             }
             let set = Map::Classes.name(class.v6()).into();
@@ -443,7 +448,7 @@ impl<N: Nft> Nftables<N> {
                 base.fill(transaction);
                 for class in self.classes.keys() {
                     transaction.push(Op::FlushChain(class.name().into()));
-                    for rule in class.rules(&base.pod_cidrs) {
+                    for rule in class.rules(&base.pods) {
                         transaction.push(Op::AddRule { chain: class.name().into(), rule });
                     }
                 }

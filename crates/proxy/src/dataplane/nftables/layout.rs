@@ -2,14 +2,13 @@
 
 use std::fmt::{Display, Formatter};
 
-use ipnet::IpNet;
 use linux::nft::{
     ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Reject, Rule, Set, Statement, Transaction,
     Value, ct_state, ct_status,
 };
 use sha2::{Digest, Sha256};
 
-use crate::NodeView;
+use crate::{NodeView, Pods};
 
 pub const FAMILY: Family = Family::Inet;
 pub const TABLE: &str = "fairlead";
@@ -145,18 +144,27 @@ pub fn of_family(v6: bool) -> Statement {
     Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }))
 }
 
+/// The ways to tell that a packet comes from a pod, one of which holds.
+pub fn from_pods(pods: &Pods, v6: bool) -> Vec<Statement> {
+    match pods {
+        Pods::Cidrs(_) => pods.cidrs(v6).map(|cidr| Statement::InNet(Value::SourceIp { v6 }, *cidr)).collect(),
+        Pods::Bridge(name) => vec![Statement::CameThrough { name: name.clone(), is_prefix: false }],
+        Pods::InterfacePrefix(name) => vec![Statement::CameThrough { name: name.clone(), is_prefix: true }],
+    }
+}
+
 /// Everything but the Services.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base {
     pub sets: Vec<Set>,
     pub chains: Vec<(Chain, Vec<Rule>)>,
-    pub pod_cidrs: Vec<IpNet>,
+    pub pods: Pods,
 }
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
         let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
-        Base { sets, chains: chains(node), pod_cidrs: node.pod_cidrs.clone() }
+        Base { sets, chains: chains(node), pods: node.pods.clone() }
     }
 
     /// Adds the sets, chains and rules; chains first, since rules and elements name them.
@@ -205,10 +213,8 @@ impl Display for Base {
         self.declare(&mut transaction);
         self.fill(&mut transaction);
         write!(f, "{transaction}")?;
-        for cidr in &self.pod_cidrs {
-            writeln!(f, "# pods are in {cidr}")?;
-        }
-        Ok(())
+        // One line for each network, so that the picks, which name them too, are part of the text.
+        write!(f, "{}", self.pods)
     }
 }
 
@@ -241,10 +247,9 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
         (Chain::regular("unserved"), unserved(node)),
     ];
     for v6 in [false, true] {
-        let pods = node.pod_cidrs(v6).map(|cidr| {
-            let from = Statement::InNet(Value::SourceIp { v6 }, *cidr);
-            Rule::new([of_family(v6), from, Statement::Verdict(linux::nft::Verdict::Return)])
-        });
+        let pods = from_pods(&node.pods, v6)
+            .into_iter()
+            .map(|from| Rule::new([of_family(v6), from, Statement::Verdict(linux::nft::Verdict::Return)]));
         let mut rules: Vec<Rule> = pods.collect();
         // Without the pods' network nobody can tell who is outside: then nothing is.
         if !rules.is_empty() {

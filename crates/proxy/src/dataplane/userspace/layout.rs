@@ -105,7 +105,8 @@ impl Base {
     pub fn new(node: &NodeView) -> Self {
         let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
         let own = node.addresses.iter().map(|address| IpNet::from(*address));
-        Base { sets, chains: chains(node), inside: node.pod_cidrs.iter().copied().chain(own).collect() }
+        let pods = [false, true].into_iter().flat_map(|v6| node.pod_cidrs(v6));
+        Base { sets, chains: chains(node), inside: pods.copied().chain(own).collect() }
     }
 
     pub fn declare(&self, transaction: &mut Transaction) {

@@ -1,0 +1,216 @@
+//! What a stand-alone proxy reads of its Node object, and the view of the node that follows.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use api::object::Metadata;
+use ipnet::IpNet;
+use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
+use proxy::{Mode, NodeView, Pods};
+use serde::Deserialize;
+use services::Place;
+
+/// The fields of a Node that a proxy reads.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Node {
+    metadata: Metadata,
+    spec: Spec,
+    status: NodeStatus,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Spec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<IpNet>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Vec<IpNet>,
+    taints: Vec<Taint>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Taint {
+    key: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct NodeStatus {
+    addresses: Vec<Address>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Condition {
+    r#type: String,
+    status: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Address {
+    r#type: String,
+    address: String,
+}
+
+impl Node {
+    pub fn name(&self) -> &str {
+        &self.metadata.name
+    }
+
+    /// Its kubelet has fallen silent, as the node controller sees it.
+    pub fn has_no_heartbeat(&self) -> bool {
+        self.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "Unknown")
+    }
+
+    pub fn taints(&self) -> impl Iterator<Item = &str> {
+        self.spec.taints.iter().map(|taint| taint.key.as_str())
+    }
+
+    /// Internal addresses, or the external ones of a node that has no others.
+    fn addresses(&self) -> Vec<IpAddr> {
+        let of = |wanted: &str| -> Vec<IpAddr> {
+            let all = self.status.addresses.iter().filter(|address| address.r#type == wanted);
+            all.filter_map(|address| address.address.parse().ok()).collect()
+        };
+        let internal = of("InternalIP");
+        if internal.is_empty() { of("ExternalIP") } else { internal }
+    }
+
+    fn pod_cidrs(&self) -> Vec<IpNet> {
+        match self.spec.pod_cidrs.is_empty() {
+            true => self.spec.pod_cidr.into_iter().collect(),
+            false => self.spec.pod_cidrs.clone(),
+        }
+    }
+}
+
+/// Addresses of the ipvs mode's own device belong to Services, not to the node.
+pub fn is_node_port_link(link: &str) -> bool {
+    link != "kube-ipvs0"
+}
+
+/// Everything the view of the node is made from.
+pub struct Inputs {
+    settings: Settings,
+    pub node: Option<Node>,
+    /// By name of the ServiceCIDR.
+    pub service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    /// The addresses of the host's interfaces.
+    pub held: Vec<IpAddr>,
+}
+
+impl Inputs {
+    pub fn new(settings: Settings) -> Self {
+        Inputs { settings, node: None, service_cidrs: BTreeMap::new(), held: Vec::new() }
+    }
+
+    /// `None` as long as nobody knows an address of the node.
+    pub fn view(&self) -> Option<NodeView> {
+        let settings = &self.settings;
+        let node = self.node.as_ref()?;
+        let mut addresses = node.addresses();
+        if let Some(bind) = settings.bind_address {
+            addresses.retain(|address| *address != bind);
+            addresses.insert(0, bind);
+        }
+        if addresses.is_empty() {
+            return None;
+        }
+        let mut pods = match &settings.pods {
+            PodDetection::ClusterCidr(nets) => Pods::Cidrs(nets.clone()),
+            PodDetection::NodeCidr => Pods::Cidrs(node.pod_cidrs()),
+            PodDetection::Bridge(name) => Pods::Bridge(name.as_str().into()),
+            PodDetection::InterfacePrefix(name) => Pods::InterfacePrefix(name.as_str().into()),
+        };
+        if let Pods::Cidrs(nets) = &mut pods {
+            nets.dedup();
+        }
+        let place = Place {
+            node: node.metadata.name.as_str().into(),
+            zone: node.metadata.labels.get("topology.kubernetes.io/zone").map(|zone| zone.as_str().into()),
+        };
+        let mut service_cidrs: Vec<IpNet> = self.service_cidrs.values().flatten().map(IpNet::trunc).collect();
+        service_cidrs.sort();
+        service_cidrs.dedup();
+        let mut view = NodeView::new(place, addresses, Vec::new(), service_cidrs);
+        let is_usable = |address: &&IpAddr| match address {
+            IpAddr::V4(_) => true,
+            // A link-local address says nothing without its interface.
+            IpAddr::V6(address) => !address.is_unicast_link_local(),
+        };
+        let held: Vec<IpAddr> = self.held.iter().filter(is_usable).copied().collect();
+        view.node_port_addresses =
+            node_port_addresses(&settings.node_port_addresses, settings.mode, &view.primary_addresses(), &held);
+        // The iptables mode's rules reach 127.0.0.1 themselves.
+        view.relay_localhost =
+            settings.mode != Mode::Iptables && settings.node_port_addresses.contains(&NodePortAddress::Localhost);
+        view.pods = pods;
+        view.localhost_node_ports = settings.localhost_node_ports;
+        view.masquerade_all = settings.masquerade_all;
+        view.masquerade_bit = settings.masquerade_bit;
+        view.ipvs = settings.ipvs.clone();
+        Some(view)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proxy::configuration::Configuration;
+    use serde_json::json;
+
+    fn inputs(configuration: &str, node: serde_json::Value) -> Inputs {
+        let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+        let file = Configuration::parse(&format!("{head}{configuration}")).expect("a configuration");
+        let mut inputs = Inputs::new(file.settings().expect("settings"));
+        inputs.node = Some(serde_json::from_value(node).expect("a Node"));
+        inputs
+    }
+
+    fn node() -> serde_json::Value {
+        json!({
+            "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "b"}},
+            "spec": {"podCIDR": "10.244.3.0/24", "podCIDRs": ["10.244.3.0/24"], "taints": [{"key": "k", "effect": "NoSchedule"}]},
+            "status": {"addresses": [
+                {"type": "Hostname", "address": "n1"},
+                {"type": "ExternalIP", "address": "198.51.100.1"},
+                {"type": "InternalIP", "address": "192.0.2.1"},
+                {"type": "InternalIP", "address": "2001:db8::1"},
+            ]},
+        })
+    }
+
+    #[test]
+    fn the_view_is_made_from_node_and_settings() {
+        let view = inputs("detectLocalMode: NodeCIDR", node()).view().expect("a view");
+        assert_eq!((&*view.place.node, view.place.zone.as_deref()), ("n1", Some("b")));
+        assert_eq!(view.addresses, ["192.0.2.1", "2001:db8::1"].map(|ip| ip.parse::<IpAddr>().expect("ip")));
+        assert_eq!(view.pods, Pods::Cidrs(vec!["10.244.3.0/24".parse().expect("net")]));
+        assert_eq!(view.node_port_addresses, None);
+
+        let text = "bindAddress: 198.51.100.1\ndetectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: br0}\n\
+                    nodePortAddresses: [198.51.100.0/24]\nnftables: {masqueradeAll: true}";
+        assert!(inputs("nodePortAddresses: [primary, localhost]", node()).view().expect("a view").relay_localhost);
+        let mut with = inputs(text, node());
+        with.held = ["127.0.0.1", "192.0.2.1", "198.51.100.1", "fe80::1"].map(|ip| ip.parse().expect("ip")).to_vec();
+        with.service_cidrs.insert("kubernetes".into(), vec!["10.96.0.0/12".parse().expect("net")]);
+        let view = with.view().expect("a view");
+        assert_eq!(view.addresses[0].to_string(), "198.51.100.1");
+        assert_eq!(view.node_port_addresses, Some(vec!["198.51.100.1".parse().expect("ip")]));
+        assert_eq!((view.pods, view.masquerade_all), (Pods::Bridge("br0".into()), true));
+        assert_eq!(view.service_cidrs.len(), 1);
+    }
+
+    #[test]
+    fn a_node_without_an_address_is_waited_for() {
+        let mut young = inputs("", json!({"metadata": {"name": "n1"}}));
+        assert_eq!(young.view(), None);
+        young.node = None;
+        assert_eq!(young.view(), None);
+        assert!(inputs("bindAddress: 192.0.2.9", json!({"metadata": {"name": "n1"}})).view().is_some());
+    }
+}

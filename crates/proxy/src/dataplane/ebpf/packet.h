@@ -113,6 +113,157 @@ separate int rewrite(struct __sk_buff *skb, const struct packet *packet, const s
 	return TC_ACT_OK;
 }
 
+#define ICMP_CHECKSUM 2
+#define ICMP_HEADER 8
+
+// An ICMP error and the packet it is about. `key` is that packet's answer, which has the same flow.
+struct error {
+	struct flow_key key;
+	union address source;
+	union address destination;
+	__u32 icmp;
+	__u32 inner;
+	__u32 inner_transport;
+	__u8 is_ipv6;
+};
+
+// Whether this is an error about a packet that Services may be about.
+inlined int parse_error(struct __sk_buff *skb, struct error *error, __u8 leaving)
+{
+	__be16 ports[2];
+	__u8 type;
+
+	__builtin_memset(error, 0, sizeof(*error));
+	error->key.leaving = leaving;
+	if (skb->protocol == big16(ETH_P_IP)) {
+		struct iphdr header;
+
+		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.protocol != IPPROTO_ICMP)
+			return 0;
+		if (header.ihl < 5 || header.frag_off & big16(0x3fff))
+			return 0;
+		set_ipv4(&error->source, header.saddr);
+		set_ipv4(&error->destination, header.daddr);
+		error->icmp = ETH_HLEN + header.ihl * 4;
+		error->inner = error->icmp + ICMP_HEADER;
+		// Unreachable, time exceeded, bad parameter.
+		if (load_bytes(skb, error->icmp, &type, 1) || (type != 3 && type != 11 && type != 12))
+			return 0;
+		if (load_bytes(skb, error->inner, &header, sizeof(header)) || header.ihl < 5)
+			return 0;
+		set_ipv4(&error->key.destination, header.saddr);
+		set_ipv4(&error->key.source, header.daddr);
+		error->key.protocol = header.protocol;
+		error->inner_transport = error->inner + header.ihl * 4;
+	} else if (skb->protocol == big16(ETH_P_IPV6)) {
+		struct ipv6hdr header;
+
+		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.nexthdr != IPPROTO_ICMPV6)
+			return 0;
+		__builtin_memcpy(&error->source, &header.saddr, 16);
+		__builtin_memcpy(&error->destination, &header.daddr, 16);
+		error->icmp = ETH_HLEN + sizeof(header);
+		error->inner = error->icmp + ICMP_HEADER;
+		// Unreachable, too big, time exceeded, bad parameter.
+		if (load_bytes(skb, error->icmp, &type, 1) || type < 1 || type > 4)
+			return 0;
+		if (load_bytes(skb, error->inner, &header, sizeof(header)))
+			return 0;
+		__builtin_memcpy(&error->key.destination, &header.saddr, 16);
+		__builtin_memcpy(&error->key.source, &header.daddr, 16);
+		error->key.protocol = header.nexthdr;
+		error->inner_transport = error->inner + sizeof(header);
+		error->is_ipv6 = 1;
+	} else {
+		return 0;
+	}
+	if (error->key.protocol != IPPROTO_TCP && error->key.protocol != IPPROTO_UDP)
+		return 0;
+	if (load_bytes(skb, error->inner_transport, ports, sizeof(ports)))
+		return 0;
+	error->key.destination_port = ports[0];
+	error->key.source_port = ports[1];
+	return 1;
+}
+
+// Writes an address of the error itself. Its checksum covers addresses in IPv6 only.
+separate int rewrite_outer(struct __sk_buff *skb, const struct error *error, const union address *to, int source)
+{
+	union address from, address;
+
+	if (!error || !to)
+		return 0;
+	from = source ? error->source : error->destination;
+	address = *to;
+	if (error->is_ipv6) {
+		__u32 checksum = error->icmp + ICMP_CHECKSUM;
+		long difference = checksum_difference(&from, 16, &address, 16, 0);
+
+		if (replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | CHECKSUM_OF_IPV6) == -INVALID)
+			replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR);
+		store_bytes(skb, ETH_HLEN + (source ? 8 : 24), &address, 16, 0);
+	} else {
+		replace_l3_checksum(skb, ETH_HLEN + 10, from.words[3], address.words[3], 4);
+		store_bytes(skb, ETH_HLEN + (source ? 12 : 16), &address.words[3], 4, 0);
+	}
+	return 0;
+}
+
+// Writes an end of the packet that the error is about. Its own transport checksum may be cut off, and nobody looks at it.
+separate int rewrite_inner(struct __sk_buff *skb, const struct error *error, const struct endpoint *to, int source)
+{
+	union address from, address;
+	__be16 from_port, port;
+	__u32 checksum;
+
+	if (!error || !to)
+		return 0;
+	// The key is the answer's: the other way round.
+	from = source ? error->key.destination : error->key.source;
+	from_port = source ? error->key.destination_port : error->key.source_port;
+	address = to->address;
+	port = to->port;
+	checksum = error->icmp + ICMP_CHECKSUM;
+	if (error->is_ipv6) {
+		long difference = checksum_difference(&from, 16, &address, 16, 0);
+
+		replace_l4_checksum(skb, checksum, 0, difference, 0);
+		store_bytes(skb, error->inner + (source ? 8 : 24), &address, 16, 0);
+	} else {
+		// The inner header's checksum makes up for its address: the outer one does not change.
+		replace_l3_checksum(skb, error->inner + 10, from.words[3], address.words[3], 4);
+		store_bytes(skb, error->inner + (source ? 12 : 16), &address.words[3], 4, 0);
+	}
+	replace_l4_checksum(skb, checksum, from_port, port, 2);
+	store_bytes(skb, error->inner_transport + (source ? 0 : 2), &port, 2, 0);
+	return 0;
+}
+
+// An error is translated like the answer that it stands for.
+separate int translate_error(struct __sk_buff *skb, int leaving)
+{
+	struct endpoint to;
+	struct error error;
+	struct flow *flow;
+
+	if (!parse_error(skb, &error, leaving ? 1 : 0))
+		return TC_ACT_OK;
+	flow = map_lookup(&flows, &error.key);
+	if (!flow)
+		return TC_ACT_OK;
+	to = flow->to;
+	if (leaving) {
+		rewrite_inner(skb, &error, &to, 0);
+		// From the endpoint itself, not from a router on the way.
+		if (same_address(&error.source, &error.key.source))
+			rewrite_outer(skb, &error, &to.address, 1);
+	} else {
+		rewrite_inner(skb, &error, &to, 1);
+		rewrite_outer(skb, &error, &to.address, 0);
+	}
+	return TC_ACT_OK;
+}
+
 // Gives the client a port of the node that no other flow to this endpoint has; whether there was one.
 separate int masquerade(const struct packet *packet, const struct endpoint *endpoint)
 {
@@ -210,7 +361,7 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	int in_pods, masquerades;
 
 	if (!parse(skb, &packet, 0))
-		return TC_ACT_OK;
+		return translate_error(skb, 0);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow && goes_on(&packet, flow)) {
 		endpoint = flow->to;
@@ -278,7 +429,7 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 	struct flow *flow;
 
 	if (!parse(skb, &packet, 1))
-		return TC_ACT_OK;
+		return translate_error(skb, 1);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow) {
 		flow->seen = now_ns();

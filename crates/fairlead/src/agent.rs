@@ -1,7 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join;
-use crate::{cli, explain, local, serve, server};
+use crate::{barrier, cli, explain, join, local, serve, server, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -68,6 +67,9 @@ pub struct AgentArgs {
     /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -311,12 +313,13 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         .await??
     };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
-    let view = NodeView::new(
+    let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),
     );
+    view.relay_localhost = args.localhost_node_ports;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
@@ -335,6 +338,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    let recorder = reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), recorder, token.clone()));
+    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
@@ -657,8 +663,13 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
-            let pending = state.proxy.borrow().pending;
+            let (mode, table) = (state.mode, state.feed.table.clone());
+            let mut view = NodeView::clone(&state.view.borrow());
+            let pending = {
+                let proxy = state.proxy.borrow();
+                view.ejected.extend(&proxy.ejected);
+                proxy.pending
+            };
             let hooks = state.hooks.clone();
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {

@@ -5,6 +5,7 @@
 
 mod agent;
 mod await_dns;
+mod barrier;
 mod cli;
 mod client;
 mod components;
@@ -24,6 +25,7 @@ mod server;
 mod signer;
 mod status;
 mod up;
+mod warnings;
 
 use clap::Parser;
 use std::process::ExitCode;

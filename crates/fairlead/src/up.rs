@@ -23,6 +23,9 @@ pub struct UpArgs {
     /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
+    /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -82,6 +85,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         store: args.store.clone(),
         publish: args.publish.iter().map(|p| format!("{}:{}", p.listen, p.node_port)).collect(),
         nodes,
+        localhost_node_ports: args.localhost_node_ports,
     };
     config.save(dir)?;
     let outcome = bring_up(&args, &lab, &config);
@@ -218,6 +222,9 @@ fn start_agent(
     ];
     for registry in insecure {
         arguments.extend(["--insecure-registry".into(), registry.clone()]);
+    }
+    if config.localhost_node_ports {
+        arguments.push("--localhost-node-ports".into());
     }
     let mut command = node.command(std::env::current_exe()?, arguments)?;
     command.env("FAIRLEAD_TOKEN", token);

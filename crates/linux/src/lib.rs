@@ -7,6 +7,7 @@
 pub mod bpf;
 pub mod cgroup;
 pub mod cgroup_v1v2;
+pub mod connections;
 pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
@@ -19,6 +20,7 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod process;
+pub mod provoke;
 pub mod sigpipe;
 pub mod sock_diag;
 pub mod splice;

@@ -40,6 +40,10 @@ pub enum Error {
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
+    #[error("cannot open a raw socket: {0}; end policies other than keep need CAP_NET_RAW")]
+    Provoke(std::io::Error),
+    #[error("what ends connections has died; restart the proxy")]
+    EndGone,
     #[error("the thread of a commit died: {0}; the commit is repeated")]
     Commit(tokio::task::JoinError),
 }

@@ -3,7 +3,9 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod applied;
 pub mod dataplane;
+mod end;
 mod error;
 pub mod explain;
 mod leftovers;
@@ -14,6 +16,7 @@ mod scope;
 mod stale;
 mod watch;
 
+pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
 pub use linux::bpf::Hooks;

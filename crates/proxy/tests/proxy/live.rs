@@ -26,20 +26,41 @@ pub struct Running {
 
 impl Running {
     pub fn start(world: &World, mode: Mode) -> Self {
-        Self::start_in(&world.node, mode, proxy::Watching::default(), world.hooks())
+        Self::start_with(world, mode, node_view())
     }
 
-    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching, hooks: Option<proxy::Hooks>) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&node.path).expect("namespace").into();
-        let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace)), hooks.as_ref()).expect("seed");
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching) -> Self {
+        let namespace = std::fs::File::open(&node.path).expect("namespace").into();
+        Self::start_at(Some(namespace), mode, watching, node_view(), None)
+    }
+
+    /// With another view of the node.
+    pub fn start_with(world: &World, mode: Mode, view: proxy::NodeView) -> Self {
+        let namespace = std::fs::File::open(&world.node.path).expect("namespace").into();
+        Self::start_at(Some(namespace), mode, proxy::Watching::default(), view, world.hooks())
+    }
+
+    /// In the namespace of this process.
+    pub fn here(mode: Mode) -> Self {
+        Self::start_at(None, mode, proxy::Watching::default(), node_view(), None)
+    }
+
+    fn start_at(
+        namespace: Option<OwnedFd>,
+        mode: Mode,
+        watching: proxy::Watching,
+        view: proxy::NodeView,
+        hooks: Option<proxy::Hooks>,
+    ) -> Self {
+        let seed = proxy::found(mode, namespace.as_ref().map(std::os::fd::AsFd::as_fd), hooks.as_ref()).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
         let (sender, status) = watch::channel(Status::default());
-        let (node, node_receiver) = watch::channel(Arc::new(node_view()));
+        let (node, node_receiver) = watch::channel(Arc::new(view));
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks, watching };
+        let config = Config { mode, node: node_receiver, namespace, hooks, watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
         Running { table, changes, status, token, runtime, task, _node: node }

@@ -6,6 +6,7 @@ mod cgroup;
 mod differences;
 mod ebpf;
 mod ejection;
+mod end;
 mod explain;
 mod history;
 mod live;

@@ -64,6 +64,7 @@ impl<'a> Plan<'a> {
             internal_policy,
             external_policy,
             affinity,
+            end_policy: _,
             source_ranges,
             health_check_node_port: _,
             endpoints,

@@ -480,6 +480,34 @@ fn ebpf_carries_real_packets() {
     packets(&world, Mode::Ebpf);
 }
 
+/// An outside client whose endpoint refuses is not told, but sent to another one when it repeats its SYN.
+#[test]
+fn ebpf_tries_another_endpoint() {
+    let world = World::with_ebpf(false);
+    let namespace = std::fs::File::open(&world.node.path).expect("namespace");
+    let hooks = world.hooks().expect("hooks");
+    let pinned = Pinned::open(OBJECT, LAYOUT, hooks, Some(namespace.as_fd())).expect("open");
+    let mut dataplane = Ebpf::new(pinned);
+    let spec = |node_port: u16, ip: &str, affinity: &str| {
+        let ports = json!([{"port": 80, "nodePort": node_port, "protocol": "TCP"}]);
+        json!({"clusterIPs": [ip], "type": "NodePort", "ports": ports, "sessionAffinity": affinity})
+    };
+    let mut table = ServiceTable::new();
+    table.upsert_service(&service("half", spec(30021, "10.96.0.21", "None"))).expect("service");
+    table.upsert_service(&service("none", spec(30022, "10.96.0.22", "ClientIP"))).expect("service");
+    // Nobody listens on the node's own 8080 and 8081.
+    table.upsert_slice(&slice("half", 8080, "TCP", &[(PODS[0], "node-1"), (NODE, "node-1")])).expect("slice");
+    table.upsert_slice(&slice("none", 8081, "TCP", &[(PODS[0], "node-1"), (NODE, "node-1")])).expect("slice");
+    table.set_synced();
+    commit_all(&mut dataplane, &table);
+    // Every other connection meets the endpoint that refuses.
+    for _ in 0..5 {
+        assert_eq!(tcp_within(&world.client, "192.168.49.2:30021", 5_000).map(|(pod, _)| pod), Ok(0));
+    }
+    // If nobody answers, the client is told in the end.
+    assert_eq!(tcp_within(&world.client, "192.168.49.2:30022", 5_000), Err(std::io::ErrorKind::ConnectionRefused));
+}
+
 /// As `nftables_takes_thousands_of_services`.
 #[test]
 fn ebpf_takes_thousands_of_services() {

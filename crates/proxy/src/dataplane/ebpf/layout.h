@@ -98,6 +98,8 @@ enum flow_flags {
 	// An endpoint's answer.
 	ANSWER = 2,
 	ANSWERED = 4,
+	// Another endpoint is left that has not been tried: a refusal is held back, and the repeated SYN goes there.
+	OTHERS_LEFT = 8,
 };
 
 struct flow {

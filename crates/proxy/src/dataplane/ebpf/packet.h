@@ -16,6 +16,8 @@
 #define FIRST_PORT 1024
 #define PORTS 28976
 #define PORT_TRIES 32
+// How often a SYN that was not answered is drawn again until it goes to another endpoint.
+#define OTHER_PICKS 4
 // A UDP client that was silent for so long is a new one; a SYN that comes later than this is no repetition.
 #define UDP_IDLE (120 * SECOND)
 #define SYN_REPEATS (5 * SECOND)
@@ -297,15 +299,18 @@ separate int masquerade(const struct packet *packet, const struct endpoint *endp
 	return 0;
 }
 
+// Beside OTHERS_LEFT.
+#define START_MASQUERADED 1
+
 // Writes down where this flow goes and how its answers are translated back.
-separate int start_flow(const struct packet *packet, const struct endpoint *endpoint, __u32 id, int masquerades)
+separate int start_flow(const struct packet *packet, const struct endpoint *endpoint, __u32 id, __u32 how)
 {
 	struct flow flow = {.id = id, .seen = now_ns()};
 	struct flow_key key = {};
 
 	if (!packet || !endpoint)
 		return 0;
-	if (masquerades && !masquerade(packet, endpoint))
+	if (how & START_MASQUERADED && !masquerade(packet, endpoint))
 		return 0;
 	key.protocol = packet->key.protocol;
 	key.source = endpoint->address;
@@ -315,7 +320,7 @@ separate int start_flow(const struct packet *packet, const struct endpoint *endp
 	key.leaving = 1;
 	flow.to.address = packet->key.destination;
 	flow.to.port = packet->key.destination_port;
-	flow.flags = ANSWER;
+	flow.flags = ANSWER | (how & OTHERS_LEFT);
 	if (map_update(&flows, &key, &flow, BPF_ANY))
 		return 0;
 	key = packet->key;
@@ -350,6 +355,15 @@ inlined int may_use(const struct frontend *frontend, const union address *source
 	return !(frontend->flags & FIREWALL) || map_lookup(&sources, &key);
 }
 
+// Its endpoint did not answer: affinity must not lead there again.
+inlined void forget_client(__u32 list, const union address *client)
+{
+	struct affinity_key key = {.list = list};
+
+	set_address(key.client, client);
+	map_delete(&affinities, &key);
+}
+
 SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 {
 	struct endpoint endpoint = {};
@@ -357,8 +371,9 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	struct packet packet;
 	struct flow *flow;
 	struct node *node;
-	__u32 list, count;
-	int in_pods, masquerades;
+	struct endpoint tried = {};
+	__u32 list, count, how = 0;
+	int in_pods, again = 0;
 
 	if (!parse(skb, &packet, 0))
 		return translate_error(skb, 0);
@@ -366,6 +381,10 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	if (flow && goes_on(&packet, flow)) {
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 0);
+	}
+	if (flow && packet.key.protocol == IPPROTO_TCP && !(flow->flags & ANSWERED) && now_ns() - flow->seen < SYN_REPEATS) {
+		again = 1;
+		tried = flow->to;
 	}
 	node = this_node();
 	if (!node)
@@ -390,16 +409,28 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 		// Nobody can listen on port 0: the node itself refuses, and its answer is translated back.
 		endpoint.address = node->addresses[packet.is_ipv6 ? 1 : 0];
-		masquerades = 0;
 	} else {
+		if (again)
+			forget_client(list, &packet.key.source);
 		if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
 			return TC_ACT_SHOT;
-		masquerades = frontend->flags & MASQUERADE ||
-			      (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
-			      same_address(&endpoint.address, &packet.key.source);
+		for (int more = 0; again && more < OTHER_PICKS; more++) {
+			if (endpoint.port != tried.port || !same_address(&endpoint.address, &tried.address))
+				break;
+			forget_client(list, &packet.key.source);
+			if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
+				return TC_ACT_SHOT;
+		}
+		if (frontend->flags & MASQUERADE ||
+		    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
+		    same_address(&endpoint.address, &packet.key.source))
+			how |= START_MASQUERADED;
+		// Once: if the second refuses, too, the client is told.
+		if (count > 1 && !again)
+			how |= OTHERS_LEFT;
 	}
 	// A full table: the client asks again.
-	if (!start_flow(&packet, &endpoint, frontend->id, masquerades))
+	if (!start_flow(&packet, &endpoint, frontend->id, how))
 		return TC_ACT_SHOT;
 	return rewrite(skb, &packet, &endpoint, 0);
 }
@@ -433,6 +464,9 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 	flow = map_lookup(&flows, &packet.key);
 	if (flow) {
 		flow->seen = now_ns();
+		// The client repeats its SYN, which then goes to another endpoint.
+		if (packet.tcp_flags & TCP_RST && (flow->flags & (OTHERS_LEFT | ANSWERED)) == OTHERS_LEFT)
+			return TC_ACT_SHOT;
 		if (flow->flags & ANSWER)
 			note_answer(&packet, flow);
 		endpoint = flow->to;

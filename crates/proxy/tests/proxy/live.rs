@@ -26,12 +26,12 @@ pub struct Running {
 
 impl Running {
     pub fn start(world: &World, mode: Mode) -> Self {
-        Self::start_with(world, mode, node_view())
+        Self::start_in(&world.node, mode, proxy::Watching::default(), world.hooks())
     }
 
-    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching) -> Self {
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching, hooks: Option<proxy::Hooks>) -> Self {
         let namespace = std::fs::File::open(&node.path).expect("namespace").into();
-        Self::start_at(Some(namespace), mode, watching, node_view(), None)
+        Self::start_at(Some(namespace), mode, watching, node_view(), hooks)
     }
 
     /// With another view of the node.

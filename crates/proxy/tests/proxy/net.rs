@@ -470,6 +470,9 @@ fn ebpf_carries_real_packets() {
             assert_eq!(udp(from, to, 0).map(drop), refused, "{to} over UDP from {}", from.path);
         }
     }
+    // A socket believes that its peer is whom it asked for.
+    let peer = world.pods[0].run(|| TcpStream::connect("10.96.0.10:80").and_then(|stream| stream.peer_addr()));
+    assert_eq!(peer.expect("peer"), "10.96.0.10:80".parse().expect("address"));
     // A restart finds everything.
     drop(dataplane);
     assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok(), "programs go on while nobody is there");

@@ -14,10 +14,21 @@
 
 enum outcome { UNTOUCHED, REWRITTEN, REFUSE };
 
-inlined void remember(__u64 cookie, const struct endpoint *asked, const struct endpoint *given, int sending)
+inlined void remember(struct bpf_sock_addr *context, const struct endpoint *asked, const struct endpoint *given, int sending)
 {
-	struct socket_key key = {.cookie = cookie, .at = *given, .asked = GIVEN};
+	struct socket_key key = {.at = *given, .asked = GIVEN};
 
+	if (context->protocol == IPPROTO_TCP) {
+		struct bpf_sock *socket = context->sk;
+		struct peer *peer = socket ? socket_storage(&peers, socket, NULL, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
+
+		if (peer) {
+			peer->asked = *asked;
+			peer->given = *given;
+		}
+		return;
+	}
+	key.cookie = socket_cookie(context);
 	map_update(&sockets, &key, asked, BPF_ANY);
 	if (sending) {
 		key.at = *asked;
@@ -39,7 +50,6 @@ inlined void forget(struct bpf_sock_addr *context, const struct endpoint *place)
 inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *place, int sending)
 {
 	__u8 protocol = context->protocol == IPPROTO_UDP ? IPPROTO_UDP : IPPROTO_TCP;
-	__u64 cookie = socket_cookie(context);
 	union address client = {};
 	struct endpoint picked = {};
 	struct frontend *frontend;
@@ -62,19 +72,19 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 	if (!frontend->count)
 		return frontend->flags & REFUSED ? REFUSE : UNTOUCHED;
 	if (sending) {
-		struct socket_key key = {.cookie = cookie, .at = *place, .asked = ASKED};
+		struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = ASKED};
 		struct endpoint *held = map_lookup(&sockets, &key);
 
 		if (held && is_member(frontend->id, 1, held)) {
 			picked = *held;
-			remember(cookie, place, &picked, 0);
+			remember(context, place, &picked, 0);
 			*place = picked;
 			return REWRITTEN;
 		}
 	}
 	if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
 		return UNTOUCHED;
-	remember(cookie, place, &picked, sending);
+	remember(context, place, &picked, sending);
 	*place = picked;
 	return REWRITTEN;
 }
@@ -82,9 +92,20 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 // Where the socket believes that an answer comes from.
 inlined int believed(struct bpf_sock_addr *context, struct endpoint *place)
 {
-	struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = GIVEN};
-	struct endpoint *asked = map_lookup(&sockets, &key);
+	struct socket_key key = {.at = *place, .asked = GIVEN};
+	struct endpoint *asked;
 
+	if (context->protocol == IPPROTO_TCP) {
+		struct bpf_sock *socket = context->sk;
+		struct peer *peer = socket ? socket_storage(&peers, socket, NULL, 0) : NULL;
+
+		if (!peer || peer->given.port != place->port || !same_address(&peer->given.address, &place->address))
+			return 0;
+		*place = peer->asked;
+		return 1;
+	}
+	key.cookie = socket_cookie(context);
+	asked = map_lookup(&sockets, &key);
 	if (!asked)
 		return 0;
 	*place = *asked;

@@ -116,6 +116,12 @@ struct socket_key {
 	__u64 asked;
 };
 
+// The same for a TCP socket, which has one peer in its life.
+struct peer {
+	struct endpoint asked;
+	struct endpoint given;
+};
+
 struct network {
 	union address address;
 	union address mask;
@@ -205,3 +211,12 @@ struct {
 	TYPE(key, struct socket_key);
 	TYPE(value, struct endpoint);
 } sockets SEC(".maps");
+
+// Lives and dies with the socket.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_SK_STORAGE);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, int);
+	TYPE(value, struct peer);
+} peers SEC(".maps");

@@ -64,9 +64,10 @@ impl<'a> Plan<'a> {
             internal_policy,
             external_policy,
             affinity,
-            end_policy: _,
             source_ranges,
             health_check_node_port: _,
+            // The loop ends connections, whatever the mode (`crate::end`).
+            end_policy: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;

@@ -20,6 +20,7 @@ const LINK_UPDATE: u32 = 29;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Hook {
+    Send = 1,
     Connect4 = 10,
     Connect6 = 11,
     Sendmsg4 = 14,

@@ -23,7 +23,7 @@ const BPFFS: FsType = FsType(0xcafe_4a11_u32 as _);
 const CGROUP2: FsType = FsType(0x6367_7270);
 
 /// Symbols of the cgroup programs in an object file, and where each goes.
-const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
+const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("connect4", Hook::Connect4),
     ("connect6", Hook::Connect6),
     ("sendmsg4", Hook::Sendmsg4),
@@ -32,6 +32,7 @@ const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
     ("recvmsg6", Hook::Recvmsg6),
     ("getpeername4", Hook::Getpeername4),
     ("getpeername6", Hook::Getpeername6),
+    ("send", Hook::Send),
 ];
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const LEAVING: &str = "leaving";
@@ -96,6 +97,7 @@ impl Pinned {
             let program = programs.program_mut(&name).expect("it was just listed");
             let loaded = match program {
                 Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSkb(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
                 other => panic!("no hook for the program {name} of type {:?}", other.prog_type()),
             };

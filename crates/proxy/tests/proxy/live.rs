@@ -153,6 +153,35 @@ fn ebpf_follows_endpoints() {
     endpoints_change_while_clients_talk(Mode::Ebpf);
 }
 
+/// A connected UDP socket cannot be sent elsewhere: it is told when its endpoint has gone, and only then.
+#[test]
+fn ebpf_hands_back_connected_sockets() {
+    let world = World::with_ebpf(false);
+    let mut running = Running::start(&world, Mode::Ebpf);
+    let udp_service = || service("names", json!({"ports": [{"port": 80, "protocol": "UDP"}]}));
+    let (first, second) = (("10.244.0.11", "node-1"), ("10.244.0.12", "node-1"));
+    let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
+    running.table.write().expect("table").upsert_service(&udp_service()).expect("service");
+    running.table.write().expect("table").upsert_slice(&dns(&[first])).expect("slice");
+    running.change(|table| table.set_synced());
+    let socket = world.node.run(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
+        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+        socket.connect("10.96.0.10:80").expect("connect");
+        socket
+    });
+    assert_eq!(socket.peer_addr().expect("peer"), "10.96.0.10:80".parse().expect("address"), "what it asked for");
+    let ask = || socket.send(b"hello").and_then(|_| socket.recv(&mut [0; 64])).map(drop).map_err(|error| error.kind());
+    assert_eq!(ask(), Ok(()));
+    running.change(|table| table.upsert_slice(&dns(&[first, second])).expect("slice"));
+    assert_eq!(ask(), Ok(()), "its endpoint is still there");
+    running.change(|table| table.upsert_slice(&dns(&[second])).expect("slice"));
+    assert_eq!(ask(), Err(std::io::ErrorKind::PermissionDenied));
+    socket.connect("10.96.0.10:80").expect("connect");
+    assert_eq!(ask(), Ok(()));
+    running.stop();
+}
+
 /// A node changes its mode: Services go on, an open connection too, and nothing of the old mode is left.
 #[test]
 fn modes_are_swapped_without_cleaning() {

@@ -294,6 +294,10 @@ pub fn table() -> ServiceTable {
         service("sticky", json!({"clusterIPs": ["10.96.0.15"], "sessionAffinity": "ClientIP"})),
         service("six", json!({"clusterIPs": ["fd00:10:96::17"], "type": "NodePort", "ports": port(30017, "TCP")})),
         service("sticky6", json!({"clusterIPs": ["fd00:10:96::18"], "sessionAffinity": "ClientIP"})),
+        service(
+            "mute",
+            json!({"clusterIPs": ["10.96.0.20", "fd00:10:96::20"], "type": "NodePort", "ports": port(30020, "UDP")}),
+        ),
         service("none6", json!({"clusterIPs": ["fd00:10:96::19"]})),
     ];
     for object in objects {
@@ -460,6 +464,15 @@ fn ebpf_carries_real_packets() {
     packets(&world, Mode::Ebpf);
     assert_eq!(tcp(&world.pods[0], "10.96.7.7:80"), Err(std::io::ErrorKind::TimedOut));
     assert_eq!(tcp(&world.pods[0], "10.96.0.10:81"), Err(std::io::ErrorKind::ConnectionRefused));
+    let refused = Err(std::io::ErrorKind::ConnectionRefused);
+    for to in ["10.96.0.20:80", "192.168.49.2:30020", "[fd00:10:96::20]:80", "[fd00:c0a8:31::2]:30020"] {
+        for from in [&world.client, &world.node, &world.pods[0]] {
+            assert_eq!(udp(from, to, 0).map(drop), refused, "{to} over UDP from {}", from.path);
+        }
+    }
+    // A socket believes that its peer is whom it asked for.
+    let peer = world.pods[0].run(|| TcpStream::connect("10.96.0.10:80").and_then(|stream| stream.peer_addr()));
+    assert_eq!(peer.expect("peer"), "10.96.0.10:80".parse().expect("address"));
     // A restart finds everything.
     drop(dataplane);
     assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok(), "programs go on while nobody is there");
@@ -468,6 +481,74 @@ fn ebpf_carries_real_packets() {
     assert_eq!(seed.slots.values().map(Vec::len).max(), Some(2));
     commit_all(&mut again, &table);
     packets(&world, Mode::Ebpf);
+}
+
+/// An outside client whose endpoint refuses is not told, but sent to another one when it repeats its SYN.
+#[test]
+fn ebpf_tries_another_endpoint() {
+    let world = World::with_ebpf(false);
+    let namespace = std::fs::File::open(&world.node.path).expect("namespace");
+    let hooks = world.hooks().expect("hooks");
+    let pinned = Pinned::open(OBJECT, LAYOUT, hooks, Some(namespace.as_fd())).expect("open");
+    let mut dataplane = Ebpf::new(pinned);
+    let spec = |node_port: u16, ip: &str, affinity: &str| {
+        let ports = json!([{"port": 80, "nodePort": node_port, "protocol": "TCP"}]);
+        json!({"clusterIPs": [ip], "type": "NodePort", "ports": ports, "sessionAffinity": affinity})
+    };
+    let mut table = ServiceTable::new();
+    table.upsert_service(&service("half", spec(30021, "10.96.0.21", "None"))).expect("service");
+    table.upsert_service(&service("none", spec(30022, "10.96.0.22", "ClientIP"))).expect("service");
+    // Nobody listens on the node's own 8080 and 8081.
+    table.upsert_slice(&slice("half", 8080, "TCP", &[(PODS[0], "node-1"), (NODE, "node-1")])).expect("slice");
+    table.upsert_slice(&slice("none", 8081, "TCP", &[(PODS[0], "node-1"), (NODE, "node-1")])).expect("slice");
+    table.set_synced();
+    commit_all(&mut dataplane, &table);
+    // Every other connection meets the endpoint that refuses.
+    for _ in 0..5 {
+        assert_eq!(tcp_within(&world.client, "192.168.49.2:30021", 5_000).map(|(pod, _)| pod), Ok(0));
+    }
+    // If nobody answers, the client is told in the end.
+    assert_eq!(tcp_within(&world.client, "192.168.49.2:30022", 5_000), Err(std::io::ErrorKind::ConnectionRefused));
+}
+
+/// As `nftables_takes_thousands_of_services`.
+#[test]
+fn ebpf_takes_thousands_of_services() {
+    let world = World::with_ebpf(false);
+    let namespace = std::fs::File::open(&world.node.path).expect("namespace");
+    let hooks = world.hooks().expect("hooks");
+    let open = || Ebpf::new(Pinned::open(OBJECT, LAYOUT, hooks.clone(), Some(namespace.as_fd())).expect("open"));
+    let mut table = ServiceTable::new();
+    let add = |table: &mut ServiceTable, number: usize| {
+        let ip = format!("10.{}.{}.{}", 96 + number / 65_536, number / 256 % 256, number % 256);
+        let pods: Vec<String> = (0..5).map(|pod| format!("10.244.{}.{pod}", number % 250)).collect();
+        let pods: Vec<(&str, &str)> = pods.iter().map(|pod| (pod.as_str(), "node-2")).collect();
+        let name = format!("s{number}");
+        table.upsert_service(&service(&name, json!({"clusterIPs": [ip]}))).expect("service");
+        table.upsert_slice(&slice(&name, 8080, "TCP", &pods)).expect("slice").frontends
+    };
+    for number in 1..=5_000 {
+        add(&mut table, number);
+    }
+    table.set_synced();
+    let mut dataplane = open();
+    dataplane.read().expect("read");
+    let start = std::time::Instant::now();
+    commit_all(&mut dataplane, &table);
+    println!("5,000 Services in {:?}", start.elapsed());
+    let node = node_view();
+    let start = std::time::Instant::now();
+    for number in 5_001..=5_020 {
+        let frontends = add(&mut table, number);
+        let after = frontends[0].after.as_ref().map(|after| Ebpf::<Pinned>::entries(after, &node));
+        dataplane.commit(None, &[Change { id: frontends[0].id, before: None, after }]).expect("commit");
+    }
+    println!("one more in {:?}", start.elapsed() / 20);
+    let start = std::time::Instant::now();
+    let seed = open().read().expect("read");
+    println!("read back in {:?}", start.elapsed());
+    assert_eq!((seed.ids.len(), seed.slots.len()), (5_020, 5_020));
+    assert!(seed.slots.values().all(|slots| slots.len() == 5));
 }
 
 /// A batch of many thousand elements goes through, reads back whole, and one more Service stays cheap.

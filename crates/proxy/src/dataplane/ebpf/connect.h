@@ -14,10 +14,21 @@
 
 enum outcome { UNTOUCHED, REWRITTEN, REFUSE };
 
-inlined void remember(__u64 cookie, const struct endpoint *asked, const struct endpoint *given, int sending)
+inlined void remember(struct bpf_sock_addr *context, const struct endpoint *asked, const struct endpoint *given, int sending)
 {
-	struct socket_key key = {.cookie = cookie, .at = *given, .asked = GIVEN};
+	struct socket_key key = {.at = *given, .asked = GIVEN};
 
+	if (context->protocol == IPPROTO_TCP) {
+		struct bpf_sock *socket = context->sk;
+		struct peer *peer = socket ? socket_storage(&peers, socket, NULL, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
+
+		if (peer) {
+			peer->asked = *asked;
+			peer->given = *given;
+		}
+		return;
+	}
+	key.cookie = socket_cookie(context);
 	map_update(&sockets, &key, asked, BPF_ANY);
 	if (sending) {
 		key.at = *asked;
@@ -26,11 +37,19 @@ inlined void remember(__u64 cookie, const struct endpoint *asked, const struct e
 	}
 }
 
+// A socket that goes straight to an address it was once given is on its own.
+inlined void forget(struct bpf_sock_addr *context, const struct endpoint *place)
+{
+	struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = GIVEN};
+
+	if (context->protocol == IPPROTO_UDP)
+		map_delete(&sockets, &key);
+}
+
 // `place` is what the socket asked for, and becomes where it is sent.
 inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *place, int sending)
 {
 	__u8 protocol = context->protocol == IPPROTO_UDP ? IPPROTO_UDP : IPPROTO_TCP;
-	__u64 cookie = socket_cookie(context);
 	union address client = {};
 	struct endpoint picked = {};
 	struct frontend *frontend;
@@ -40,8 +59,10 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 		return UNTOUCHED;
 	frontend = find_frontend(&place->address, place->port, protocol);
 	node = this_node();
-	if (!frontend || !node)
+	if (!frontend || !node) {
+		forget(context, place);
 		return UNTOUCHED;
+	}
 	// A pod is its network namespace. Its address is not chosen yet, and one day is another pod's.
 	client.halves[0] = namespace_cookie(context);
 	client.halves[1] = ~0ULL;
@@ -51,19 +72,19 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 	if (!frontend->count)
 		return frontend->flags & REFUSED ? REFUSE : UNTOUCHED;
 	if (sending) {
-		struct socket_key key = {.cookie = cookie, .at = *place, .asked = ASKED};
+		struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = ASKED};
 		struct endpoint *held = map_lookup(&sockets, &key);
 
 		if (held && is_member(frontend->id, 1, held)) {
 			picked = *held;
-			remember(cookie, place, &picked, 0);
+			remember(context, place, &picked, 0);
 			*place = picked;
 			return REWRITTEN;
 		}
 	}
 	if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
 		return UNTOUCHED;
-	remember(cookie, place, &picked, sending);
+	remember(context, place, &picked, sending);
 	*place = picked;
 	return REWRITTEN;
 }
@@ -71,9 +92,20 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 // Where the socket believes that an answer comes from.
 inlined int believed(struct bpf_sock_addr *context, struct endpoint *place)
 {
-	struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = GIVEN};
-	struct endpoint *asked = map_lookup(&sockets, &key);
+	struct socket_key key = {.at = *place, .asked = GIVEN};
+	struct endpoint *asked;
 
+	if (context->protocol == IPPROTO_TCP) {
+		struct bpf_sock *socket = context->sk;
+		struct peer *peer = socket ? socket_storage(&peers, socket, NULL, 0) : NULL;
+
+		if (!peer || peer->given.port != place->port || !same_address(&peer->given.address, &place->address))
+			return 0;
+		*place = peer->asked;
+		return 1;
+	}
+	key.cookie = socket_cookie(context);
+	asked = map_lookup(&sockets, &key);
 	if (!asked)
 		return 0;
 	*place = *asked;
@@ -173,3 +205,41 @@ SEC("cgroup/recvmsg4") int recvmsg4(struct bpf_sock_addr *context) { return come
 SEC("cgroup/recvmsg6") int recvmsg6(struct bpf_sock_addr *context) { return come6(context); }
 SEC("cgroup/getpeername4") int getpeername4(struct bpf_sock_addr *context) { return come4(context); }
 SEC("cgroup/getpeername6") int getpeername6(struct bpf_sock_addr *context) { return come6(context); }
+
+// A connected UDP socket keeps its endpoint for as long as it lives, long after the endpoint has gone. It is handed back with
+// an error (EPERM) when it next sends: whoever connects again gets another endpoint.
+SEC("cgroup_skb/egress") int send(struct __sk_buff *skb)
+{
+	struct socket_key key = {.asked = GIVEN};
+	struct frontend *frontend;
+	struct endpoint *asked;
+	__u32 transport;
+	__be16 ports[2];
+
+	if (skb->protocol == big16(ETH_P_IP)) {
+		struct iphdr header;
+
+		if (load_bytes(skb, 0, &header, sizeof(header)) || header.protocol != IPPROTO_UDP)
+			return 1;
+		set_ipv4(&key.at.address, header.daddr);
+		transport = header.ihl * 4;
+	} else if (skb->protocol == big16(ETH_P_IPV6)) {
+		struct ipv6hdr header;
+
+		if (load_bytes(skb, 0, &header, sizeof(header)) || header.nexthdr != IPPROTO_UDP)
+			return 1;
+		__builtin_memcpy(&key.at.address, &header.daddr, 16);
+		transport = sizeof(header);
+	} else {
+		return 1;
+	}
+	if (load_bytes(skb, transport, ports, sizeof(ports)))
+		return 1;
+	key.at.port = ports[1];
+	key.cookie = socket_cookie(skb);
+	asked = map_lookup(&sockets, &key);
+	if (!asked)
+		return 1;
+	frontend = find_frontend(&asked->address, asked->port, IPPROTO_UDP);
+	return frontend && is_member(frontend->id, 1, &key.at);
+}

@@ -98,6 +98,8 @@ enum flow_flags {
 	// An endpoint's answer.
 	ANSWER = 2,
 	ANSWERED = 4,
+	// Another endpoint is left that has not been tried: a refusal is held back, and the repeated SYN goes there.
+	OTHERS_LEFT = 8,
 };
 
 struct flow {
@@ -112,6 +114,12 @@ struct socket_key {
 	__u64 cookie;
 	struct endpoint at;
 	__u64 asked;
+};
+
+// The same for a TCP socket, which has one peer in its life.
+struct peer {
+	struct endpoint asked;
+	struct endpoint given;
 };
 
 struct network {
@@ -203,3 +211,12 @@ struct {
 	TYPE(key, struct socket_key);
 	TYPE(value, struct endpoint);
 } sockets SEC(".maps");
+
+// Lives and dies with the socket.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_SK_STORAGE);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, int);
+	TYPE(value, struct peer);
+} peers SEC(".maps");

@@ -16,6 +16,8 @@
 #define FIRST_PORT 1024
 #define PORTS 28976
 #define PORT_TRIES 32
+// How often a SYN that was not answered is drawn again until it goes to another endpoint.
+#define OTHER_PICKS 4
 // A UDP client that was silent for so long is a new one; a SYN that comes later than this is no repetition.
 #define UDP_IDLE (120 * SECOND)
 #define SYN_REPEATS (5 * SECOND)
@@ -113,6 +115,157 @@ separate int rewrite(struct __sk_buff *skb, const struct packet *packet, const s
 	return TC_ACT_OK;
 }
 
+#define ICMP_CHECKSUM 2
+#define ICMP_HEADER 8
+
+// An ICMP error and the packet it is about. `key` is that packet's answer, which has the same flow.
+struct error {
+	struct flow_key key;
+	union address source;
+	union address destination;
+	__u32 icmp;
+	__u32 inner;
+	__u32 inner_transport;
+	__u8 is_ipv6;
+};
+
+// Whether this is an error about a packet that Services may be about.
+inlined int parse_error(struct __sk_buff *skb, struct error *error, __u8 leaving)
+{
+	__be16 ports[2];
+	__u8 type;
+
+	__builtin_memset(error, 0, sizeof(*error));
+	error->key.leaving = leaving;
+	if (skb->protocol == big16(ETH_P_IP)) {
+		struct iphdr header;
+
+		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.protocol != IPPROTO_ICMP)
+			return 0;
+		if (header.ihl < 5 || header.frag_off & big16(0x3fff))
+			return 0;
+		set_ipv4(&error->source, header.saddr);
+		set_ipv4(&error->destination, header.daddr);
+		error->icmp = ETH_HLEN + header.ihl * 4;
+		error->inner = error->icmp + ICMP_HEADER;
+		// Unreachable, time exceeded, bad parameter.
+		if (load_bytes(skb, error->icmp, &type, 1) || (type != 3 && type != 11 && type != 12))
+			return 0;
+		if (load_bytes(skb, error->inner, &header, sizeof(header)) || header.ihl < 5)
+			return 0;
+		set_ipv4(&error->key.destination, header.saddr);
+		set_ipv4(&error->key.source, header.daddr);
+		error->key.protocol = header.protocol;
+		error->inner_transport = error->inner + header.ihl * 4;
+	} else if (skb->protocol == big16(ETH_P_IPV6)) {
+		struct ipv6hdr header;
+
+		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.nexthdr != IPPROTO_ICMPV6)
+			return 0;
+		__builtin_memcpy(&error->source, &header.saddr, 16);
+		__builtin_memcpy(&error->destination, &header.daddr, 16);
+		error->icmp = ETH_HLEN + sizeof(header);
+		error->inner = error->icmp + ICMP_HEADER;
+		// Unreachable, too big, time exceeded, bad parameter.
+		if (load_bytes(skb, error->icmp, &type, 1) || type < 1 || type > 4)
+			return 0;
+		if (load_bytes(skb, error->inner, &header, sizeof(header)))
+			return 0;
+		__builtin_memcpy(&error->key.destination, &header.saddr, 16);
+		__builtin_memcpy(&error->key.source, &header.daddr, 16);
+		error->key.protocol = header.nexthdr;
+		error->inner_transport = error->inner + sizeof(header);
+		error->is_ipv6 = 1;
+	} else {
+		return 0;
+	}
+	if (error->key.protocol != IPPROTO_TCP && error->key.protocol != IPPROTO_UDP)
+		return 0;
+	if (load_bytes(skb, error->inner_transport, ports, sizeof(ports)))
+		return 0;
+	error->key.destination_port = ports[0];
+	error->key.source_port = ports[1];
+	return 1;
+}
+
+// Writes an address of the error itself. Its checksum covers addresses in IPv6 only.
+separate int rewrite_outer(struct __sk_buff *skb, const struct error *error, const union address *to, int source)
+{
+	union address from, address;
+
+	if (!error || !to)
+		return 0;
+	from = source ? error->source : error->destination;
+	address = *to;
+	if (error->is_ipv6) {
+		__u32 checksum = error->icmp + ICMP_CHECKSUM;
+		long difference = checksum_difference(&from, 16, &address, 16, 0);
+
+		if (replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | CHECKSUM_OF_IPV6) == -INVALID)
+			replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR);
+		store_bytes(skb, ETH_HLEN + (source ? 8 : 24), &address, 16, 0);
+	} else {
+		replace_l3_checksum(skb, ETH_HLEN + 10, from.words[3], address.words[3], 4);
+		store_bytes(skb, ETH_HLEN + (source ? 12 : 16), &address.words[3], 4, 0);
+	}
+	return 0;
+}
+
+// Writes an end of the packet that the error is about. Its own transport checksum may be cut off, and nobody looks at it.
+separate int rewrite_inner(struct __sk_buff *skb, const struct error *error, const struct endpoint *to, int source)
+{
+	union address from, address;
+	__be16 from_port, port;
+	__u32 checksum;
+
+	if (!error || !to)
+		return 0;
+	// The key is the answer's: the other way round.
+	from = source ? error->key.destination : error->key.source;
+	from_port = source ? error->key.destination_port : error->key.source_port;
+	address = to->address;
+	port = to->port;
+	checksum = error->icmp + ICMP_CHECKSUM;
+	if (error->is_ipv6) {
+		long difference = checksum_difference(&from, 16, &address, 16, 0);
+
+		replace_l4_checksum(skb, checksum, 0, difference, 0);
+		store_bytes(skb, error->inner + (source ? 8 : 24), &address, 16, 0);
+	} else {
+		// The inner header's checksum makes up for its address: the outer one does not change.
+		replace_l3_checksum(skb, error->inner + 10, from.words[3], address.words[3], 4);
+		store_bytes(skb, error->inner + (source ? 12 : 16), &address.words[3], 4, 0);
+	}
+	replace_l4_checksum(skb, checksum, from_port, port, 2);
+	store_bytes(skb, error->inner_transport + (source ? 0 : 2), &port, 2, 0);
+	return 0;
+}
+
+// An error is translated like the answer that it stands for.
+separate int translate_error(struct __sk_buff *skb, int leaving)
+{
+	struct endpoint to;
+	struct error error;
+	struct flow *flow;
+
+	if (!parse_error(skb, &error, leaving ? 1 : 0))
+		return TC_ACT_OK;
+	flow = map_lookup(&flows, &error.key);
+	if (!flow)
+		return TC_ACT_OK;
+	to = flow->to;
+	if (leaving) {
+		rewrite_inner(skb, &error, &to, 0);
+		// From the endpoint itself, not from a router on the way.
+		if (same_address(&error.source, &error.key.source))
+			rewrite_outer(skb, &error, &to.address, 1);
+	} else {
+		rewrite_inner(skb, &error, &to, 1);
+		rewrite_outer(skb, &error, &to.address, 0);
+	}
+	return TC_ACT_OK;
+}
+
 // Gives the client a port of the node that no other flow to this endpoint has; whether there was one.
 separate int masquerade(const struct packet *packet, const struct endpoint *endpoint)
 {
@@ -146,15 +299,18 @@ separate int masquerade(const struct packet *packet, const struct endpoint *endp
 	return 0;
 }
 
+// Beside OTHERS_LEFT.
+#define START_MASQUERADED 1
+
 // Writes down where this flow goes and how its answers are translated back.
-separate int start_flow(const struct packet *packet, const struct endpoint *endpoint, __u32 id, int masquerades)
+separate int start_flow(const struct packet *packet, const struct endpoint *endpoint, __u32 id, __u32 how)
 {
 	struct flow flow = {.id = id, .seen = now_ns()};
 	struct flow_key key = {};
 
 	if (!packet || !endpoint)
 		return 0;
-	if (masquerades && !masquerade(packet, endpoint))
+	if (how & START_MASQUERADED && !masquerade(packet, endpoint))
 		return 0;
 	key.protocol = packet->key.protocol;
 	key.source = endpoint->address;
@@ -164,7 +320,7 @@ separate int start_flow(const struct packet *packet, const struct endpoint *endp
 	key.leaving = 1;
 	flow.to.address = packet->key.destination;
 	flow.to.port = packet->key.destination_port;
-	flow.flags = ANSWER;
+	flow.flags = ANSWER | (how & OTHERS_LEFT);
 	if (map_update(&flows, &key, &flow, BPF_ANY))
 		return 0;
 	key = packet->key;
@@ -199,6 +355,15 @@ inlined int may_use(const struct frontend *frontend, const union address *source
 	return !(frontend->flags & FIREWALL) || map_lookup(&sources, &key);
 }
 
+// Its endpoint did not answer: affinity must not lead there again.
+inlined void forget_client(__u32 list, const union address *client)
+{
+	struct affinity_key key = {.list = list};
+
+	set_address(key.client, client);
+	map_delete(&affinities, &key);
+}
+
 SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 {
 	struct endpoint endpoint = {};
@@ -206,15 +371,20 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	struct packet packet;
 	struct flow *flow;
 	struct node *node;
-	__u32 list, count;
-	int in_pods, masquerades;
+	struct endpoint tried = {};
+	__u32 list, count, how = 0;
+	int in_pods, again = 0;
 
 	if (!parse(skb, &packet, 0))
-		return TC_ACT_OK;
+		return translate_error(skb, 0);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow && goes_on(&packet, flow)) {
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 0);
+	}
+	if (flow && packet.key.protocol == IPPROTO_TCP && !(flow->flags & ANSWERED) && now_ns() - flow->seen < SYN_REPEATS) {
+		again = 1;
+		tried = flow->to;
 	}
 	node = this_node();
 	if (!node)
@@ -239,16 +409,28 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 		// Nobody can listen on port 0: the node itself refuses, and its answer is translated back.
 		endpoint.address = node->addresses[packet.is_ipv6 ? 1 : 0];
-		masquerades = 0;
 	} else {
+		if (again)
+			forget_client(list, &packet.key.source);
 		if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
 			return TC_ACT_SHOT;
-		masquerades = frontend->flags & MASQUERADE ||
-			      (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
-			      same_address(&endpoint.address, &packet.key.source);
+		for (int more = 0; again && more < OTHER_PICKS; more++) {
+			if (endpoint.port != tried.port || !same_address(&endpoint.address, &tried.address))
+				break;
+			forget_client(list, &packet.key.source);
+			if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
+				return TC_ACT_SHOT;
+		}
+		if (frontend->flags & MASQUERADE ||
+		    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
+		    same_address(&endpoint.address, &packet.key.source))
+			how |= START_MASQUERADED;
+		// Once: if the second refuses, too, the client is told.
+		if (count > 1 && !again)
+			how |= OTHERS_LEFT;
 	}
 	// A full table: the client asks again.
-	if (!start_flow(&packet, &endpoint, frontend->id, masquerades))
+	if (!start_flow(&packet, &endpoint, frontend->id, how))
 		return TC_ACT_SHOT;
 	return rewrite(skb, &packet, &endpoint, 0);
 }
@@ -278,10 +460,13 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 	struct flow *flow;
 
 	if (!parse(skb, &packet, 1))
-		return TC_ACT_OK;
+		return translate_error(skb, 1);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow) {
 		flow->seen = now_ns();
+		// The client repeats its SYN, which then goes to another endpoint.
+		if (packet.tcp_flags & TCP_RST && (flow->flags & (OTHERS_LEFT | ANSWERED)) == OTHERS_LEFT)
+			return TC_ACT_SHOT;
 		if (flow->flags & ANSWER)
 			note_answer(&packet, flow);
 		endpoint = flow->to;

@@ -2,12 +2,13 @@
 
 use std::os::fd::BorrowedFd;
 
+use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
 use linux::nft::Socket;
 
 use crate::Error;
+use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{iptables, nftables, userspace};
-use crate::watch;
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
 pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -38,10 +39,13 @@ pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes the table that watches for endpoints that do not answer.
-pub(crate) fn clear_watch(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-    if watch::remove(&mut Socket::open(namespace)?)? {
-        tracing::info!("proxy: removed the table of the watch over endpoints");
+/// Ends the ebpf mode, if a node ever had it.
+pub(crate) fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    match ebpf::retire(hooks, namespace)? {
+        Retired::Nothing => {}
+        Retired::Translating => tracing::info!("proxy: the programs of the ebpf mode translate what it has begun"),
+        Retired::Gone => tracing::info!("proxy: removed the programs of the ebpf mode"),
     }
     Ok(())
 }

@@ -3,7 +3,9 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod applied;
 pub mod dataplane;
+mod end;
 mod error;
 pub mod explain;
 mod leftovers;
@@ -15,11 +17,13 @@ mod stale;
 mod traffic;
 mod watch;
 
+pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
+pub use linux::bpf::Hooks;
 pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
-pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
 pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

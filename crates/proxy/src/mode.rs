@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ebpf,
     Userspace,
 }
 
@@ -29,7 +30,7 @@ impl FromStr for Mode {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Err(Error::LaterMode("ipvs")),
-            "ebpf" => Err(Error::LaterMode("ebpf")),
+            "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
@@ -41,6 +42,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ebpf => "ebpf",
             Mode::Userspace => "userspace",
         })
     }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::netns::Netns;
@@ -16,10 +17,13 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::applied::{Applied, AppliedSlices};
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::end::End;
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, leftovers};
@@ -34,6 +38,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
+    pub hooks: Option<Hooks>,
     pub watching: Watching,
 }
 
@@ -55,6 +61,8 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// The slice versions that the kernel follows; the same `Arc` as long as they do not change.
+    pub applied: Arc<AppliedSlices>,
     /// How often an endpoint left the pick because it did not answer.
     pub ejections: u64,
     /// First packets that were sent to another endpoint, or will be when the client repeats them.
@@ -68,16 +76,79 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
+        Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
     }
+}
+
+/// Whether this kernel can do what the mode needs. The ebpf mode loads and attaches its programs, which do nothing until
+/// they are told of Services.
+pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
+    }
+}
+
+fn pinned(namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+    Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
 /// Services go on answering. An error is returned only if the mode cannot start at all.
 pub async fn run(
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<(), Error> {
+    let localhost = localhost(&config, &feed, &token)?;
+    let result = run_mode(config, feed, status, token).await;
+    if let Some(task) = localhost {
+        // It ends with the token; without the mode it is of no use.
+        task.abort();
+        drop(task.await);
+    }
+    result
+}
+
+/// Relays for node ports on 127.0.0.1 and ::1 beside another mode, if they are asked for: the userspace mode as it is
+/// without privileges, over the same table.
+fn localhost(
+    config: &Config,
+    feed: &Feed,
+    token: &CancellationToken,
+) -> Result<Option<tokio::task::JoinHandle<Result<(), Error>>>, Error> {
+    if config.mode == Mode::Userspace || !config.node.borrow().relay_localhost {
+        return Ok(None);
+    }
+    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind());
+    let config = Config {
+        mode: Mode::Userspace,
+        node: config.node.clone(),
+        namespace: None,
+        hooks: None,
+        watching: Watching { ejection: false, ..Watching::default() },
+    };
+    let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
+    let dataplane = Userspace::<Socket, Sockets>::new(None, relays);
+    let status = Arc::new(watch::channel(Status::default()).0);
+    let kernel = Kernel { dataplane, conntrack: None, clear: None };
+    Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
+}
+
+fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
+    Ok(match namespace {
+        Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+        None => Place::Here,
+    })
+}
+
+async fn run_mode(
     config: Config,
     feed: Feed,
     status: watch::Sender<Status>,
@@ -91,47 +162,94 @@ pub async fn run(
         Err(error) => return Err(error.into()),
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let hooks = config.hooks.clone();
     let status = Arc::new(status);
-    let watcher = eyes::start_if_wanted(&config, &feed, &status, &token)?;
+    let watcher = watcher(&config, &feed, &status, &token)?;
     match config.mode {
         Mode::Nftables => {
             let nft = Socket::open(namespace())?;
             let mut others = Socket::open(namespace())?;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut others)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_nftables(&mut nft)
+                leftovers::clear_nftables(&mut nft)?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
+        Mode::Ebpf => {
+            let mut nft = Socket::open(namespace())?;
+            let kernel = pinned(namespace(), config.hooks.as_ref())?;
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut nft)?;
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_nftables(&mut nft)
+            });
+            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
+        }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
-                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
-                None => Place::Here,
-            };
-            let relays = Sockets::new(place, Handle::current());
+            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let (witness, watcher) = eyes::relayed::start(
+                &config.watching,
+                place.clone(),
+                feed.table.clone(),
+                status.clone(),
+                token.clone(),
+            );
+            let relays = Sockets::new(place, Handle::current(), witness);
             let clear: Option<Clear> = if nft.is_some() {
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
                     leftovers::clear_nftables(&mut others)?;
-                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
                 }))
             } else {
                 None
             };
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
-            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
+        }
+    }
+}
+
+/// Starts the watch over endpoints that do not answer, where the mode's packets can be watched. Without it Services work
+/// all the same: what fails is said, and the proxy goes on.
+fn watcher(
+    config: &Config,
+    feed: &Feed,
+    status: &Arc<watch::Sender<Status>>,
+    token: &CancellationToken,
+) -> Result<Option<Watcher>, Error> {
+    let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
+    let wanted = config.watching.ejection || config.watching.retry || config.watching.traffic;
+    if !wanted || !config.mode.is_watched() {
+        // Who may not touch rules has none to take away.
+        if let Some(mut nft) = userspace::open(namespace)? {
+            eyes::remove(&mut nft)?;
+        }
+        return Ok(None);
+    }
+    match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
+        Ok(watcher) => Ok(Some(watcher)),
+        Err(error) => {
+            tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");
+            status.send_modify(|status| status.watch_error = Some(error.to_string()));
+            Ok(None)
         }
     }
 }
@@ -160,6 +278,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    applied: Applied,
+    end: End,
 }
 
 /// How the next commit is made.
@@ -184,6 +304,8 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            applied: Applied::default(),
+            end: End::default(),
         }
     }
 
@@ -194,6 +316,7 @@ impl<D: Dataplane> Loop<D> {
 
     async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
         let result = self.follow(&token).await;
+        self.end.finish().await;
         if let Some(watcher) = self.watcher.take() {
             // It ends with the token; without the loop it has nobody to talk to.
             watcher.task.abort();
@@ -207,6 +330,8 @@ impl<D: Dataplane> Loop<D> {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
+        let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        self.end = End::new(namespace, self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -263,13 +388,17 @@ impl<D: Dataplane> Loop<D> {
             while let Ok(changes) = self.feed.changes.try_recv() {
                 self.notice(&changes);
             }
-            let pending = self.pending.len();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+            let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
+            self.status.send_if_modified(|status| {
+                let before = std::mem::replace(&mut status.applied, applied.clone());
+                std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
+            });
         }
     }
 
     fn notice(&mut self, changes: &Changes) {
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
+        self.applied.notice(changes);
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
@@ -318,8 +447,10 @@ impl<D: Dataplane> Loop<D> {
         } else {
             self.pending.iter().copied().chain(self.judged(&node)).collect()
         };
+        let slices;
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
+            slices = whole.then(|| table.terminating_slices());
             ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
@@ -374,6 +505,7 @@ impl<D: Dataplane> Loop<D> {
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
+            self.end.notice(self.committed.get(&id), after.as_ref(), &node);
             match after {
                 Some(after) => drop(self.committed.insert(id, after)),
                 None => drop(self.committed.remove(&id)),
@@ -381,12 +513,16 @@ impl<D: Dataplane> Loop<D> {
         }
         let ejected = node.ejected.clone();
         self.node = Some(node);
-        let pending = self.pending.len();
+        if let Some(slices) = slices {
+            self.applied.restart(slices);
+        }
+        let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
             status.commits += 1;
             status.pending = pending;
+            status.applied = applied;
             status.error = None;
         });
         Ok(match watched {

@@ -5,8 +5,10 @@
 mod cluster;
 mod daemon;
 mod death;
+mod load;
 mod play;
 mod registry;
+mod rolling;
 mod script;
 mod standalone;
 mod uplink;

@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ipvs,
     Ebpf,
     Userspace,
 }
@@ -29,7 +30,7 @@ impl FromStr for Mode {
         match text {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
-            "ipvs" => Err(Error::LaterMode("ipvs")),
+            "ipvs" => Ok(Mode::Ipvs),
             "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
@@ -42,6 +43,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ipvs => "ipvs",
             Mode::Ebpf => "ebpf",
             Mode::Userspace => "userspace",
         })

@@ -1,6 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::{barrier, cli, explain, join, local, serve, server, warnings};
+use crate::{barrier, cli, explain, join, local, serve, server, top, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -672,6 +672,23 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(proxy::dump(state.mode, &table, &view))
+        }
+        (&Method::GET, "/traffic") => {
+            if matches!(state.mode, Mode::Userspace | Mode::Ebpf) {
+                bail!(
+                    "the {} mode does not count what goes through each Service; nftables and iptables do",
+                    state.mode
+                );
+            }
+            let table = state.feed.table.clone();
+            let mut view = NodeView::clone(&state.view.borrow());
+            view.ejected.extend(&state.proxy.borrow().ejected);
+            let traffic = tokio::task::spawn_blocking(move || {
+                let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                proxy::traffic(None, &table, &view)
+            })
+            .await??;
+            Ok(serde_json::to_string(&top::Traffic::from(traffic))?)
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;

@@ -109,3 +109,81 @@ impl ProxyLease {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use http_body_util::BodyExt;
+    use kube::client::Body;
+    use proxy::Status;
+    use tokio::sync::watch;
+
+    use super::*;
+
+    type Requests = Arc<Mutex<Vec<String>>>;
+
+    /// An API server that answers everything with these codes, the last one for ever. A request is told as `METHOD holder applied`.
+    fn server(codes: &[u16]) -> (kube::Client, Requests) {
+        let requests = Requests::default();
+        let (told, codes) = (requests.clone(), codes.to_vec());
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let (told, codes) = (told.clone(), codes.clone());
+            async move {
+                let method = request.method().to_string();
+                let body = request.into_body().collect().await?.to_bytes();
+                let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+                let holder = body["spec"]["holderIdentity"].as_str().unwrap_or("?");
+                let applied = body["metadata"]["annotations"][APPLIED].as_str().unwrap_or("?");
+                let mut told = told.lock().expect("no panic");
+                let code = codes[told.len().min(codes.len() - 1)];
+                told.push(format!("{method} {holder:?} {applied}"));
+                let answer = json!({"kind": "Status", "code": code, "message": "no", "reason": ""}).to_string();
+                let answer = http::Response::builder().status(code).body(Body::from(answer.into_bytes()));
+                answer.map_err(|error| kube::Error::Service(Box::new(error)))
+            }
+        });
+        (kube::Client::new(service, "default"), requests)
+    }
+
+    fn status(slices: &[(&str, &str)]) -> Status {
+        let applied: AppliedSlices = slices.iter().map(|(uid, version)| ((*uid).into(), (*version).into())).collect();
+        Status { synced: true, applied: Arc::new(applied), ..Status::default() }
+    }
+
+    async fn until(requests: &Requests, count: usize) -> Vec<String> {
+        while requests.lock().expect("no panic").len() < count {
+            tokio::task::yield_now().await;
+        }
+        requests.lock().expect("no panic").clone()
+    }
+
+    #[tokio::test]
+    async fn the_lease_says_what_is_applied_until_the_proxy_ends() {
+        // There is none at first, and one write is lost.
+        let (client, requests) = server(&[404, 201, 500, 200]);
+        let (change, seen) = watch::channel(Status::default());
+        let token = CancellationToken::new();
+        let task = tokio::spawn(report(client, "node-1".to_owned(), seen, token.clone()));
+        change.send_replace(status(&[]));
+        until(&requests, 2).await;
+        // What changes meanwhile is said in one write, and what comes to the same in none.
+        change.send_replace(status(&[("b", "7")]));
+        change.send_replace(status(&[("b", "8"), ("a", "9")]));
+        until(&requests, 4).await;
+        change.send_replace(status(&[("a", "9"), ("b", "8")]));
+        token.cancel();
+        task.await.expect("no panic");
+        let both = r#"PATCH "node-1" {"a":"9","b":"8"}"#;
+        let expected = [r#"PATCH "node-1" {}"#, r#"POST "node-1" {}"#, both, both, r#"PATCH "" {}"#];
+        assert_eq!(*requests.lock().expect("no panic"), expected);
+    }
+
+    #[tokio::test]
+    async fn without_the_right_to_write_it_is_off() {
+        let (client, requests) = server(&[403]);
+        let (_change, seen) = watch::channel(status(&[("a", "1")]));
+        report(client, "node-1".to_owned(), seen, CancellationToken::new()).await;
+        assert_eq!(requests.lock().expect("no panic").len(), 1);
+    }
+}

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, await_dns, client, down, explain, image, node, server, status, up};
+use crate::{agent, await_dns, client, down, explain, image, node, server, status, top, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +34,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Say where a packet to a Service goes, and why.
     Explain(explain::ExplainArgs),
+    /// Show what goes through each Service.
+    Top(top::TopArgs),
     /// Run commands in a node, or play its death and return.
     Node(node::NodeArgs),
     /// Import, list and remove images.
@@ -67,6 +69,7 @@ impl Cli {
             Command::Down(args) => down::run(&args),
             Command::Status(args) => status::run(&args),
             Command::Explain(args) => blocking(args.run()),
+            Command::Top(args) => blocking(args.run()),
             Command::Node(args) => node::run(args),
             Command::Image(args) => image::run(args),
             Command::Server(args) => server::run(args),

@@ -24,6 +24,7 @@ mod serve;
 mod server;
 mod signer;
 mod status;
+mod top;
 mod up;
 mod warnings;
 

@@ -142,7 +142,7 @@ pub async fn run(
         node: NodeFacts::read(&config.root),
         volumes: Volumes::new(config.root.join("pods"), &client),
         pods: Api::new(&client, &PODS),
-        barrier: barrier::Barrier::new(&client, &config),
+        barrier: barrier::Barrier::new(&client),
         services: reconcile::feed(&client, &SERVICES, Scope::all(), &token, |_, _| {}),
         recorder: recorder.clone(),
         runtime,

@@ -32,13 +32,6 @@ pub struct Connection {
     pub answered: SocketAddr,
 }
 
-impl Connection {
-    /// This node sent it elsewhere than its client meant, as it does for a Service.
-    pub fn is_translated(&self) -> bool {
-        self.called != self.endpoint
-    }
-}
-
 /// The connection table of one network namespace.
 pub struct Connections {
     raw: Raw,

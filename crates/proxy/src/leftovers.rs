@@ -9,7 +9,7 @@ use linux::nft::Socket;
 
 use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{self, iptables, nftables, userspace};
-use crate::{Error, Mode};
+use crate::{Error, Mode, watch};
 
 /// Removes what every mode but this one left.
 pub(crate) fn clear_others(mode: Mode, hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -56,6 +56,14 @@ fn clear_userspace(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
 fn clear_nftables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     if nftables::remove(&mut Socket::open(namespace)?)? {
         tracing::info!("proxy: removed the table of the nftables mode");
+    }
+    Ok(())
+}
+
+/// Removes the table that watches for endpoints that do not answer.
+pub(crate) fn clear_watch(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if watch::remove(&mut Socket::open(namespace)?)? {
+        tracing::info!("proxy: removed the table of the watch over endpoints");
     }
     Ok(())
 }

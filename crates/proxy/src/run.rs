@@ -180,7 +180,7 @@ async fn run_mode(
         leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
     }));
     let status = Arc::new(status);
-    let watcher = watcher(&config, &feed, &status, &token)?;
+    let watcher = eyes::start_if_wanted(&config, &feed, &status, &token)?;
     match mode {
         Mode::Nftables => {
             let dataplane = Nftables::new(Socket::open(namespace())?);
@@ -217,33 +217,6 @@ async fn run_mode(
             let clear = clear.filter(|_| nft.is_some());
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
             Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
-        }
-    }
-}
-
-/// Starts the watch over endpoints that do not answer, where the mode's packets can be watched. Without it Services work
-/// all the same: what fails is said, and the proxy goes on.
-fn watcher(
-    config: &Config,
-    feed: &Feed,
-    status: &Arc<watch::Sender<Status>>,
-    token: &CancellationToken,
-) -> Result<Option<Watcher>, Error> {
-    let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let wanted = config.watching.ejection || config.watching.retry || config.watching.traffic;
-    if !wanted || !config.mode.is_watched() {
-        // Who may not touch rules has none to take away.
-        if let Some(mut nft) = userspace::open(namespace)? {
-            eyes::remove(&mut nft)?;
-        }
-        return Ok(None);
-    }
-    match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
-        Ok(watcher) => Ok(Some(watcher)),
-        Err(error) => {
-            tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");
-            status.send_modify(|status| status.watch_error = Some(error.to_string()));
-            Ok(None)
         }
     }
 }

@@ -95,6 +95,11 @@ fn rolling_update(mode: &str) {
     assert!(tally.failures.is_empty(), "{mode}: {} failures\n{}", tally.failures.len(), tally.failures.join("\n"));
     let reports = expect("kubectl get leases -n kube-system -l fairlead.io/component=proxy -o name", "");
     assert_eq!(reports.lines().count(), usize::from(NODES), "{mode}: every proxy reports: {reports}");
+    for command in include_str!("../../../../docs/rolling-updates.md").lines() {
+        if let Some(command) = command.trim_start().strip_prefix("$ ") {
+            expect(command, "");
+        }
+    }
     let events = expect("kubectl get events --field-selector reason=NotUnderstood,involvedObject.name=web", "");
     assert!(
         events.contains("annotation fairlead.io/end-policy is \"sometimes\", which is not keep"),

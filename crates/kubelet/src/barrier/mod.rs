@@ -7,19 +7,17 @@
 mod view;
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use api::kinds::{ENDPOINT_SLICES, LEASES, NODES};
-use ipnet::IpNet;
 use linux::connections::{Connection, Connections};
 use reconcile::{Api, Scope};
 use serde_json::Value;
 use tokio::sync::{OnceCell, watch};
 use tokio::time::Instant;
 
-use crate::KubeletConfig;
 use crate::pod::Pod;
 use view::{Report, Slice, Stage, View};
 
@@ -34,8 +32,6 @@ const FIRST_LOOK: Duration = Duration::from_millis(10);
 /// What all pods of a node share.
 pub struct Barrier {
     client: kube::Client,
-    node_ips: Vec<IpAddr>,
-    pod_cidrs: Vec<IpNet>,
     /// Whether this identity may read what it takes. Asked once.
     allowed: OnceCell<bool>,
     followed: Mutex<HashMap<String, Weak<Follower>>>,
@@ -66,12 +62,9 @@ impl Gate {
 }
 
 impl Barrier {
-    pub fn new(client: &kube::Client, config: &KubeletConfig) -> Arc<Barrier> {
-        let cidrs = config.pod_cidrs.iter().filter_map(|cidr| cidr.parse().ok());
+    pub fn new(client: &kube::Client) -> Arc<Barrier> {
         Arc::new(Barrier {
             client: client.clone(),
-            node_ips: config.node_ips.clone(),
-            pod_cidrs: cidrs.collect(),
             allowed: OnceCell::new(),
             followed: Mutex::default(),
             said: Mutex::default(),
@@ -101,10 +94,7 @@ impl Barrier {
         let follower = self.follow(&gate.namespace);
         if self.proxies(gate, &follower, until).await {
             let targets = follower.view.borrow().targets(&gate.uid);
-            let addresses: BTreeSet<IpAddr> = targets.iter().map(|target| target.ip()).collect();
-            let is_waited_for =
-                |connection: &Connection| targets.contains(&connection.endpoint) && self.counts(connection);
-            self.connections(gate, addresses, is_waited_for).await;
+            self.connections(gate, targets).await;
         }
     }
 
@@ -208,9 +198,11 @@ impl Barrier {
         futures::future::join_all(asked).await.into_iter().flatten().collect()
     }
 
-    /// Gives connections a second to end. The kernel would tell of their ends too, but only along with everybody else's, which
-    /// slows down every connection of the node.
-    async fn connections(&self, gate: &Gate, addresses: BTreeSet<IpAddr>, is_waited_for: impl Fn(&Connection) -> bool) {
+    /// Gives connections a second to end: all to the addresses that Services have of the pod, since not every way of a Service to
+    /// its endpoint is a translation that this node knows of. The kernel would tell of their ends too, but only along with
+    /// everybody else's, which slows down every connection of the node.
+    async fn connections(&self, gate: &Gate, targets: BTreeSet<SocketAddr>) {
+        let addresses: BTreeSet<IpAddr> = targets.iter().map(|target| target.ip()).collect();
         let until = gate.until.min(Instant::now() + EACH);
         let mut pause = FIRST_LOOK;
         loop {
@@ -221,7 +213,7 @@ impl Barrier {
                 Ok(each?.into_iter().flatten().collect())
             };
             let open = match tokio::task::spawn_blocking(look).await {
-                Ok(Ok(open)) => open.iter().filter(|connection| is_waited_for(connection)).count(),
+                Ok(Ok(open)) => open.iter().filter(|connection| targets.contains(&connection.endpoint)).count(),
                 Ok(Err(error)) => {
                     tracing::warn!(pod = gate.pod, "its connections are not waited for: {error}");
                     return;
@@ -244,14 +236,6 @@ impl Barrier {
             }
             tokio::time::sleep_until(next).await;
         }
-    }
-
-    /// What another node sent to a pod through a Service looks here as if its client had called the pod. Nobody of this node
-    /// is meant by that: a probe, or a neighbour that calls the pod itself.
-    fn counts(&self, connection: &Connection) -> bool {
-        let client = connection.client.ip();
-        let is_ours = self.node_ips.contains(&client) || self.pod_cidrs.iter().any(|cidr| cidr.contains(&client));
-        connection.is_translated() || !is_ours
     }
 
     fn say(&self, what: &'static str) {

@@ -22,13 +22,18 @@ mod task;
 
 pub use evidence::{Evidence, Target};
 pub(crate) use table::{Alternatives, WatchTable, connections, remove};
-pub(crate) use task::{Watcher, start};
+pub(crate) use task::Watcher;
+use task::start;
 
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use services::{ServiceKey, ServiceTable};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Config, Error, Feed, Mode, Status, leftovers};
 
 /// What is done for requests whose endpoint does not answer. All of it is on by default.
 #[derive(Clone)]
@@ -73,4 +78,31 @@ fn tell(watching: &Watching, table: &ServiceTable, endpoint: Target, ejected: Op
     services.sort();
     services.dedup();
     notices(Notice { endpoint, services, ejected });
+}
+
+/// Starts the watch over endpoints that do not answer, where the mode's packets can be watched. Without it Services work
+/// all the same: what fails is said, and the proxy goes on.
+pub(crate) fn start_if_wanted(
+    config: &Config,
+    feed: &Feed,
+    status: &Arc<watch::Sender<Status>>,
+    token: &CancellationToken,
+) -> Result<Option<Watcher>, Error> {
+    let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
+    let wanted = config.watching.ejection || config.watching.retry || config.watching.traffic;
+    if !wanted || !config.mode.is_watched() {
+        return match leftovers::clear_watch(namespace) {
+            // A proxy without rights has left nothing.
+            Err(Error::Nft(error)) if config.mode == Mode::Userspace && error.is_forbidden() => Ok(None),
+            cleared => cleared.map(|()| None),
+        };
+    }
+    match start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
+        Ok(watcher) => Ok(Some(watcher)),
+        Err(error) => {
+            tracing::warn!("proxy: {error}; endpoints that do not answer stay in the pick");
+            status.send_modify(|status| status.watch_error = Some(error.to_string()));
+            Ok(None)
+        }
+    }
 }

@@ -121,7 +121,8 @@ pub(crate) struct WatchTable<N> {
 
 impl<N: Nft> WatchTable<N> {
     pub fn new(nft: N, retry: bool, count: bool) -> Self {
-        WatchTable { nft, retry, count, held: Destinations::default(), frozen: BTreeSet::new(), is_known: false }
+        let (held, frozen) = (Destinations::default(), BTreeSet::new());
+        WatchTable { nft, retry, count, held, frozen, is_known: false }
     }
 
     pub fn destinations(&self) -> Destinations {

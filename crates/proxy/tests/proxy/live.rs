@@ -1,5 +1,6 @@
 //! The loop itself, with real packets: objects change while clients talk.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -172,8 +173,8 @@ fn modes_are_swapped_without_cleaning() {
     let tables = || {
         let text = world.node.command("nft", "list tables inet");
         // The world's own.
-        let is_ours = |line: &&str| *line != "table inet pods" && !line.contains("watch");
-        text.lines().filter(is_ours).map(str::to_owned).collect::<Vec<_>>()
+        let is_ours = |line: &&str| *line != "table inet pods";
+        text.lines().filter(is_ours).map(str::to_owned).collect::<BTreeSet<_>>()
     };
     let pins = world.hooks().expect("hooks").pins;
     // The programs that pick; those that translate what has begun may stay.
@@ -183,10 +184,11 @@ fn modes_are_swapped_without_cleaning() {
     };
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
     let of = |mode| match mode {
-        Mode::Nftables => vec!["table inet fairlead"],
+        Mode::Nftables => vec!["table inet fairlead", "table inet fairlead-watch"],
         Mode::Userspace => vec!["table inet fairlead-userspace"],
-        Mode::Ipvs => vec!["table inet fairlead-ipvs"],
-        Mode::Iptables | Mode::Ebpf => vec![],
+        Mode::Ipvs => vec!["table inet fairlead-ipvs", "table inet fairlead-watch"],
+        Mode::Iptables => vec!["table inet fairlead-watch"],
+        Mode::Ebpf => vec![],
     };
     let modes = [Mode::Iptables, Mode::Ebpf, Mode::Nftables, Mode::Userspace];
     for mode in modes.into_iter().chain(modes.into_iter().rev()) {

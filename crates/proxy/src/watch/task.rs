@@ -38,6 +38,8 @@ const QUEUE_LOOK: Duration = Duration::from_millis(200);
 const SHARE: u32 = 20;
 /// Within a cluster a connection takes microseconds.
 pub(crate) const CONNECT: Duration = Duration::from_millis(300);
+/// How long an endpoint has to clear itself.
+const CLEAR: Duration = Duration::from_millis(50);
 
 /// What the commit loop is to render.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -84,6 +86,7 @@ pub(crate) fn start(
             retry: watching.retry,
             backlog: watching.ejection.then(Backlog::default),
             next_backlog: Duration::ZERO,
+            queues_are_due: false,
             stuck: BTreeSet::new(),
         }),
         node: Netns::open(&path)?,
@@ -96,7 +99,9 @@ pub(crate) fn start(
         verdicts: sender,
         start: Instant::now(),
         next_look: None,
+        woken: false,
         probes: JoinSet::new(),
+        doubted: BTreeSet::new(),
     };
     Ok(Watcher { table: Some(table), verdicts, task: tokio::spawn(task.run(token)) })
 }
@@ -110,6 +115,8 @@ struct Eyes {
     backlog: Option<Backlog>,
     /// When queues are looked into next, if anything is looked at.
     next_backlog: Duration,
+    /// There were new connections since the last look into queues.
+    queues_are_due: bool,
     /// Listeners that took nobody at the last look into their queues.
     stuck: BTreeSet<SocketAddr>,
 }
@@ -124,13 +131,15 @@ struct Look {
     goes_on: bool,
     /// Listeners that take nobody from their queues, whether or not they are endpoints.
     stuck: BTreeSet<SocketAddr>,
-    /// Somebody waits in a queue that may or may not move.
+    /// Somebody waits in a queue that may or may not move, or queues were not looked into yet.
     is_undecided: bool,
     took: Duration,
 }
 
 impl Eyes {
-    fn look(&mut self, now: Duration) -> Result<Look, Error> {
+    /// `woken`: there were new connections since the last look.
+    fn look(&mut self, now: Duration, woken: bool) -> Result<Look, Error> {
+        self.queues_are_due |= woken && self.backlog.is_some();
         let begin = Instant::now();
         let mut flows = self.conntrack.unanswered(Protocol::Tcp.number())?;
         flows.retain(|flow| self.destinations.has_alternative(flow.original.1, flow.reply.0));
@@ -150,8 +159,9 @@ impl Eyes {
             let begin = Instant::now();
             self.stuck = backlog.look(now)?;
             self.next_backlog = now + (begin.elapsed() * SHARE).max(NEXT_LOOK);
+            self.queues_are_due = false;
         }
-        let is_undecided = self.backlog.as_ref().is_some_and(Backlog::is_undecided);
+        let is_undecided = self.queues_are_due || self.backlog.as_ref().is_some_and(Backlog::is_undecided);
         let goes_on = !self.suspects.is_empty();
         Ok(Look { silent, deleted, goes_on, stuck: self.stuck.clone(), is_undecided, took })
     }
@@ -186,7 +196,20 @@ struct Task {
     start: Instant,
     /// `None`: at rest.
     next_look: Option<Instant>,
-    probes: JoinSet<(Target, bool)>,
+    /// What ended the rest was a new connection.
+    woken: bool,
+    probes: JoinSet<(Purpose, Target, bool)>,
+    /// Endpoints whose silence is being looked into.
+    doubted: BTreeSet<Target>,
+}
+
+/// Why this node connects to an endpoint.
+#[derive(Clone, Copy)]
+enum Purpose {
+    /// To see whether a trial makes sense.
+    Trial,
+    /// To see whether the evidence holds for everybody.
+    Doubt(Evidence),
 }
 
 impl Task {
@@ -204,6 +227,7 @@ impl Task {
                         drained
                     });
                     self.next_look = Some(Instant::now() + FIRST_LOOK);
+                    self.woken = true;
                     self.report(drained.map_err(Error::Namespace).and_then(|drained| drained));
                 }
                 ready = self.refused.readable_mut() => {
@@ -218,13 +242,21 @@ impl Task {
                     if self.watching.retry {
                         self.status.send_modify(|status| status.retries += held);
                     }
-                    self.accuse(tcp(refusers), Evidence::Refused);
+                    self.doubt(tcp(refusers), Evidence::Refused);
                 }
                 () = nodes_change(&mut self.watching.lost_nodes) => self.judge_nodes(),
                 Some(probed) = self.probes.join_next() => {
-                    // A probe that panicked is one that failed; its endpoint is asked for again when evidence comes.
-                    if let Ok((target, connected)) = probed {
-                        self.ledger.probed(target, connected, self.now());
+                    match probed {
+                        Ok((Purpose::Trial, target, connected)) => {
+                            self.ledger.probed(target, connected, self.now());
+                        }
+                        Ok((Purpose::Doubt(evidence), target, connected)) => {
+                            self.doubted.remove(&target);
+                            if !connected {
+                                self.accuse(BTreeSet::from([target]), evidence);
+                            }
+                        }
+                        Err(error) => self.report(Err(Error::Commit(error))),
                     }
                 }
                 () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {}
@@ -255,13 +287,13 @@ impl Task {
     }
 
     async fn look(&mut self) {
-        let mut woken = false;
+        let mut woken = std::mem::take(&mut self.woken);
         let drained = drain(self.begun.get_mut(), |_| woken = true);
         self.report(drained);
         let now = self.now();
         let mut eyes = self.eyes.take().expect("a look gives them back");
         let looked = tokio::task::spawn_blocking(move || {
-            let look = eyes.look(now);
+            let look = eyes.look(now, woken);
             (eyes, look)
         })
         .await;
@@ -282,7 +314,7 @@ impl Task {
         if look.deleted > 0 {
             self.status.send_modify(|status| status.retries += look.deleted);
         }
-        self.accuse(tcp(look.silent), Evidence::Unanswered);
+        self.doubt(tcp(look.silent), Evidence::Unanswered);
         self.judge_queues(&look.stuck);
         let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
             (true, ..) | (_, true, true) => Some(NEXT_LOOK),
@@ -325,6 +357,19 @@ impl Task {
             self.ledger.withdraw((*address, Protocol::Tcp), Evidence::Frozen, now);
         }
         self.accuse(tcp(frozen.difference(&before).copied()), Evidence::Frozen);
+    }
+
+    /// A first packet may also be lost on the way, or by a listener that has too many at the moment, or be refused because a
+    /// policy forbids it to this client: then the endpoint answers others, and sending its part to the rest would help
+    /// nobody. It is out only if it does not answer this node either.
+    fn doubt(&mut self, endpoints: BTreeSet<Target>, evidence: Evidence) {
+        for endpoint in endpoints {
+            if self.watching.ejection && self.doubted.insert(endpoint) {
+                let node = self.node.clone();
+                let purpose = Purpose::Doubt(evidence);
+                self.probes.spawn(async move { (purpose, endpoint, connects(&node, endpoint, CLEAR).await) });
+            }
+        }
     }
 
     fn accuse(&mut self, endpoints: BTreeSet<Target>, evidence: Evidence) {
@@ -382,7 +427,7 @@ impl Task {
                 Step::Connect(target) if !known.contains(&target) => self.ledger.retain(|held| *held != target),
                 Step::Connect(target) => {
                     let node = self.node.clone();
-                    self.probes.spawn(async move { (target, connects(&node, target).await) });
+                    self.probes.spawn(async move { (Purpose::Trial, target, connects(&node, target, CONNECT).await) });
                 }
                 Step::Returned(endpoint) => {
                     tracing::info!("proxy: endpoint {} answers again", endpoint.0);
@@ -445,8 +490,8 @@ fn drain(socket: &mut nflog::Socket, visit: impl FnMut(&[u8])) -> Result<(), Err
     Ok(())
 }
 
-/// Whether the endpoint accepts a connection from this node.
-async fn connects(node: &Netns, (address, protocol): Target) -> bool {
+/// Whether the endpoint accepts a connection from this node in time.
+async fn connects(node: &Netns, (address, protocol): Target, patience: Duration) -> bool {
     // Of the other protocols nobody can tell.
-    protocol != Protocol::Tcp || matches!(timeout(CONNECT, node.tcp_connect(address)).await, Ok(Ok(_)))
+    protocol != Protocol::Tcp || matches!(timeout(patience, node.tcp_connect(address)).await, Ok(Ok(_)))
 }

@@ -58,6 +58,13 @@ impl Pod {
         });
     }
 
+    /// Nothing that one client sends to the pod arrives.
+    fn forbid(&self, client: &str) {
+        self.namespace.command("nft", "add table inet cut");
+        self.namespace.command("nft", "add chain inet cut one { type filter hook prerouting priority -400; }");
+        self.namespace.command("nft", &format!("add rule inet cut one ip saddr {client} drop"));
+    }
+
     /// Nothing that is sent to the pod arrives.
     fn cut(&self) {
         self.namespace.command("nft", "add table inet cut");
@@ -210,6 +217,21 @@ fn a_cut_endpoint_costs_a_second_once_and_returns() {
         }
         running.stop();
     }
+}
+
+/// One client may not reach an endpoint: it is sent elsewhere, and nobody else loses the endpoint.
+#[test]
+fn what_one_client_misses_ejects_nobody() {
+    let stage = Stage::new();
+    let running = stage.serve(Mode::Nftables, 3, Watching::default());
+    stage.pods[1].forbid("10.244.0.9");
+    // Each repeated packet may find the same endpoint again, so how long a request takes is not known.
+    let asked = (0..300).take_while(|_| running.status.borrow().retries < 2);
+    let answers: Vec<_> = asked.map(|_| stage.request().0).collect();
+    assert!(running.status.borrow().retries >= 2, "the endpoint was never asked");
+    assert!(answers.iter().flatten().all(|answer| *answer != stage.pods[1].address));
+    assert_eq!((running.status.borrow().ejections, running.status.borrow().ejected.len()), (0, 0));
+    running.stop();
 }
 
 #[test]

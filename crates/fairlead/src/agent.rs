@@ -14,6 +14,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
 use kubelet::{ClusterDns, KubeletConfig};
+use linux::cgroup_v1v2::Hierarchies;
 use linux::netns::Netns;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
 use proxy::{Mode, NodeView};
@@ -26,7 +27,7 @@ use services::Place;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -63,7 +64,7 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables, ipvs or userspace.
+    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
     /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
@@ -94,6 +95,9 @@ pub struct AgentArgs {
     pub run_dir: PathBuf,
     #[arg(long, hide = true, default_value = "fairlead-agent/pods")]
     pub cgroup: PathBuf,
+    /// Holds every process of the node, in the cgroup2 hierarchy: a host is all of it.
+    #[arg(long, hide = true, default_value = "")]
+    pub node_cgroup: PathBuf,
     /// Image store, shared by the nodes of one machine.
     #[arg(long, hide = true)]
     pub images: Option<PathBuf>,
@@ -116,6 +120,14 @@ pub fn run(args: AgentArgs) -> anyhow::Result<ExitCode> {
         nix::unistd::setsid().ok();
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(start(args))
+}
+
+/// Where the node's own sockets are, and a place for what outlives the agent.
+fn proxy_hooks(args: &AgentArgs, dir: &Path) -> anyhow::Result<proxy::Hooks> {
+    let mounted = Hierarchies::mounted().context("look for the cgroup2 mount")?.v2;
+    let root = mounted.unwrap_or_else(|| "/sys/fs/cgroup".into());
+    let cgroup = root.join(args.node_cgroup.strip_prefix("/").unwrap_or(&args.node_cgroup));
+    Ok(proxy::Hooks { cgroup, pins: dir.join("bpf") })
 }
 
 /// What an agent keeps of a Node.
@@ -301,7 +313,15 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
     let mode = args.proxy_mode;
-    let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
+    let hooks = proxy_hooks(&args, &dir)?;
+    let seed = {
+        let hooks = hooks.clone();
+        tokio::task::spawn_blocking(move || {
+            proxy::prepare(mode, None, Some(&hooks))?;
+            proxy::found(mode, None, Some(&hooks))
+        })
+        .await??
+    };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
     let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
@@ -321,7 +341,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
         ..proxy::Watching::default()
     };
-    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, watching };
+    let proxy_config =
+        proxy::Config { mode, node: view_seen.clone(), namespace: None, hooks: Some(hooks.clone()), watching };
     let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let proxy_token = token.clone();
     tasks.spawn(async move {
@@ -460,6 +481,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         mode,
         feed: feed.clone(),
         view: view_seen,
+        hooks,
         proxy: proxy_seen.clone(),
         images: runtime.clone(),
         store: runtime.images().clone(),
@@ -584,6 +606,7 @@ struct Local {
     mode: Mode,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
+    hooks: proxy::Hooks,
     proxy: watch::Receiver<proxy::Status>,
     images: Arc<Builtin>,
     store: runtime::image::ImageStore,
@@ -659,6 +682,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
                 view.ejected.extend(&proxy.ejected);
                 proxy.pending
             };
+            let hooks = state.hooks.clone();
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {
                     let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -666,7 +690,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
                     (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
                 };
                 // The kernel is asked without holding up those who follow the table.
-                let mut drift = proxy::explain::drift(mode, &frontends, &view, None)?;
+                let mut drift = proxy::explain::drift(mode, &frontends, &view, None, Some(&hooks))?;
                 if pending > 0 {
                     drift.push(format!("{pending} changed ports of Services are being committed"));
                 }

@@ -4,6 +4,7 @@
 //! holds a pod.
 
 mod agent;
+mod await_dns;
 mod barrier;
 mod cli;
 mod client;

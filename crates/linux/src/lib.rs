@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 #![allow(clippy::disallowed_methods)]
 
+pub mod bpf;
 pub mod cgroup;
 pub mod cgroup_v1v2;
 pub mod connections;

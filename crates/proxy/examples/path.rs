@@ -226,7 +226,7 @@ impl Running {
         let (node, receiver_of_node) = watch::channel(Arc::new(view()));
         let token = CancellationToken::new();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let config = Config { mode, node: receiver_of_node, namespace: Some(held), watching };
+        let config = Config { mode, node: receiver_of_node, namespace: Some(held), hooks: None, watching };
         runtime.spawn(proxy::run(config, Feed { table: table.clone(), changes: receiver }, sender, token.clone()));
         Ok(Running { table, changes, status, token, runtime, _node: node })
     }

@@ -2,9 +2,7 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables, ipvs or userspace")]
-    LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ipvs or userspace")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ipvs, ebpf or userspace")]
     UnknownMode(String),
     #[error(transparent)]
     Nft(#[from] linux::nft::Error),
@@ -12,6 +10,12 @@ pub enum Error {
     Iptables(#[from] linux::iptables::Error),
     #[error(transparent)]
     Ipvs(#[from] linux::ipvs::Error),
+    #[error(transparent)]
+    Bpf(#[from] linux::bpf::Error),
+    #[error("the ebpf mode was given no cgroup and no directory of its own; name them, or use --proxy-mode=nftables")]
+    NoHooks,
+    #[error("the ebpf mode can tell 8 pod networks and 8 Service networks apart, not more; use --proxy-mode=nftables")]
+    Networks,
     #[error(transparent)]
     Conntrack(#[from] linux::conntrack::Error),
     #[error(

@@ -2,15 +2,17 @@
 
 use std::os::fd::BorrowedFd;
 
+use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
 use linux::ipvs;
 use linux::nft::Socket;
 
+use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{self, iptables, nftables, userspace};
 use crate::{Error, Mode};
 
 /// Removes what every mode but this one left.
-pub(crate) fn clear_others(mode: Mode, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+pub(crate) fn clear_others(mode: Mode, hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     if mode != Mode::Nftables {
         clear_nftables(namespace)?;
     }
@@ -22,6 +24,9 @@ pub(crate) fn clear_others(mode: Mode, namespace: Option<BorrowedFd<'_>>) -> Res
     }
     if mode != Mode::Userspace {
         clear_userspace(namespace)?;
+    }
+    if mode != Mode::Ebpf {
+        clear_ebpf(hooks, namespace)?;
     }
     Ok(())
 }
@@ -63,6 +68,17 @@ fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     }
     if dataplane::ipvs::remove(&mut ipvs::Socket::open(namespace)?, &mut Socket::open(namespace)?)? {
         tracing::info!("proxy: removed the virtual servers of the ipvs mode");
+    }
+    Ok(())
+}
+
+/// Ends the ebpf mode, if a node ever had it.
+fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    match ebpf::retire(hooks, namespace)? {
+        Retired::Nothing => {}
+        Retired::Translating => tracing::info!("proxy: the programs of the ebpf mode translate what it has begun"),
+        Retired::Gone => tracing::info!("proxy: removed the programs of the ebpf mode"),
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ pub enum Mode {
     Nftables,
     Iptables,
     Ipvs,
+    Ebpf,
     Userspace,
 }
 
@@ -30,7 +31,7 @@ impl FromStr for Mode {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Ok(Mode::Ipvs),
-            "ebpf" => Err(Error::LaterMode("ebpf")),
+            "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
@@ -43,6 +44,7 @@ impl Display for Mode {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
             Mode::Ipvs => "ipvs",
+            Mode::Ebpf => "ebpf",
             Mode::Userspace => "userspace",
         })
     }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::ipvs::{self, Ipvs as _};
@@ -18,6 +19,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::applied::{Applied, AppliedSlices};
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
@@ -38,6 +40,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
+    pub hooks: Option<Hooks>,
     pub watching: Watching,
 }
 
@@ -74,12 +78,27 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
         Mode::Ipvs => ipvs::Socket::open(namespace).map(|_| Seed::default()).map_err(Error::from),
+        Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
     }
+}
+
+/// Whether this kernel can do what the mode needs. The ebpf mode loads and attaches its programs, which do nothing until
+/// they are told of Services.
+pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ipvs => Ok(ipvs::Socket::open(namespace)?.prepare(&[])?),
+        Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
+    }
+}
+
+fn pinned(namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+    Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
@@ -116,6 +135,7 @@ fn localhost(
         mode: Mode::Userspace,
         node: config.node.clone(),
         namespace: None,
+        hooks: None,
         watching: Watching { ejection: false, ..Watching::default() },
     };
     let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
@@ -146,9 +166,10 @@ async fn run_mode(
         Err(error) => return Err(error.into()),
     };
     let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
-    let (mode, held) = (config.mode, hold()?);
-    let clear: Option<Clear> =
-        Some(Box::new(move || leftovers::clear_others(mode, held.as_ref().map(|namespace| namespace.as_fd()))));
+    let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
+    let clear: Option<Clear> = Some(Box::new(move || {
+        leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
+    }));
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
     match mode {
@@ -168,6 +189,10 @@ async fn run_mode(
             kernel.prepare(&[])?;
             let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
             Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+        }
+        Mode::Ebpf => {
+            let dataplane = Ebpf::new(pinned(namespace(), config.hooks.as_ref())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;

@@ -41,7 +41,7 @@ fn ipvs_carries_real_packets() {
     let mut dataplane = open(&world.node);
     dataplane.read().expect("read");
     commit_all(&mut dataplane, &table);
-    packets(&world);
+    packets(&world, Mode::Ipvs);
     // An address nobody has, and a port nobody has, although the host itself listens there.
     world.node.run(|| {
         let listener = TcpListener::bind("0.0.0.0:81").expect("bind");
@@ -265,7 +265,8 @@ fn drift_is_told(world: &World, running: &Running) {
     let frontends: Vec<_> = running.table.read().expect("table").frontends().cloned().collect();
     let file = file(&world.node);
     let drift = || {
-        proxy::explain::drift(Mode::Ipvs, &frontends, &crate::net::node_view(), Some(file.as_fd())).expect("compared")
+        proxy::explain::drift(Mode::Ipvs, &frontends, &crate::net::node_view(), Some(file.as_fd()), None)
+            .expect("compared")
     };
     assert_eq!(drift(), Vec::<String>::new());
     let web = Key { address: "10.96.0.10:80".parse().expect("address"), protocol: 6 };

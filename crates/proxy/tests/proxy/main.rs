@@ -2,7 +2,9 @@
 
 mod case;
 mod cases;
+mod cgroup;
 mod differences;
+mod ebpf;
 mod ejection;
 mod end;
 mod explain;

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, ipvs, nft};
+use linux::{bpf, iptables, ipvs, nft};
+use proxy::dataplane::ebpf::{Ebpf, LAYOUTS};
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::ipvs::Ipvs;
 use proxy::dataplane::nftables::Nftables;
@@ -35,6 +36,7 @@ pub fn on_fakes(failing: Option<u64>) -> Vec<Box<dyn Subject>> {
         Box::new(On(Nftables::<nft::Fake>::open(failing))),
         Box::new(On(Iptables::<iptables::Fake>::open(failing))),
         Box::new(On(Ipvs::<ipvs::Fake, nft::Fake>::open(failing))),
+        Box::new(On(Ebpf::<bpf::Fake>::open(failing))),
         Box::new(On(Userspace::<nft::Fake, FakeRelays>::open(failing))),
     ]
 }
@@ -152,6 +154,23 @@ impl OnFake for Ipvs<ipvs::Fake, nft::Fake> {
     fn dump(&mut self) -> String {
         let (ipvs, nft) = self.kernel();
         ipvs.dump() + &nft.dump()
+    }
+}
+
+impl OnFake for Ebpf<bpf::Fake> {
+    const MODE: Mode = Mode::Ebpf;
+
+    fn open(failing: Option<u64>) -> Self {
+        // A commit is several calls here.
+        Ebpf::new(failing.map_or_else(|| bpf::Fake::new(&LAYOUTS), |n| bpf::Fake::failing(&LAYOUTS, 4 * n)))
+    }
+
+    fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(&packet, &locals(node), draw, &mut Vec::new())
+    }
+
+    fn dump(&mut self) -> String {
+        self.lines().expect("a fake can be read").iter().map(|line| format!("{line}\n")).collect()
     }
 }
 

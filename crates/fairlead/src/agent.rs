@@ -301,6 +301,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let recorder = Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    let proxy_events = recorder.clone();
     let watching = proxy::Watching {
         lost_nodes: Some(lost_seen),
         notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
@@ -309,8 +310,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, watching };
     let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let proxy_token = token.clone();
+    let (switch, requests) = proxy::switch();
     tasks.spawn(async move {
-        if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
+        if let Err(error) = proxy::run_switchable(proxy_config, proxy_feed, proxy_status, requests, proxy_token).await {
             warn!(%error, "the proxy ended");
         }
     });
@@ -439,7 +441,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // The local socket.
     let state = Arc::new(Local {
         name: name.clone(),
-        mode,
+        first_mode: mode,
+        switch,
+        events: proxy_events,
         feed: feed.clone(),
         view: view_seen,
         proxy: proxy_seen.clone(),
@@ -563,12 +567,37 @@ fn tell(recorder: &Recorder, notice: proxy::Notice) {
 /// What local commands may ask.
 struct Local {
     name: String,
-    mode: Mode,
+    /// The mode that the agent was started in.
+    first_mode: Mode,
+    switch: proxy::Switch,
+    events: Recorder,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
     proxy: watch::Receiver<proxy::Status>,
     images: Arc<Builtin>,
     store: runtime::image::ImageStore,
+}
+
+impl Local {
+    fn mode(&self) -> Mode {
+        self.proxy.borrow().mode.unwrap_or(self.first_mode)
+    }
+
+    /// Returns when the node is in the mode, or says why it stays in its own.
+    async fn change_mode(&self, mode: Mode) -> anyhow::Result<()> {
+        let from = self.mode();
+        let node = ObjectRef::new("v1", "Node", "", &self.name, "");
+        let outcome = self.switch.to(mode).await;
+        match &outcome {
+            Ok(()) if from == mode => {}
+            Ok(()) => {
+                let message = format!("Services of this node have changed from {from} to {mode} mode");
+                self.events.event(&node, EventKind::Normal, "ProxyModeChanged", message);
+            }
+            Err(error) => self.events.event(&node, EventKind::Warning, "ProxyModeNotChanged", error.to_string()),
+        }
+        Ok(outcome?)
+    }
 }
 
 fn bind_local(path: &std::path::Path) -> anyhow::Result<tokio::net::UnixListener> {
@@ -619,7 +648,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let proxy = state.proxy.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
-                "node": state.name, "proxyMode": state.mode.to_string(),
+                "node": state.name, "proxyMode": state.mode().to_string(),
                 "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
                     "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
                     "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
@@ -627,14 +656,18 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             })
             .to_string())
         }
+        (&Method::POST, "/mode") => {
+            state.change_mode(std::str::from_utf8(&body)?.parse()?).await?;
+            Ok(String::new())
+        }
         (&Method::GET, "/plan") => {
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(proxy::dump(state.mode, &table, &view))
+            Ok(proxy::dump(state.mode(), &table, &view))
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode, state.view.borrow().clone(), state.feed.table.clone());
+            let (mode, view, table) = (state.mode(), state.view.borrow().clone(), state.feed.table.clone());
             let pending = state.proxy.borrow().pending;
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {

@@ -6,6 +6,8 @@
 pub mod dataplane;
 mod error;
 pub mod explain;
+mod handover;
+pub mod keeper;
 mod leftovers;
 mod mode;
 mod node;
@@ -16,6 +18,7 @@ mod watch;
 
 pub use error::Error;
 pub use explain::{dump, explain};
+pub use handover::{Requests, Switch, run_switchable, switch};
 pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;

@@ -19,6 +19,13 @@ impl Mode {
     pub(crate) fn is_watched(self) -> bool {
         matches!(self, Mode::Nftables | Mode::Iptables)
     }
+
+    /// Whether connections that it makes are translated by netfilter for as long as they live.
+    pub(crate) fn is_translated_by_netfilter(self) -> bool {
+        match self {
+            Mode::Nftables | Mode::Iptables | Mode::Userspace => true,
+        }
+    }
 }
 
 impl FromStr for Mode {

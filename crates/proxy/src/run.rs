@@ -19,10 +19,10 @@ use tokio_util::sync::CancellationToken;
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
-use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::dataplane::{Answerers, Change, Dataplane, Kept};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
-use crate::{Error, Mode, NodeView, leftovers};
+use crate::{Error, Mode, NodeView, keeper, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -37,6 +37,14 @@ pub struct Config {
     pub watching: Watching,
 }
 
+impl Config {
+    /// The same in another mode.
+    pub(crate) fn in_mode(&self, mode: Mode) -> Result<Config, Error> {
+        let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        Ok(Config { mode, node: self.node.clone(), namespace, watching: self.watching.clone() })
+    }
+}
+
 /// The service table and what happens to it. Subscribe before the table's first list is complete.
 pub struct Feed {
     pub table: Arc<RwLock<ServiceTable>>,
@@ -48,6 +56,8 @@ pub struct Feed {
 pub struct Status {
     /// The kernel has held a whole plan since the start.
     pub synced: bool,
+    /// The mode whose whole plan the kernel holds, without other modes' leftovers; `None` before the first.
+    pub mode: Option<Mode>,
     pub commits: u64,
     /// Frontends whose last change is not in the kernel yet.
     pub pending: usize,
@@ -83,6 +93,16 @@ pub async fn run(
     status: watch::Sender<Status>,
     token: CancellationToken,
 ) -> Result<(), Error> {
+    hold(config, feed, status, token).await.map(drop)
+}
+
+/// The same, and what must outlive the mode while connections that it took are on their way to it.
+pub(crate) async fn hold(
+    config: Config,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<Kept, Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
         Ok(socket) => Some(Box::new(socket)),
@@ -91,6 +111,13 @@ pub async fn run(
         Err(error) => return Err(error.into()),
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    if config.mode.is_translated_by_netfilter() {
+        match keeper::keep(&mut Socket::open(namespace())?) {
+            // Without privileges nothing is translated.
+            Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => {}
+            kept => kept?,
+        }
+    }
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
     match config.mode {
@@ -216,14 +243,14 @@ impl<D: Dataplane> Loop<D> {
         Loop { watcher, ..self }
     }
 
-    async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
+    async fn run(mut self, token: CancellationToken) -> Result<Kept, Error> {
         let result = self.follow(&token).await;
         if let Some(watcher) = self.watcher.take() {
             // It ends with the token; without the loop it has nobody to talk to.
             watcher.task.abort();
             drop(watcher.task.await);
         }
-        result
+        result.map(|()| self.kernel.and_then(|kernel| kernel.dataplane.retire()))
     }
 
     async fn follow(&mut self, token: &CancellationToken) -> Result<(), Error> {
@@ -403,12 +430,13 @@ impl<D: Dataplane> Loop<D> {
                 None => drop(self.committed.remove(&id)),
             }
         }
-        let ejected = node.ejected.clone();
+        let (ejected, mode) = (node.ejected.clone(), self.config.mode);
         self.node = Some(node);
         let pending = self.pending.len();
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
+            status.mode = Some(mode);
             status.commits += 1;
             status.pending = pending;
             status.error = None;

@@ -17,11 +17,12 @@ pub struct Running {
     pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
     pub status: watch::Receiver<Status>,
+    pub switch: proxy::Switch,
     token: CancellationToken,
     pub runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
-    _node: watch::Sender<Arc<proxy::NodeView>>,
+    pub node: watch::Sender<Arc<proxy::NodeView>>,
 }
 
 impl Running {
@@ -41,8 +42,9 @@ impl Running {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
         let config = Config { mode, node: node_receiver, namespace: Some(namespace), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
-        let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
-        Running { table, changes, status, token, runtime, task, _node: node }
+        let (switch, requests) = proxy::switch();
+        let task = runtime.spawn(proxy::run_switchable(config, feed, sender, requests, token.clone()));
+        Running { table, changes, status, switch, token, runtime, task, node }
     }
 
     /// Changes the table and waits until the kernel has it.
@@ -139,7 +141,7 @@ fn modes_are_swapped_without_cleaning() {
             .node
             .command("nft", "list tables inet")
             .lines()
-            .filter(|line| !line.contains("watch"))
+            .filter(|line| !line.contains("watch") && !line.contains("keeper"))
             .map(str::to_owned)
             .collect::<Vec<_>>()
     };

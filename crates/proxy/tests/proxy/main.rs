@@ -5,6 +5,7 @@ mod cases;
 mod differences;
 mod ejection;
 mod explain;
+mod handover;
 mod history;
 mod live;
 mod modes;

@@ -5,6 +5,7 @@
 mod cluster;
 mod daemon;
 mod death;
+mod handover;
 mod play;
 mod registry;
 mod script;

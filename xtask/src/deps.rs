@@ -16,6 +16,8 @@ use crate::shell;
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "build: ring's assembly and the linker"),
     ("libc6-dev", "build: the linker"),
+    ("clang-16", "build: the programs of the ebpf proxy mode"),
+    ("linux-libc-dev", "build: the kernel's headers for them"),
     ("iptables", "the iptables proxy mode"),
     ("nftables", "tests and demo: `nft list` reads back what our encoder wrote"),
     ("conntrack", "tests: read the flows of a namespace"),

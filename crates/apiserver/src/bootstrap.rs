@@ -152,6 +152,9 @@ fn roles() -> Vec<(&'static str, Value, &'static [&'static str])> {
         rule(&[""], &["serviceaccounts/token"], &["create"]),
         rule(&[""], &["events"], &["create", "patch", "update"]),
         rule(&["coordination.k8s.io"], &["leases"], &["create", "get", "patch", "update"]),
+        // For the removal barrier: which proxies still send a terminating pod something.
+        rule(&["coordination.k8s.io"], &["leases"], &["list", "watch"]),
+        rule(&["discovery.k8s.io"], &["endpointslices"], READ),
         rule(&["certificates.k8s.io"], &["certificatesigningrequests"], &["create", "get", "list", "watch"]),
         rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),

@@ -1,7 +1,6 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
-use crate::join;
-use crate::{cli, explain, local, serve, server};
+use crate::{barrier, cli, explain, join, local, serve, server, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{CONFIG_MAPS, NODES};
 use api::{ObjectExt, object::Metadata};
@@ -15,6 +14,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
 use kubelet::{ClusterDns, KubeletConfig};
+use linux::cgroup_v1v2::Hierarchies;
 use linux::netns::Netns;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
 use proxy::{Mode, NodeView};
@@ -27,7 +27,7 @@ use services::Place;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -64,9 +64,12 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables or userspace.
+    /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -86,6 +89,9 @@ pub struct AgentArgs {
     pub run_dir: PathBuf,
     #[arg(long, hide = true, default_value = "fairlead-agent/pods")]
     pub cgroup: PathBuf,
+    /// Holds every process of the node, in the cgroup2 hierarchy: a host is all of it.
+    #[arg(long, hide = true, default_value = "")]
+    pub node_cgroup: PathBuf,
     /// Image store, shared by the nodes of one machine.
     #[arg(long, hide = true)]
     pub images: Option<PathBuf>,
@@ -104,6 +110,14 @@ pub fn run(args: AgentArgs) -> anyhow::Result<ExitCode> {
         nix::unistd::setsid().ok();
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(start(args))
+}
+
+/// Where the node's own sockets are, and a place for what outlives the agent.
+fn proxy_hooks(args: &AgentArgs, dir: &Path) -> anyhow::Result<proxy::Hooks> {
+    let mounted = Hierarchies::mounted().context("look for the cgroup2 mount")?.v2;
+    let root = mounted.unwrap_or_else(|| "/sys/fs/cgroup".into());
+    let cgroup = root.join(args.node_cgroup.strip_prefix("/").unwrap_or(&args.node_cgroup));
+    Ok(proxy::Hooks { cgroup, pins: dir.join("bpf") })
 }
 
 /// What an agent keeps of a Node.
@@ -289,14 +303,23 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
     let mode = args.proxy_mode;
-    let seed = tokio::task::spawn_blocking(move || proxy::found(mode, None)).await??;
+    let hooks = proxy_hooks(&args, &dir)?;
+    let seed = {
+        let hooks = hooks.clone();
+        tokio::task::spawn_blocking(move || {
+            proxy::prepare(mode, None, Some(&hooks))?;
+            proxy::found(mode, None, Some(&hooks))
+        })
+        .await??
+    };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
-    let view = NodeView::new(
+    let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),
     );
+    view.relay_localhost = args.localhost_node_ports;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
@@ -307,7 +330,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
         ..proxy::Watching::default()
     };
-    let proxy_config = proxy::Config { mode, node: view_seen.clone(), namespace: None, watching };
+    let proxy_config =
+        proxy::Config { mode, node: view_seen.clone(), namespace: None, hooks: Some(hooks.clone()), watching };
     let proxy_feed = proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let proxy_token = token.clone();
     let (switch, requests) = proxy::switch();
@@ -316,6 +340,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             warn!(%error, "the proxy ended");
         }
     });
+    let recorder = reconcile::Recorder::new(&proxy_client, "fairlead-proxy", &name);
+    tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), recorder, token.clone()));
+    tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
     let (ready, ready_seen) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
@@ -446,6 +473,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         events: proxy_events,
         feed: feed.clone(),
         view: view_seen,
+        hooks,
         proxy: proxy_seen.clone(),
         images: runtime.clone(),
         store: runtime.images().clone(),
@@ -573,6 +601,7 @@ struct Local {
     events: Recorder,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
+    hooks: proxy::Hooks,
     proxy: watch::Receiver<proxy::Status>,
     images: Arc<Builtin>,
     store: runtime::image::ImageStore,
@@ -667,8 +696,14 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let (mode, view, table) = (state.mode(), state.view.borrow().clone(), state.feed.table.clone());
-            let pending = state.proxy.borrow().pending;
+            let (mode, table) = (state.mode(), state.feed.table.clone());
+            let mut view = NodeView::clone(&state.view.borrow());
+            let pending = {
+                let proxy = state.proxy.borrow();
+                view.ejected.extend(&proxy.ejected);
+                proxy.pending
+            };
+            let hooks = state.hooks.clone();
             let report = tokio::task::spawn_blocking(move || {
                 let (mut report, frontends) = {
                     let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -676,7 +711,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
                     (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
                 };
                 // The kernel is asked without holding up those who follow the table.
-                let mut drift = proxy::explain::drift(mode, &frontends, &view, None)?;
+                let mut drift = proxy::explain::drift(mode, &frontends, &view, None, Some(&hooks))?;
                 if pending > 0 {
                     drift.push(format!("{pending} changed ports of Services are being committed"));
                 }

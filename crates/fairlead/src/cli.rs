@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, client, down, explain, image, node, server, status, up};
+use crate::{agent, await_dns, client, down, explain, image, node, server, status, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,6 +50,9 @@ enum Command {
     Delete(client::DeleteArgs),
     /// Show a container's output.
     Logs(client::LogsArgs),
+    /// Wait until cluster DNS answers here.
+    #[command(hide = true)]
+    AwaitDns(await_dns::AwaitDnsArgs),
     /// Print a completion script for a shell.
     Completions { shell: clap_complete::Shell },
 }
@@ -72,6 +75,7 @@ impl Cli {
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),
             Command::Logs(args) => blocking(args.run()),
+            Command::AwaitDns(args) => await_dns::run(&args),
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Cli::command(), "fairlead", &mut std::io::stdout());
                 Ok(ExitCode::SUCCESS)

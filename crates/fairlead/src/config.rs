@@ -18,6 +18,8 @@ pub struct ClusterConfig {
     pub store: String,
     pub publish: Vec<String>,
     pub nodes: u32,
+    #[serde(default)]
+    pub localhost_node_ports: bool,
 }
 
 fn path(dir: &Path) -> PathBuf {

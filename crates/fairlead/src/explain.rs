@@ -195,16 +195,22 @@ impl Facts {
         }
         facts.table.set_synced();
         facts.nodes = list("/api/v1/nodes").await.map_err(fail)?.iter().map(Node::of).collect();
-        // Clusters of other makes do not say it in one place.
-        facts.pod_cidrs = match session.get("/api/v1/namespaces/kube-system/configmaps/fairlead", JSON).await {
-            Ok(settings) => parsed(settings.text("/data/podCIDRs").split(',')),
-            Err(_) => facts.nodes.iter().flat_map(|node| node.pod_cidrs.clone()).collect(),
-        };
-        match list("/apis/networking.k8s.io/v1/servicecidrs").await {
-            Ok(items) => {
-                facts.service_cidrs = items.iter().flat_map(|item| parsed(texts(item, "/spec/cidrs", ""))).collect()
+        match session.get("/api/v1/namespaces/kube-system/configmaps/fairlead", JSON).await {
+            Ok(settings) => {
+                facts.pod_cidrs = parsed(settings.text("/data/podCIDRs").split(','));
+                facts.service_cidrs = parsed(settings.text("/data/serviceCIDRs").split(','));
             }
-            Err(error) => complain(&format!("the ranges of cluster IPs are unknown: {}", complaint(&error))),
+            // A cluster of another make: nodes and ServiceCIDRs tell.
+            Err(_) => {
+                facts.pod_cidrs = facts.nodes.iter().flat_map(|node| node.pod_cidrs.clone()).collect();
+                match list("/apis/networking.k8s.io/v1/servicecidrs").await {
+                    Ok(items) => {
+                        facts.service_cidrs =
+                            items.iter().flat_map(|item| parsed(texts(item, "/spec/cidrs", ""))).collect();
+                    }
+                    Err(error) => complain(&format!("the ranges of cluster IPs are unknown: {}", complaint(&error))),
+                }
+            }
         }
         if let Some((namespace, name)) = pod_name(source) {
             let path = format!("/api/v1/namespaces/{}/pods/{}", encode(namespace), encode(name));
@@ -293,11 +299,16 @@ impl Facts {
             _ => bail!("{host} is no name of a Service: those are NAME, NAME.NAMESPACE or NAME.NAMESPACE.svc.DOMAIN"),
         };
         if let Some(service) = self.table.service(namespace, name) {
-            let named = service.ports.iter().find(|held| &*held.name == port && held.protocol == protocol);
-            let port = named.map_or_else(number, |held| Ok(held.port)).with_context(|| {
-                let ports: Vec<String> =
-                    service.ports.iter().map(|held| format!("{} {}/{}", held.name, held.port, held.protocol)).collect();
-                format!("{namespace}/{name} has the ports {}", ports.join(", "))
+            let of_protocol = || service.ports.iter().filter(|held| held.protocol == protocol);
+            let by_name = of_protocol().find(|held| &*held.name == port && !port.is_empty()).map(|held| held.port);
+            // A number that is no port of the Service is a question, too: there is an answer to it.
+            let port = by_name.or_else(|| port.parse().ok()).with_context(|| {
+                let ports = of_protocol().map(|held| match &*held.name {
+                    "" => held.port.to_string(),
+                    name => format!("{name} ({})", held.port),
+                });
+                let ports: Vec<String> = ports.collect();
+                format!("{namespace}/{name} has no {protocol} port {port:?}, only {}", ports.join(", "))
             })?;
             return Ok(SocketAddr::new(proxy::explain::cluster_ip(&self.table, namespace, name, family)?, port));
         }
@@ -375,12 +386,7 @@ mod tests {
             ("outside", "web:80", Some("node-9"), "there is no node node-9; nodes are node-1, node-2"),
             ("outside", "web", None, "web has no port: write web:80, 10.96.0.10:80 or [fd00::a]:80"),
             ("outside", "fd00::a:80", None, "fd00::a:80 has no port: write web:80, 10.96.0.10:80 or [fd00::a]:80"),
-            (
-                "outside",
-                "web:dns",
-                None,
-                "default/web has the ports http 80/tcp: \"dns\" is no port: invalid digit found in string",
-            ),
+            ("outside", "web:dns", None, "default/web has no tcp port \"dns\", only http (80)"),
             (
                 "outside",
                 "gone:80",

@@ -4,6 +4,8 @@
 //! holds a pod.
 
 mod agent;
+mod await_dns;
+mod barrier;
 mod cli;
 mod client;
 mod components;
@@ -23,6 +25,7 @@ mod server;
 mod signer;
 mod status;
 mod up;
+mod warnings;
 
 use clap::Parser;
 use std::process::ExitCode;

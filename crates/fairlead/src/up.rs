@@ -7,10 +7,9 @@ use anyhow::{Context, bail};
 use clap::Args;
 use ipnet::IpNet;
 use lab::{Lab, LabConfig};
-use linux::netns::Netns;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -22,9 +21,12 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables, iptables or userspace.
+    /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
+    /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
+    #[arg(long)]
+    pub localhost_node_ports: bool,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -89,6 +91,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         store: args.store.clone(),
         publish: args.publish.iter().map(|p| format!("{}:{}", p.listen, p.node_port)).collect(),
         nodes,
+        localhost_node_ports: args.localhost_node_ports,
     };
     config.save(dir)?;
     let outcome = bring_up(&args, &lab, &config);
@@ -218,11 +221,16 @@ fn start_agent(
         lab.run_dir().join(format!("pods-{}", node.index)).display().to_string(),
         "--cgroup".into(),
         format!("{}/pods", node.cgroup),
+        "--node-cgroup".into(),
+        node.cgroup.clone(),
         "--images".into(),
         dir.join("images").display().to_string(),
     ];
     for registry in insecure {
         arguments.extend(["--insecure-registry".into(), registry.clone()]);
+    }
+    if config.localhost_node_ports {
+        arguments.push("--localhost-node-ports".into());
     }
     let mut command = node.command(std::env::current_exe()?, arguments)?;
     command.env("FAIRLEAD_TOKEN", token);
@@ -293,41 +301,11 @@ fn last_lines(log: &Path) -> String {
 /// Asks cluster DNS, through the Service network of a node, until it answers.
 fn wait_for_dns(lab: &Lab, service_cidrs: &[IpNet]) -> anyhow::Result<()> {
     let dns = *server::dns_addresses(service_cidrs)?.first().context("no service range")?;
-    let node = lab.nodes().first().context("no node")?.namespace()?;
-    let until = Instant::now() + Duration::from_secs(30);
-    loop {
-        if dns_answers(&node, dns).unwrap_or(false) {
-            return Ok(());
-        }
-        if Instant::now() > until {
-            bail!("cluster DNS at {dns} does not answer; `fairlead status` tells more");
-        }
+    let node = lab.nodes().first().context("no node")?;
+    // As a process of the node: in the ebpf mode, Services are for these only.
+    let asked = node.command(std::env::current_exe()?, ["await-dns".to_owned(), dns.to_string()])?.status()?;
+    if !asked.success() {
+        bail!("the Service network of {} does not work; `fairlead status` tells more", node.name);
     }
-}
-
-/// One question for `kubernetes.default.svc.cluster.local`, with 100 ms for the answer.
-fn dns_answers(node: &Netns, server: IpAddr) -> anyhow::Result<bool> {
-    let mut question = vec![0x46, 0x4c, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-    for label in ["kubernetes", "default", "svc", "cluster", "local"] {
-        question.push(u8::try_from(label.len())?);
-        question.extend(label.as_bytes());
-    }
-    let kind = if server.is_ipv4() { 1 } else { 28 };
-    question.extend([0, 0, kind, 0, 1]);
-    let any: IpAddr = if server.is_ipv4() { IpAddr::from([0u8; 4]) } else { IpAddr::from([0u8; 16]) };
-    let socket = node.udp_bind(SocketAddr::new(any, 0))?;
-    socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-    let asked = Instant::now();
-    let answered = socket.send_to(&question, SocketAddr::new(server, 53)).and_then(|_| {
-        let mut answer = [0u8; 512];
-        socket.recv(&mut answer).map(|n| (n, answer))
-    });
-    let good = matches!(answered, Ok((n, answer)) if n > 12 && answer[3] & 0x0f == 0 && answer[7] > 0);
-    if !good {
-        // An immediate refusal must not become a busy loop.
-        let rest = Duration::from_millis(20).saturating_sub(asked.elapsed());
-        std::thread::park_timeout(rest);
-    }
-    Ok(good)
+    Ok(())
 }

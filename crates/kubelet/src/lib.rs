@@ -5,6 +5,7 @@
 //! port-forward.
 
 mod action;
+mod barrier;
 mod container;
 mod dns;
 mod docker;
@@ -141,6 +142,7 @@ pub async fn run(
         node: NodeFacts::read(&config.root),
         volumes: Volumes::new(config.root.join("pods"), &client),
         pods: Api::new(&client, &PODS),
+        barrier: barrier::Barrier::new(&client, &config),
         services: reconcile::feed(&client, &SERVICES, Scope::all(), &token, |_, _| {}),
         recorder: recorder.clone(),
         runtime,

@@ -19,7 +19,9 @@ pub type Report = Arc<dyn Fn(EventKind, &str, String) + Send + Sync>;
 /// Runs until dropped.
 pub struct Prober {
     state: Arc<Mutex<ProbeState>>,
-    _tasks: JoinSet<()>,
+    _readiness: JoinSet<()>,
+    /// Startup and liveness: what they find may restart the container.
+    others: JoinSet<()>,
 }
 
 /// What the probes of one container need.
@@ -47,7 +49,7 @@ impl Prober {
             ready: container.readiness_probe.is_none() || subject.was_ready,
             unhealthy: None,
         }));
-        let mut tasks = JoinSet::new();
+        let (mut readiness, mut others) = (JoinSet::new(), JoinSet::new());
         let is_started = container.startup_probe.is_none() || subject.was_started;
         let started = Arc::new(tokio::sync::watch::channel(is_started).0);
         let probes = [
@@ -57,10 +59,16 @@ impl Prober {
         ];
         for (kind, probe) in probes {
             if let Some(probe) = probe {
+                let tasks = if kind == Kind::Readiness { &mut readiness } else { &mut others };
                 tasks.spawn(run(kind, probe, subject.clone(), state.clone(), started.clone()));
             }
         }
-        Prober { state, _tasks: tasks }
+        Prober { state, _readiness: readiness, others }
+    }
+
+    /// The container is to end and not to be restarted; whether it answers still matters, as long as somebody is sent to it.
+    pub fn only_readiness(&mut self) {
+        self.others.abort_all();
     }
 
     pub fn state(&self) -> ProbeState {

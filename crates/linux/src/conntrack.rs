@@ -130,7 +130,7 @@ fn port(attributes: Attributes<'_>, kind: u16) -> u16 {
     attributes.get(kind).and_then(|bytes| bytes.try_into().ok()).map(u16::from_be_bytes).unwrap_or(0)
 }
 
-fn tuple(attributes: Attributes<'_>) -> Option<(u8, SocketAddr, SocketAddr)> {
+pub(crate) fn tuple(attributes: Attributes<'_>) -> Option<(u8, SocketAddr, SocketAddr)> {
     let (ip, protocol) = (attributes.nested(1)?, attributes.nested(2)?);
     let source = SocketAddr::new(address(ip, 1)?, port(protocol, 2));
     let destination = SocketAddr::new(address(ip, 2)?, port(protocol, 3));

@@ -4,8 +4,10 @@
 #![allow(unsafe_code)]
 #![allow(clippy::disallowed_methods)]
 
+pub mod bpf;
 pub mod cgroup;
 pub mod cgroup_v1v2;
+pub mod connections;
 pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
@@ -18,6 +20,7 @@ pub mod netns;
 pub mod nflog;
 pub mod nft;
 pub mod process;
+pub mod provoke;
 pub mod sigpipe;
 pub mod sock_diag;
 pub mod splice;

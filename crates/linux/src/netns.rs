@@ -25,6 +25,9 @@ use nix::sys::statfs::{NSFS_MAGIC, statfs};
 
 use crate::link::{Item, LinkError, Links};
 
+/// Of asm-generic/socket.h.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error("{doing}: {source}; network namespaces need root and a kernel with CONFIG_NET_NS")]
@@ -140,6 +143,20 @@ impl Netns {
         on_scratch_thread(inside)
             .and_then(|done| done)
             .map_err(|source| NetnsError::Namespace { doing: format!("enter {}", self.name()), source })
+    }
+
+    /// The number by which eBPF programs know the namespace; no other has it as long as the machine runs.
+    pub fn cookie(&self) -> Result<u64, NetnsError> {
+        let read = || -> io::Result<u64> {
+            let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+            let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+            let (value, size) = (std::ptr::from_mut(&mut cookie).cast(), std::ptr::from_mut(&mut length));
+            // SAFETY: the kernel writes at most `length` bytes to `cookie`, and both live until it returns.
+            let result =
+                unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, size) };
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+        };
+        self.run(read)?.map_err(|source| self.socket_failed("read the cookie".into(), source))
     }
 
     /// Sets one sysctl, named with slashes because link names may contain dots: `net/ipv4/ip_forward`.

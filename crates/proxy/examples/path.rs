@@ -1,13 +1,16 @@
 //! Measures the Service data path in namespaces of its own, and prints one JSON object; `cargo xtask bench proxy` runs it.
 //!
 //! - `path program --mode M --services N --endpoints E`: a cold start, then single changes, through the proxy's own loop
+//! - `path die --mode M --how cut|crash|stop --watch on|off`: one of three endpoints dies under 200 requests per second
 //! - `path connect --rounds R --services A,B,… [--modes M,…]`: connections from a pod to random Services, beside no rule at
 //!   all and beside one constant translation, which is the least that netfilter can do
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
@@ -36,6 +39,9 @@ const DRAWN: usize = 1_000;
 fn main() -> Result<(), Failure> {
     let mut arguments = std::env::args().skip(1);
     let what = arguments.next().unwrap_or_default();
+    if what == "serve" {
+        return answer(arguments.next().unwrap_or_default().parse()?);
+    }
     let mut flags = BTreeMap::new();
     while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
         flags.insert(name.trim_start_matches("--").to_owned(), value);
@@ -55,7 +61,15 @@ fn main() -> Result<(), Failure> {
                 flag("modes", "nftables,iptables").split(',').map(str::parse).collect::<Result<_, _>>()?;
             connect(&lab, number("rounds", "5")?, &sizes, &modes, number("iptables-limit", "10000")?)?
         }
-        other => return Err(format!("{other:?} is neither program nor connect").into()),
+        "die" => {
+            let watching = proxy::Watching {
+                ejection: flag("watch", "on") == "on",
+                retry: flag("watch", "on") == "on",
+                ..proxy::Watching::default()
+            };
+            die(&lab, flag("mode", "nftables").parse::<Mode>()?, &flag("how", "crash"), watching)?
+        }
+        other => return Err(format!("{other:?} is neither program, die nor connect").into()),
     };
     println!("{printed}");
     Ok(())
@@ -100,23 +114,8 @@ impl World {
         let namespace = |part: &str| lab.namespace(&format!("{name}-{part}"));
         let (client, node, server) = (namespace("client")?, namespace("node")?, namespace("server")?);
         node.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv4/conf/all/send_redirects", "0")])?;
-        let links = Links::open(&node)?;
-        for (pod, address, link) in [(&client, CLIENT, "client"), (&server, SERVER, "server")] {
-            let net = |address: Ipv4Addr| ipnet::IpNet::new_assert(address.into(), 32);
-            let veth =
-                Veth { name: link.into(), peer: "eth0".into(), peer_netns: pod.clone(), peer_mac: None, mtu: None };
-            links.ensure_all(&[
-                Item::Veth(veth),
-                Item::Up(link.into()),
-                Item::Address(Address { link: link.into(), address: net(NODE) }),
-                Item::Route(Route::host(address.into()).link(link)),
-            ])?;
-            Links::open(pod)?.ensure_all(&[
-                Item::Up("eth0".into()),
-                Item::Address(Address { link: "eth0".into(), address: net(address) }),
-                Item::Route(Route::default_via(NODE.into()).link("eth0").onlink()),
-            ])?;
-        }
+        attach(&node, &client, CLIENT, "client")?;
+        attach(&node, &server, SERVER, "server")?;
         Ok(World { client, node, server })
     }
 
@@ -137,6 +136,24 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// A cable from the node to a pod.
+fn attach(node: &Netns, pod: &Netns, address: Ipv4Addr, link: &str) -> Result<(), Failure> {
+    let net = |address: Ipv4Addr| ipnet::IpNet::new_assert(address.into(), 32);
+    let veth = Veth { name: link.into(), peer: "eth0".into(), peer_netns: pod.clone(), peer_mac: None, mtu: None };
+    Links::open(node)?.ensure_all(&[
+        Item::Veth(veth),
+        Item::Up(link.into()),
+        Item::Address(Address { link: link.into(), address: net(NODE) }),
+        Item::Route(Route::host(address.into()).link(link)),
+    ])?;
+    Links::open(pod)?.ensure_all(&[
+        Item::Up("eth0".into()),
+        Item::Address(Address { link: "eth0".into(), address: net(address) }),
+        Item::Route(Route::default_via(NODE.into()).link("eth0").onlink()),
+    ])?;
+    Ok(())
 }
 
 fn view() -> NodeView {
@@ -193,6 +210,15 @@ struct Running {
 
 impl Running {
     fn start(mode: Mode, namespace: &Netns, table: ServiceTable) -> Result<Running, Failure> {
+        Self::start_with(mode, namespace, table, proxy::Watching::default())
+    }
+
+    fn start_with(
+        mode: Mode,
+        namespace: &Netns,
+        table: ServiceTable,
+        watching: proxy::Watching,
+    ) -> Result<Running, Failure> {
         let held: OwnedFd = std::fs::File::open(namespace.path().ok_or("an unnamed namespace")?)?.into();
         let table = Arc::new(RwLock::new(table));
         let (changes, receiver) = broadcast::channel(1024);
@@ -200,8 +226,7 @@ impl Running {
         let (node, receiver_of_node) = watch::channel(Arc::new(view()));
         let token = CancellationToken::new();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let config =
-            Config { mode, node: receiver_of_node, namespace: Some(held), watching: proxy::Watching::default() };
+        let config = Config { mode, node: receiver_of_node, namespace: Some(held), hooks: None, watching };
         runtime.spawn(proxy::run(config, Feed { table: table.clone(), changes: receiver }, sender, token.clone()));
         Ok(Running { table, changes, status, token, runtime, _node: node })
     }
@@ -282,6 +307,135 @@ fn pss() -> Result<f64, Failure> {
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).ok_or("no Pss")?;
     let kilobytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kilobytes / 1024.0)
+}
+
+/// Answers each connection with one byte, a thread for each.
+fn answer(address: SocketAddr) -> Result<(), Failure> {
+    let listener = TcpListener::bind(address)?;
+    println!("listening");
+    for mut stream in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            let mut byte = [0];
+            // A client that has gone needs no answer.
+            let _ = stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte));
+        });
+    }
+    Ok(())
+}
+
+/// A server process that ends with its guard, also when it is stopped.
+struct Server(std::process::Child);
+
+impl Server {
+    fn start(namespace: &Netns, address: SocketAddr) -> Result<Server, Failure> {
+        let program = std::env::current_exe()?;
+        let mut child = namespace
+            .run(|| Command::new(program).arg("serve").arg(address.to_string()).stdout(Stdio::piped()).spawn())??;
+        let mut line = [0; 10];
+        child.stdout.as_mut().ok_or("no output")?.read_exact(&mut line)?;
+        Ok(Server(child))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may be dead already: that is what this is about.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// How long before the death, and after it, requests are sent.
+const BEFORE: Duration = Duration::from_secs(1);
+const AFTER: Duration = Duration::from_secs(6);
+const EVERY: Duration = Duration::from_millis(5);
+/// An answer that takes longer is as bad as none.
+const PATIENCE: Duration = Duration::from_millis(1200);
+
+fn die(lab: &Lab, mode: Mode, how: &str, watching: proxy::Watching) -> Result<String, Failure> {
+    let world = World::new(lab, "die")?;
+    let mut pods = vec![(world.server.clone(), SERVER)];
+    for number in 0..2u8 {
+        let (pod, address) = (lab.namespace(&format!("die-{number}"))?, Ipv4Addr::new(10, 244, 0, 13 + number));
+        attach(&world.node, &pod, address, &format!("server{number}"))?;
+        pods.push((pod, address));
+    }
+    let mut servers = Vec::new();
+    for (pod, address) in &pods {
+        servers.push(Server::start(pod, (*address, PORTS.start).into())?);
+    }
+    let mut table = ServiceTable::new();
+    table.upsert_service(&service(0))?;
+    let here = String::from_utf8(slice(0, PORTS.start, pods.iter().map(|(_, address)| *address)))?;
+    table.upsert_slice(here.replace("node-2", "node-1").as_bytes())?;
+    let mut running = Running::start_with(mode, &world.node, table, watching)?;
+    running.change(ServiceTable::set_synced)?;
+
+    let target = SocketAddr::from((cluster_ip(0), 80));
+    let started = Instant::now();
+    let clients = {
+        let client = world.client.clone();
+        std::thread::spawn(move || client.run(move || request_steadily(target, started)))
+    };
+    std::thread::sleep(BEFORE);
+    match how {
+        "crash" => servers[0].0.kill()?,
+        "stop" => nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(i32::try_from(servers[0].0.id())?),
+            nix::sys::signal::Signal::SIGSTOP,
+        )?,
+        "cut" => {
+            let output = pods[0].0.run(|| Command::new("ip").args(["link", "set", "eth0", "down"]).output())??;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+            }
+        }
+        other => return Err(format!("{other:?} is no way to die: cut, crash or stop").into()),
+    }
+    let outcomes = clients.join().map_err(|_| "the clients panicked")??;
+    let failed = outcomes.iter().filter(|outcome| outcome.took.is_none()).count();
+    let late = outcomes.iter().filter(|outcome| outcome.took.is_some_and(|took| took > PATIENCE)).count();
+    let slow = outcomes.iter().filter(|outcome| outcome.took.is_some_and(|took| took > PATIENCE / 4)).count();
+    let last = outcomes
+        .iter()
+        .filter(|outcome| outcome.took.is_none_or(|took| took > PATIENCE / 4))
+        .map(|outcome| outcome.at.saturating_sub(BEFORE))
+        .max();
+    let status = running.status.borrow().clone();
+    Ok(json!({
+        "mode": mode.to_string(), "how": how, "requests": outcomes.len(), "failed": failed, "over_1200_ms": late,
+        "over_300_ms": slow, "last_bad_ms": last.map(|last| last.as_millis() as u64),
+        "ejections": status.ejections, "retries": status.retries,
+    })
+    .to_string())
+}
+
+struct Outcome {
+    /// When it was sent.
+    at: Duration,
+    /// `None`: it failed.
+    took: Option<Duration>,
+}
+
+/// A request each 5 ms, whatever became of the last ones.
+fn request_steadily(target: SocketAddr, started: Instant) -> Vec<Outcome> {
+    let mut all = Vec::new();
+    let count = ((BEFORE + AFTER).as_millis() / EVERY.as_millis()) as u32;
+    for number in 0..count {
+        let at = EVERY * number;
+        std::thread::sleep(at.saturating_sub(started.elapsed()));
+        all.push((at, std::thread::spawn(move || request(target))));
+    }
+    all.into_iter().map(|(at, request)| Outcome { at, took: request.join().ok().and_then(Result::ok) }).collect()
+}
+
+fn request(target: SocketAddr) -> std::io::Result<Duration> {
+    let started = Instant::now();
+    let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0])?;
+    Ok(started.elapsed())
 }
 
 /// One way for packets from the client to the server.

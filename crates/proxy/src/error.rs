@@ -2,9 +2,9 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables or userspace")]
+    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables, ebpf or userspace")]
     LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables or userspace")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ebpf or userspace")]
     UnknownMode(String),
     #[error("Services stay in {from} mode, since {to} mode cannot take over: {cause}")]
     HandOver { from: crate::Mode, to: crate::Mode, cause: String },
@@ -14,6 +14,12 @@ pub enum Error {
     Nft(#[from] linux::nft::Error),
     #[error(transparent)]
     Iptables(#[from] linux::iptables::Error),
+    #[error(transparent)]
+    Bpf(#[from] linux::bpf::Error),
+    #[error("the ebpf mode was given no cgroup and no directory of its own; name them, or use --proxy-mode=nftables")]
+    NoHooks,
+    #[error("the ebpf mode can tell 8 pod networks and 8 Service networks apart, not more; use --proxy-mode=nftables")]
+    Networks,
     #[error(transparent)]
     Conntrack(#[from] linux::conntrack::Error),
     #[error(
@@ -38,6 +44,10 @@ pub enum Error {
     Netns(#[from] linux::netns::NetnsError),
     #[error("cannot keep the network namespace open: {0}; raise the limit of open files")]
     Namespace(std::io::Error),
+    #[error("cannot open a raw socket: {0}; end policies other than keep need CAP_NET_RAW")]
+    Provoke(std::io::Error),
+    #[error("what ends connections has died; restart the proxy")]
+    EndGone,
     #[error("the thread of a commit died: {0}; the commit is repeated")]
     Commit(tokio::task::JoinError),
 }

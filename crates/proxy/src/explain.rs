@@ -12,9 +12,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{bpf, iptables, nft};
 use services::{Frontend, ServiceTable};
 
+use crate::dataplane::ebpf::{Ebpf, LAYOUTS};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{FakeRelays, Userspace};
@@ -29,6 +30,7 @@ pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
     match mode {
         Mode::Nftables => dump_of::<Nftables<nft::Fake>>(table, node),
         Mode::Iptables => dump_of::<Iptables<iptables::Fake>>(table, node),
+        Mode::Ebpf => dump_of::<Ebpf<bpf::Fake>>(table, node),
         Mode::Userspace => dump_of::<Userspace<nft::Fake, FakeRelays>>(table, node),
     }
 }
@@ -77,6 +79,7 @@ pub fn explain(
 enum Plan {
     Nftables(Nftables<nft::Fake>),
     Iptables(Iptables<iptables::Fake>),
+    Ebpf(Ebpf<bpf::Fake>),
     Userspace(Userspace<nft::Fake, FakeRelays>),
 }
 
@@ -85,6 +88,7 @@ impl Plan {
         Ok(match mode {
             Mode::Nftables => Plan::Nftables(of(Nftables::new(nft::Fake::default()), table, node, packet)?),
             Mode::Iptables => Plan::Iptables(of(Iptables::new(iptables::Fake::default()), table, node, packet)?),
+            Mode::Ebpf => Plan::Ebpf(of(Ebpf::new(bpf::Fake::new(&LAYOUTS)), table, node, packet)?),
             Mode::Userspace => {
                 let fake = Userspace::new(Some(nft::Fake::default()), FakeRelays::default());
                 Plan::Userspace(of(fake, table, node, packet)?)
@@ -104,6 +108,7 @@ impl Plan {
             // Of copies: a packet leaves affinity behind.
             Plan::Nftables(plan) => plan.nft().clone().explain(packet, locals, draw, log),
             Plan::Iptables(plan) => plan.kernel().clone().explain(packet, locals, draw, log),
+            Plan::Ebpf(plan) => plan.explain(&packet, locals, draw, log),
             Plan::Userspace(plan) => plan.explain(packet, locals, draw, log),
         }
     }

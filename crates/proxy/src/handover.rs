@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::Kept;
-use crate::run::hold;
+use crate::run::{hold, localhost};
 use crate::{Config, Error, Feed, Mode, Status};
 
 /// How long the last packet to a mode that is gone may take: a client repeats its first packet after one second, and
@@ -55,25 +55,10 @@ pub async fn run_switchable(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let mode = config.mode;
-    let mut node = Node { config, feed, status, token, retired: JoinSet::new() };
-    let mut session = node.begin(mode)?;
-    loop {
-        tokio::select! {
-            ended = &mut session.task => return ended.map_err(Error::Commit)?.map(drop),
-            Some(Request { mode, done }) = requests.0.recv() => {
-                let outcome = if mode == session.mode {
-                    Ok(())
-                } else {
-                    let (next, outcome) = node.hand_over(session, mode).await?;
-                    session = next;
-                    outcome
-                };
-                // Whoever asked may have gone; the mode is what it is.
-                drop(done.send(outcome));
-            }
-            Some(_) = node.retired.join_next() => {}
-        }
-    }
+    let mut node = Node { config, feed, status, token, localhost: None, retired: JoinSet::new() };
+    let result = node.follow(mode, &mut requests).await;
+    node.end_localhost();
+    result
 }
 
 /// One mode at work.
@@ -96,11 +81,51 @@ struct Node {
     feed: Feed,
     status: watch::Sender<Status>,
     token: CancellationToken,
+    /// Relays on 127.0.0.1 and ::1 beside a mode that has none itself.
+    localhost: Option<JoinHandle<Result<Kept, Error>>>,
     /// What modes that are gone still hold on to.
     retired: JoinSet<()>,
 }
 
 impl Node {
+    async fn follow(&mut self, mode: Mode, requests: &mut Requests) -> Result<(), Error> {
+        self.relay_beside(mode)?;
+        let mut session = self.begin(mode)?;
+        loop {
+            tokio::select! {
+                ended = &mut session.task => return ended.map_err(Error::Commit)?.map(drop),
+                Some(Request { mode, done }) = requests.0.recv() => {
+                    let outcome = if mode == session.mode {
+                        Ok(())
+                    } else {
+                        let (next, outcome) = self.hand_over(session, mode).await?;
+                        session = next;
+                        outcome
+                    };
+                    // Whoever asked may have gone; the mode is what it is.
+                    drop(done.send(outcome));
+                }
+                Some(_) = self.retired.join_next() => {}
+            }
+        }
+    }
+
+    /// Starts the relays on loopback addresses for a mode that needs them, ends them for one that does not.
+    fn relay_beside(&mut self, mode: Mode) -> Result<(), Error> {
+        match (&self.localhost, mode) {
+            (_, Mode::Userspace) => self.end_localhost(),
+            (Some(_), _) => {}
+            (None, _) => self.localhost = localhost(&self.config.in_mode(mode)?, &self.feed, &self.token)?,
+        }
+        Ok(())
+    }
+
+    fn end_localhost(&mut self) {
+        if let Some(task) = self.localhost.take() {
+            task.abort();
+        }
+    }
+
     fn begin(&self, mode: Mode) -> Result<Session, Error> {
         let config = self.config.in_mode(mode)?;
         // What happened before is in the table, which is read as a whole first.
@@ -122,11 +147,15 @@ impl Node {
         let from = session.mode;
         let kept = session.stop().await?;
         self.status.send_modify(|status| status.error = None);
+        if from == Mode::Userspace {
+            self.relay_beside(to)?;
+        }
         let next = self.begin(to)?;
         let settled = self.settled(to).await;
         let outcome = match settled {
             Ok(()) => {
                 tracing::info!("proxy: {to} mode has taken over from {from} mode");
+                self.relay_beside(to)?;
                 Ok((next, Ok(())))
             }
             Err(cause) => {
@@ -136,6 +165,7 @@ impl Node {
                 if let Ok(kept) = next.stop().await {
                     self.retire(kept);
                 }
+                self.relay_beside(from)?;
                 self.begin(from).map(|back| (back, Err(error)))
             }
         };

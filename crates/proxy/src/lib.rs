@@ -3,7 +3,9 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod applied;
 pub mod dataplane;
+mod end;
 mod error;
 pub mod explain;
 mod handover;
@@ -16,11 +18,13 @@ mod scope;
 mod stale;
 mod watch;
 
+pub use applied::AppliedSlices;
 pub use error::Error;
 pub use explain::{dump, explain};
 pub use handover::{Requests, Switch, run_switchable, switch};
+pub use linux::bpf::Hooks;
 pub use linux::nft::Packet;
 pub use mode::Mode;
 pub use node::NodeView;
-pub use run::{Config, Feed, Status, StatusHandle, found, run};
+pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
 pub use watch::{Evidence, Notice, Target, Watching};

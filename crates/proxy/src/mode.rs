@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ebpf,
     Userspace,
 }
 
@@ -24,6 +25,7 @@ impl Mode {
     pub(crate) fn is_translated_by_netfilter(self) -> bool {
         match self {
             Mode::Nftables | Mode::Iptables | Mode::Userspace => true,
+            Mode::Ebpf => false,
         }
     }
 }
@@ -36,7 +38,7 @@ impl FromStr for Mode {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
             "ipvs" => Err(Error::LaterMode("ipvs")),
-            "ebpf" => Err(Error::LaterMode("ebpf")),
+            "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
         }
@@ -48,6 +50,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ebpf => "ebpf",
             Mode::Userspace => "userspace",
         })
     }

@@ -21,6 +21,9 @@ pub struct NodeView {
     pub service_cidrs: Vec<IpNet>,
     /// Masquerade all that is sent to a cluster IP, pods' traffic too.
     pub masquerade_all: bool,
+    /// Node ports answer on 127.0.0.1 and ::1 as well, TCP and UDP, through relays of this process where the kernel's rules
+    /// cannot do it (KEP-6032). Asked once, when the proxy starts.
+    pub relay_localhost: bool,
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
 }

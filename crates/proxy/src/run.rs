@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
 use linux::netns::Netns;
@@ -13,13 +14,17 @@ use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
 use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::applied::{Applied, AppliedSlices};
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane, Kept};
+use crate::end::End;
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, keeper, leftovers};
@@ -34,6 +39,8 @@ pub struct Config {
     pub node: watch::Receiver<Arc<NodeView>>,
     /// The network namespace to work in; `None`: the caller's.
     pub namespace: Option<OwnedFd>,
+    /// Where the ebpf mode attaches and what it keeps; the other modes remove what it has left there.
+    pub hooks: Option<Hooks>,
     pub watching: Watching,
 }
 
@@ -41,7 +48,8 @@ impl Config {
     /// The same in another mode.
     pub(crate) fn in_mode(&self, mode: Mode) -> Result<Config, Error> {
         let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-        Ok(Config { mode, node: self.node.clone(), namespace, watching: self.watching.clone() })
+        let (node, hooks, watching) = (self.node.clone(), self.hooks.clone(), self.watching.clone());
+        Ok(Config { mode, node, namespace, hooks, watching })
     }
 }
 
@@ -65,6 +73,8 @@ pub struct Status {
     pub error: Option<String>,
     /// What holds the rules, and how to look at them.
     pub about: String,
+    /// The slice versions that the kernel follows; the same `Arc` as long as they do not change.
+    pub applied: Arc<AppliedSlices>,
     /// How often an endpoint left the pick because it did not answer.
     pub ejections: u64,
     /// First packets that were sent to another endpoint, or will be when the client repeats them.
@@ -78,11 +88,25 @@ pub struct Status {
 pub type StatusHandle = watch::Receiver<Status>;
 
 /// What an earlier run left in the kernel: give it to `ServiceTable::with_seed`, and a restart changes nothing.
-pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>) -> Result<Seed, Error> {
+pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Seed, Error> {
     match mode {
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
+        Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
     }
+}
+
+/// Whether this kernel can do what the mode needs. The ebpf mode loads and attaches its programs, which do nothing until
+/// they are told of Services.
+pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
+    }
+}
+
+fn pinned(namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+    Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
 /// Keeps the kernel true to the table until the token is cancelled; then returns and leaves the rules in place, so that
@@ -93,10 +117,50 @@ pub async fn run(
     status: watch::Sender<Status>,
     token: CancellationToken,
 ) -> Result<(), Error> {
-    hold(config, feed, status, token).await.map(drop)
+    let localhost = localhost(&config, &feed, &token)?;
+    let result = hold(config, feed, status, token).await.map(drop);
+    if let Some(task) = localhost {
+        // It ends with the token; without the mode it is of no use.
+        task.abort();
+        drop(task.await);
+    }
+    result
 }
 
-/// The same, and what must outlive the mode while connections that it took are on their way to it.
+/// Relays for node ports on 127.0.0.1 and ::1 beside another mode, if they are asked for: the userspace mode as it is
+/// without privileges, over the same table.
+pub(crate) fn localhost(
+    config: &Config,
+    feed: &Feed,
+    token: &CancellationToken,
+) -> Result<Option<JoinHandle<Result<Kept, Error>>>, Error> {
+    if config.mode == Mode::Userspace || !config.node.borrow().relay_localhost {
+        return Ok(None);
+    }
+    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind());
+    let config = Config {
+        mode: Mode::Userspace,
+        node: config.node.clone(),
+        namespace: None,
+        hooks: None,
+        watching: Watching { ejection: false, ..Watching::default() },
+    };
+    let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
+    let dataplane = Userspace::<Socket, Sockets>::new(None, relays);
+    let status = Arc::new(watch::channel(Status::default()).0);
+    let kernel = Kernel { dataplane, conntrack: None, clear: None };
+    Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
+}
+
+fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
+    Ok(match namespace {
+        Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
+        None => Place::Here,
+    })
+}
+
+/// One mode, and what must outlive it while connections that it took are on their way to it.
 pub(crate) async fn hold(
     config: Config,
     feed: Feed,
@@ -118,6 +182,7 @@ pub(crate) async fn hold(
             kept => kept?,
         }
     }
+    let hooks = config.hooks.clone();
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
     match config.mode {
@@ -126,39 +191,58 @@ pub(crate) async fn hold(
             let mut others = Socket::open(namespace())?;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut others)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
             let mut nft = Socket::open(namespace())?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
             let clear = Box::new(move || {
                 leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_nftables(&mut nft)
+                leftovers::clear_nftables(&mut nft)?;
+                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
             });
             let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
             Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
         }
+        Mode::Ebpf => {
+            let mut nft = Socket::open(namespace())?;
+            let kernel = pinned(namespace(), config.hooks.as_ref())?;
+            let clear = Box::new(move || {
+                leftovers::clear_userspace(&mut nft)?;
+                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                leftovers::clear_nftables(&mut nft)
+            });
+            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
+            Loop::new(kernel, config, feed, status).run(token).await
+        }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = match held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)? {
-                Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
-                None => Place::Here,
-            };
-            let relays = Sockets::new(place, Handle::current());
+            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let (witness, watcher) = eyes::relayed::start(
+                &config.watching,
+                place.clone(),
+                feed.table.clone(),
+                status.clone(),
+                token.clone(),
+            );
+            let relays = Sockets::new(place, Handle::current(), witness);
             let clear: Option<Clear> = if nft.is_some() {
                 let mut others = Socket::open(namespace())?;
                 Some(Box::new(move || {
                     leftovers::clear_nftables(&mut others)?;
-                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))
+                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
+                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
                 }))
             } else {
                 None
             };
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
-            Loop::new(kernel, config, feed, status).run(token).await
+            Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
     }
 }
@@ -174,7 +258,10 @@ fn watcher(
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let wanted = config.watching.ejection || config.watching.retry;
     if !wanted || !config.mode.is_watched() {
-        eyes::remove(&mut Socket::open(namespace)?)?;
+        // Who may not touch rules has none to take away.
+        if let Some(mut nft) = userspace::open(namespace)? {
+            eyes::remove(&mut nft)?;
+        }
         return Ok(None);
     }
     match eyes::start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
@@ -211,6 +298,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    applied: Applied,
+    end: End,
 }
 
 /// How the next commit is made.
@@ -235,6 +324,8 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            applied: Applied::default(),
+            end: End::default(),
         }
     }
 
@@ -245,6 +336,7 @@ impl<D: Dataplane> Loop<D> {
 
     async fn run(mut self, token: CancellationToken) -> Result<Kept, Error> {
         let result = self.follow(&token).await;
+        self.end.finish().await;
         if let Some(watcher) = self.watcher.take() {
             // It ends with the token; without the loop it has nobody to talk to.
             watcher.task.abort();
@@ -258,6 +350,8 @@ impl<D: Dataplane> Loop<D> {
             let about = kernel.dataplane.about();
             self.status.send_modify(|status| status.about = about);
         }
+        let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        self.end = End::new(namespace, self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -314,13 +408,17 @@ impl<D: Dataplane> Loop<D> {
             while let Ok(changes) = self.feed.changes.try_recv() {
                 self.notice(&changes);
             }
-            let pending = self.pending.len();
-            self.status.send_if_modified(|status| std::mem::replace(&mut status.pending, pending) != pending);
+            let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
+            self.status.send_if_modified(|status| {
+                let before = std::mem::replace(&mut status.applied, applied.clone());
+                std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
+            });
         }
     }
 
     fn notice(&mut self, changes: &Changes) {
         self.pending.extend(changes.frontends.iter().map(|change| change.id));
+        self.applied.notice(changes);
     }
 
     fn read_table(&self) -> std::sync::RwLockReadGuard<'_, ServiceTable> {
@@ -369,8 +467,10 @@ impl<D: Dataplane> Loop<D> {
         } else {
             self.pending.iter().copied().chain(self.judged(&node)).collect()
         };
+        let slices;
         let after: Vec<(FrontendId, Option<Arc<Frontend>>)> = {
             let table = self.read_table();
+            slices = whole.then(|| table.terminating_slices());
             ids.iter().map(|id| (*id, table.frontend(*id).cloned())).collect()
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
@@ -425,6 +525,7 @@ impl<D: Dataplane> Loop<D> {
         result?;
         for (id, after) in after {
             self.pending.remove(&id);
+            self.end.notice(self.committed.get(&id), after.as_ref(), &node);
             match after {
                 Some(after) => drop(self.committed.insert(id, after)),
                 None => drop(self.committed.remove(&id)),
@@ -432,13 +533,17 @@ impl<D: Dataplane> Loop<D> {
         }
         let (ejected, mode) = (node.ejected.clone(), self.config.mode);
         self.node = Some(node);
-        let pending = self.pending.len();
+        if let Some(slices) = slices {
+            self.applied.restart(slices);
+        }
+        let (pending, applied) = (self.pending.len(), self.applied.settle(&self.pending));
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
             status.mode = Some(mode);
             status.commits += 1;
             status.pending = pending;
+            status.applied = applied;
             status.error = None;
         });
         Ok(match watched {

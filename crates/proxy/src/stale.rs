@@ -35,6 +35,7 @@ pub(crate) fn answerers(
     }
 }
 
+/// Where clients may call it.
 pub(crate) fn addresses(frontend: &Frontend, node: &NodeView) -> Vec<SocketAddr> {
     let own = frontend.cluster_ips.iter().chain(&frontend.external_ips).chain(&frontend.load_balancer_ips);
     let mut addresses: Vec<SocketAddr> = own.map(|address| (*address, frontend.port).into()).collect();

@@ -81,6 +81,37 @@ pub struct Affinity {
     pub timeout_seconds: u32,
 }
 
+/// What becomes of the connections to an endpoint that goes away: one that terminates while others are left, or has gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum EndPolicy {
+    /// They go on as long as both sides want.
+    #[default]
+    Keep,
+    /// They have so long to end, then they are reset.
+    Drain {
+        seconds: u32,
+    },
+    Reset,
+}
+
+impl EndPolicy {
+    pub const ANNOTATION: &'static str = "fairlead.io/end-policy";
+    /// A day.
+    const LONGEST: u32 = 86_400;
+
+    /// Parses `keep`, `drain=SECONDS` or `reset`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.trim() {
+            "keep" => Some(EndPolicy::Keep),
+            "reset" => Some(EndPolicy::Reset),
+            drain => match drain.strip_prefix("drain=")?.parse() {
+                Ok(seconds @ 1..=Self::LONGEST) => Some(EndPolicy::Drain { seconds }),
+                _ => None,
+            },
+        }
+    }
+}
+
 /// `namespace/name:port`, as kube-proxy writes it; the port's name may be empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortName {
@@ -118,6 +149,7 @@ pub struct Frontend {
     /// Who may use the load balancer's addresses; empty: everybody.
     pub source_ranges: Vec<IpNet>,
     pub health_check_node_port: Option<NonZeroU16>,
+    pub end_policy: EndPolicy,
     /// In slot order: ready IPv4, ready IPv6, all others. A ready endpoint keeps its slot; when one leaves, the last
     /// ready one of its family moves into the hole.
     pub endpoints: Vec<Arc<Endpoint>>,

@@ -10,9 +10,9 @@ mod object;
 mod table;
 
 pub use endpoint::{Categories, Endpoint, Place, categorize_endpoints};
-pub use frontend::{Affinity, Frontend, FrontendId, PortName, Protocol, TrafficPolicy};
-pub use object::{Service, ServiceKind, ServicePort, Slice, SliceEndpoint, SlicePort};
-pub use table::{Changes, FrontendChange, Owner, Seed, ServiceKey, ServiceTable};
+pub use frontend::{Affinity, EndPolicy, Frontend, FrontendId, PortName, Protocol, TrafficPolicy};
+pub use object::{Service, ServiceKind, ServicePort, Slice, SliceEndpoint, SlicePort, SliceVersion, Warnings};
+pub use table::{Changes, FrontendChange, Owner, Seed, ServiceKey, ServiceTable, SliceChange};
 
 /// Why an object was kept out of the table.
 #[derive(Debug, thiserror::Error)]

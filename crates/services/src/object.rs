@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{Affinity, Error, Protocol, TrafficPolicy};
+use crate::{Affinity, EndPolicy, Error, Protocol, TrafficPolicy};
 
 /// A Service, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +26,17 @@ pub struct Service {
     pub health_check_node_port: Option<NonZeroU16>,
     /// No other proxy is named by `service.kubernetes.io/service-proxy-name`.
     pub is_ours: bool,
+    pub end_policy: EndPolicy,
+    /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
+    pub warnings: Option<Box<Warnings>>,
+}
+
+/// What people should hear of a Service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Warnings {
+    /// The Service's.
+    pub uid: Arc<str>,
+    pub texts: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -53,10 +64,20 @@ pub struct ServicePort {
 pub struct Slice {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+    /// Kept only while an endpoint of it terminates: the removal barrier asks for it then.
+    pub terminating: Option<Box<SliceVersion>>,
     /// The Service it belongs to, by label `kubernetes.io/service-name`.
     pub service: Option<Arc<str>>,
     pub ports: Vec<SlicePort>,
     pub endpoints: Vec<SliceEndpoint>,
+}
+
+/// One version of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceVersion {
+    pub uid: Arc<str>,
+    /// To be compared for equality only.
+    pub resource_version: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -89,13 +110,26 @@ struct RawLabels {
     service_name: Option<String>,
 }
 
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct RawAnnotations {
+    #[serde(rename = "fairlead.io/end-policy")]
+    end_policy: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct RawMeta {
     name: String,
     #[serde(default)]
     namespace: String,
     #[serde(default)]
+    uid: String,
+    #[serde(default, rename = "resourceVersion")]
+    resource_version: String,
+    #[serde(default)]
     labels: Option<RawLabels>,
+    #[serde(default)]
+    annotations: Option<RawAnnotations>,
 }
 
 #[derive(Deserialize)]
@@ -327,7 +361,24 @@ impl Service {
                 _ => Err(check.error("sessionAffinityConfig.clientIP.timeoutSeconds", seconds, "from 1 to 86400")),
             }
         });
+        let mut warnings = Vec::new();
+        let annotations = raw.metadata.annotations.as_ref();
+        let end_policy = annotations.and_then(|annotations| annotations.end_policy.as_deref()).map_or_else(
+            EndPolicy::default,
+            |text| {
+                EndPolicy::parse(text).unwrap_or_else(|| {
+                    let name = EndPolicy::ANNOTATION;
+                    warnings.push(format!(
+                        "annotation {name} is {text:?}, which is not keep, drain=SECONDS (1 to 86400) or reset; connections are kept"
+                    ));
+                    EndPolicy::default()
+                })
+            },
+        );
         Ok(Service {
+            end_policy,
+            warnings: (!warnings.is_empty())
+                .then(|| Box::new(Warnings { uid: raw.metadata.uid.as_str().into(), texts: warnings })),
             kind: kind(&check, spec)?,
             ports,
             external_ips: check.addresses("externalIPs", spec.external_ips.as_ref())?,
@@ -402,6 +453,7 @@ impl Slice {
         }
         endpoints.shrink_to_fit();
         ports.shrink_to_fit();
+        let terminating = endpoints.iter().any(|endpoint| endpoint.terminating);
         let service = raw.metadata.labels.as_ref().and_then(|labels| labels.service_name.as_deref());
         Ok(Slice {
             service: service.filter(|name| !name.is_empty()).map(Arc::from),
@@ -409,6 +461,10 @@ impl Slice {
             endpoints,
             namespace: raw.metadata.namespace.as_str().into(),
             name: raw.metadata.name.as_str().into(),
+            terminating: terminating.then(|| {
+                let uid = raw.metadata.uid.as_str().into();
+                Box::new(SliceVersion { uid, resource_version: raw.metadata.resource_version.as_str().into() })
+            }),
         })
     }
 }

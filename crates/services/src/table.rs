@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, HashMap, HashSet, btree_map};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, LazyLock};
 
-use crate::{Endpoint, Error, Frontend, FrontendId, PortName, Protocol, Service, ServiceKind, Slice, SliceEndpoint};
+use crate::{
+    Endpoint, Error, Frontend, FrontendId, PortName, Protocol, Service, ServiceKind, Slice, SliceEndpoint, SliceVersion,
+};
 
 /// Namespace and name of a Service.
 pub type ServiceKey = (Arc<str>, Arc<str>);
@@ -17,19 +19,43 @@ pub struct FrontendChange {
     pub after: Option<Arc<Frontend>>,
 }
 
+/// A slice that has a terminating endpoint, or had one until now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceChange {
+    pub uid: Arc<str>,
+    /// The version that the table holds; `None` once no endpoint of it terminates any more.
+    pub resource_version: Option<Arc<str>>,
+}
+
+impl SliceChange {
+    fn between(before: Option<Box<SliceVersion>>, after: Option<Box<SliceVersion>>) -> Option<SliceChange> {
+        let uid = after.as_deref().or(before.as_deref())?.uid.clone();
+        Some(SliceChange { uid, resource_version: after.map(|after| after.resource_version) })
+    }
+}
+
 /// What one event did. Cheap to send around in an `Arc`.
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     pub frontends: Vec<FrontendChange>,
     /// Services whose names, addresses or endpoints may have changed: what cluster DNS cares for.
     pub services: Vec<ServiceKey>,
+    /// What the removal barrier asks of a proxy; `frontends` names what these versions changed.
+    pub slices: Vec<SliceChange>,
     /// The table became complete with this event.
     pub synced: bool,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.services.is_empty() && !self.synced
+        self.frontends.is_empty() && self.services.is_empty() && self.slices.is_empty() && !self.synced
+    }
+
+    fn append(&mut self, mut later: Changes) {
+        self.frontends.append(&mut later.frontends);
+        self.services.append(&mut later.services);
+        self.slices.append(&mut later.slices);
+        self.synced |= later.synced;
     }
 }
 
@@ -186,6 +212,8 @@ impl ServiceTable {
         if found.is_ok_and(|at| entry.slices[at] == slice) {
             return Ok(changes);
         }
+        let before = found.ok().and_then(|at| entry.slices[at].terminating.clone());
+        changes.slices.extend(SliceChange::between(before, slice.terminating.clone()));
         let addresses: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.address).collect();
         let before = match found {
             Ok(at) => Some(std::mem::replace(&mut entry.slices[at], slice)),
@@ -202,19 +230,20 @@ impl ServiceTable {
             *self.by_address.entry((address, owner.clone())).or_default() += 1;
         }
         self.slice_owners.insert(at, owner.clone());
-        let mut more = self.rebuild(owner);
-        changes.frontends.append(&mut more.frontends);
-        changes.services.append(&mut more.services);
+        changes.append(self.rebuild(owner));
         Ok(changes)
     }
 
     pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Changes {
         let at: ServiceKey = (namespace.into(), name.into());
         let Some(owner) = self.slice_owners.remove(&at) else { return Changes::default() };
+        let mut changes = Changes::default();
         if let Some(before) = self.entries.get_mut(&owner).and_then(|entry| entry.remove_slice(&at.1)) {
             self.forget_endpoints(&before, &owner);
+            changes.slices.extend(SliceChange::between(before.terminating, None));
         }
-        self.rebuild(owner)
+        changes.append(self.rebuild(owner));
+        changes
     }
 
     /// Deletes the Services that a fresh list no longer has.
@@ -236,9 +265,7 @@ impl ServiceTable {
         gone.sort();
         let mut changes = Changes::default();
         for (namespace, name) in gone {
-            let mut one = delete(self, &namespace, &name);
-            changes.frontends.append(&mut one.frontends);
-            changes.services.append(&mut one.services);
+            changes.append(delete(self, &namespace, &name));
         }
         changes
     }
@@ -277,6 +304,13 @@ impl ServiceTable {
     /// The slices of a Service; each endpoint of a slice has all ports of that slice.
     pub fn slices(&self, namespace: &str, name: &str) -> impl Iterator<Item = &Slice> {
         self.entries.get(namespace, name).into_iter().flat_map(|entry| &entry.slices)
+    }
+
+    /// The version of each slice that has a terminating endpoint, by uid.
+    pub fn terminating_slices(&self) -> BTreeMap<Arc<str>, Arc<str>> {
+        let slices = self.entries.iter().flat_map(|(_, _, entry)| &entry.slices);
+        let terminating = slices.filter_map(|slice| slice.terminating.as_deref());
+        terminating.map(|version| (version.uid.clone(), version.resource_version.clone())).collect()
     }
 
     /// The ready endpoints of a Service that have this hostname, or this address written with dashes.
@@ -392,6 +426,7 @@ impl ServiceTable {
                     affinity: service.affinity,
                     source_ranges: service.source_ranges.clone(),
                     health_check_node_port: service.health_check_node_port,
+                    end_policy: service.end_policy,
                 };
                 self.ids.insert(id, key.clone());
                 frontends.push(after);

@@ -15,6 +15,7 @@ use crate::shell;
 const MODES: &[&str] = &["nftables"];
 const PEER: &str = "iptables";
 const SIZES: &[usize] = &[1_000, 10_000, 30_000];
+const DIE_ROUNDS: usize = 3;
 /// Loading more takes kube-proxy's shape half a minute for each world.
 const PEER_LIMIT: usize = 10_000;
 
@@ -22,6 +23,7 @@ pub fn measure() -> Result<Vec<Row>> {
     let path = build()?;
     let mut rows = program(&path)?;
     rows.extend(connect(&path)?);
+    rows.extend(die(&path)?);
     Ok(rows)
 }
 
@@ -89,6 +91,43 @@ fn program(path: &PathBuf) -> Result<Vec<Row>> {
             measured: format!("{growth:.3}"),
             wanted: "under 0.1".into(),
         });
+    }
+    Ok(rows)
+}
+
+/// One of three endpoints dies under 200 requests per second; and the same without our watch, as kube-proxy has it.
+fn die(path: &PathBuf) -> Result<Vec<Row>> {
+    const WAYS: [(&str, &str); 3] =
+        [("cut", "its link is cut"), ("crash", "its process crashes"), ("stop", "its process is stopped")];
+    let watched = MODES.iter().copied().chain([PEER]).map(|mode| (mode, "on", DIE_ROUNDS));
+    let mut rows = Vec::new();
+    for (mode, watch, rounds) in watched.chain([(PEER, "off", 1)]) {
+        for (how, what) in WAYS {
+            let mut worst = (0.0, String::new());
+            for _ in 0..rounds {
+                let mut command = Command::new(path);
+                command.args(["die", "--mode", mode, "--how", how, "--watch", watch]);
+                let run: Value =
+                    serde_json::from_str(&shell::output(&mut command)?).context("path did not print JSON")?;
+                let figure = |name: &str| run[name].as_f64().with_context(|| format!("path printed no {name}"));
+                let (failed, late, all) = (figure("failed")?, figure("over_1200_ms")?, figure("requests")?);
+                let share = 100.0 * (failed + late) / all;
+                if share >= worst.0 {
+                    worst = (share, format!("{failed} failed, {late} late of {all}: {share:.1} %"));
+                }
+            }
+            let wanted = match (watch, how) {
+                ("off", _) => "",
+                (_, "stop") => "1 % and what its queue took",
+                _ => "at most 1 %",
+            };
+            let beside = if watch == "off" { ", without the watch" } else { "" };
+            rows.push(Row {
+                what: format!("{mode}{beside}: one endpoint of three, {what}"),
+                measured: worst.1,
+                wanted: wanted.into(),
+            });
+        }
     }
     Ok(rows)
 }

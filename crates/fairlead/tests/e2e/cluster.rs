@@ -55,8 +55,13 @@ pub struct Seen {
 
 impl Cluster {
     pub fn up(kubectl: &Kubectl, nodes: u8) -> Cluster {
+        Cluster::up_with(kubectl, nodes, &[])
+    }
+
+    /// With further words for `fairlead up`.
+    pub fn up_with(kubectl: &Kubectl, nodes: u8, words: &[&str]) -> Cluster {
         let mut cluster = Cluster::new(kubectl);
-        cluster.start(nodes);
+        cluster.start_with(nodes, words);
         cluster.import(&cluster.data_dir(), IMAGES);
         let kubeconfig = fs::read_to_string(cluster.dir.join("data/kubeconfig")).expect("`up` wrote a kubeconfig");
         // YAML or JSON, it is the one URL in it.

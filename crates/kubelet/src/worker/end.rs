@@ -1,5 +1,6 @@
 //! Hooks, and the ends of containers and of the pod itself.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
@@ -8,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Killing, Worker, WorkerError};
 use crate::action::{Target, perform};
+use crate::barrier::Gate;
 use crate::plan::Observed;
 use crate::pod::{Container, Pod};
 use crate::status::pod_ips;
@@ -35,7 +37,7 @@ impl Worker {
         });
     }
 
-    /// In the background: the preStop hook, then the stop signal, both within the grace period.
+    /// In the background: the removal barrier, the preStop hook, then the stop signal, all within the grace period.
     pub(super) fn kill(&mut self, pod: &Pod, observed: &Observed, id: &str, name: &str, grace: i64, why: String) {
         let until = Timestamp::now().saturating_add(SignedDuration::from_secs(grace.max(0))).unwrap_or(Timestamp::MAX);
         let stop = CancellationToken::new();
@@ -48,13 +50,19 @@ impl Worker {
         let ip = pod_ips(pod, observed, &self.shared.config.node_ips).first().copied();
         let (shared, memory, wake) = (self.shared.clone(), self.memory.clone(), self.wake.clone());
         let (id, report) = (id.to_owned(), self.reporter(name));
+        let grace = Duration::from_secs(grace.max(0).unsigned_abs());
+        let gate = self.gate(pod, grace);
         let work = async move {
-            let grace = Duration::from_secs(grace.max(0).unsigned_abs());
             let began = std::time::Instant::now();
+            if let Some(gate) = gate {
+                // Whatever happens, half of its time is the container's own.
+                tokio::time::timeout(grace / 2, gate.pass()).await.ok();
+            }
             if let Some(hook) = container.lifecycle.pre_stop.as_ref().filter(|_| !grace.is_zero()) {
                 let target = Target { runtime: &*shared.runtime, container_id: &id, container: &container, pod_ip: ip };
                 // A hook that sleeps is cut off by the grace period like any other.
-                let hook = tokio::time::timeout(grace, perform(hook, &target, grace));
+                let left = grace.saturating_sub(began.elapsed());
+                let hook = tokio::time::timeout(left, perform(hook, &target, left));
                 if let Ok(Err(e)) = hook.await {
                     report(EventKind::Warning, "FailedPreStopHook", format!("PreStopHook failed: {e}"));
                 }
@@ -75,6 +83,16 @@ impl Worker {
                 () = stop.cancelled() => {}
             }
         });
+    }
+
+    /// A pod that is deleted is no longer stopped under its clients' hands; one that was removed by force is not waited for.
+    fn gate(&mut self, pod: &Pod, grace: Duration) -> Option<Arc<Gate>> {
+        let is_forced = self.input.borrow().is_none();
+        if !pod.metadata.is_deleting() || is_forced || grace.is_zero() {
+            return None;
+        }
+        let barrier = &self.shared.barrier;
+        Some(self.gate.get_or_insert_with(|| barrier.gate(pod)).clone())
     }
 
     pub(super) async fn finish(&mut self, pod: &Pod) -> Result<(), WorkerError> {

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::barrier::{Barrier, Gate};
 use crate::container::{sandbox_config, unsupported, wants_seccomp};
 use crate::dns::{hosts_file, parse_resolv_conf, pod_dns};
 use crate::plan::{BackOff, Failure, ImageState, Observed, Step, sync_pod};
@@ -37,6 +38,7 @@ pub struct Shared {
     pub volumes: Volumes,
     pub recorder: Recorder,
     pub services: Cache<Service>,
+    pub barrier: Arc<Barrier>,
 }
 
 /// `None` once the object has gone from the API.
@@ -59,6 +61,8 @@ pub struct Worker {
     volumes_checked: Option<tokio::time::Instant>,
     volume_failure: Option<Failure>,
     volume_failures: u32,
+    /// What holds its end back, once it is deleted.
+    gate: Option<Arc<Gate>>,
     finished: bool,
 }
 
@@ -102,6 +106,7 @@ impl Worker {
             volumes_checked: None,
             volume_failure: None,
             volume_failures: 0,
+            gate: None,
             finished: false,
         }
     }
@@ -229,7 +234,11 @@ impl Worker {
         let pod = self.pod.clone();
         let ending = pod.metadata.is_deleting();
         let running = |id: &str| observed.containers.iter().any(|c| c.id == id && c.state.is_running());
-        self.probers.retain(|id, _| running(id) && !observed.killing.contains_key(id));
+        // What ends with its pod is still ready: where no other endpoint is left, Services go on using it.
+        self.probers.retain(|id, _| running(id) && (ending || !observed.killing.contains_key(id)));
+        if ending {
+            self.probers.values_mut().for_each(Prober::only_readiness);
+        }
         let ip = pod_ips(&pod, observed, &self.shared.config.node_ips).first().copied();
         for container in pod.all_containers() {
             let Some(status) = observed.latest(&container.name) else { continue };

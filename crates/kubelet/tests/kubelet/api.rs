@@ -205,7 +205,8 @@ fn container(query: &str) -> &str {
 }
 
 fn is_collection(path: &str) -> bool {
-    ["pods", "services", "nodes", "leases", "events"].contains(&path.rsplit('/').next().unwrap_or_default())
+    ["pods", "services", "nodes", "leases", "events", "endpointslices"]
+        .contains(&path.rsplit('/').next().unwrap_or_default())
 }
 
 /// `/api/v1/pods` holds the pods of all namespaces.

@@ -21,6 +21,7 @@ type Case = fn(Arc<Lab>) -> futures::future::BoxFuture<'static, Result<()>>;
 
 const CASES: &[(&str, Case)] = &[
     ("a pod runs, is ready, and ends when deleted", |lab| Box::pin(life(lab))),
+    ("a pod that Services use ends once no proxy sends it anything", |lab| Box::pin(barrier(lab))),
     ("volumes and environment reach the container", |lab| Box::pin(volumes(lab))),
     ("failures are told as Kubernetes tells them", |lab| Box::pin(failures(lab))),
     ("init containers, restart policy and phases", |lab| Box::pin(phases(lab))),
@@ -185,9 +186,13 @@ impl Lab {
     }
 
     fn delete(&self, name: &str) {
+        self.delete_within(name, 2);
+    }
+
+    fn delete_within(&self, name: &str, seconds: u32) {
         if let Some(mut pod) = self.api.get(&path(name)) {
             pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
-            pod["metadata"]["deletionGracePeriodSeconds"] = json!(2);
+            pod["metadata"]["deletionGracePeriodSeconds"] = json!(seconds);
             self.api.put(&path(name), pod);
         }
     }
@@ -252,6 +257,53 @@ async fn life(lab: Arc<Lab>) -> Result<()> {
     lab.api.remove(&path("forced"));
     while !Cgroup::new(&lab.cgroup)?.processes().is_empty() {
         tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+async fn barrier(lab: Arc<Lab>) -> Result<()> {
+    let at = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/web-1";
+    let slice = |uid: &Value, terminating: bool| {
+        json!({
+            "metadata": {"name": "web-1", "namespace": "default", "uid": "slice-1", "labels": {"kubernetes.io/service-name": "web"}},
+            "addressType": "IPv4", "ports": [{"port": 80}],
+            "endpoints": [{"addresses": ["192.0.2.7"], "targetRef": {"kind": "Pod", "uid": uid},
+                "conditions": {"ready": !terminating, "serving": true, "terminating": terminating}}],
+        })
+    };
+    let report = |applied: Value| {
+        let lease = json!({
+            "metadata": {"name": "fairlead-proxy-node-2", "namespace": "kube-system",
+                "labels": {"fairlead.io/component": "proxy"}, "annotations": {"fairlead.io/applied-slices": applied.to_string()}},
+            "spec": {"holderIdentity": "node-2"},
+        });
+        lab.api.put("/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/fairlead-proxy-node-2", lease);
+    };
+    let ready = json!({"conditions": [{"type": "Ready", "status": "True"}]});
+    lab.api.put("/api/v1/nodes/node-2", json!({"metadata": {"name": "node-2"}, "status": ready}));
+    report(json!({}));
+    let script = "trap 'echo told; exit 0' TERM; while :; do sleep 0.02; done";
+    for (name, is_reported) in [("told", true), ("untold", false)] {
+        lab.pod(name, json!({"containers": [shell(script)]}));
+        lab.until(name, "ready", is_ready).await?;
+        let uid = lab.api.get(&path(name)).context("the pod is there")?["metadata"]["uid"].clone();
+        lab.api.put(at, slice(&uid, false));
+        let begun = std::time::Instant::now();
+        lab.delete_within(name, 30);
+        lab.event(name, "Killing").await?;
+        lab.api.put(at, slice(&uid, true));
+        let version = lab.api.get(at).context("the slice is there")?["metadata"]["resourceVersion"].clone();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let early = lab.log(name, "main");
+        // Later than that it goes on without the proxy, and this machine was too slow to tell.
+        if begun.elapsed() < Duration::from_millis(950) {
+            ensure!(early.is_empty(), "stopped before node-2's proxy let go of it");
+        }
+        if is_reported {
+            report(json!({"slice-1": version}));
+        }
+        lab.api.until(&path(name), "gone", |pod| pod.is_none()).await?;
+        println!("     {name}: {} ms from its deletion to its end", begun.elapsed().as_millis());
     }
     Ok(())
 }

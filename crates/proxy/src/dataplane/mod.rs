@@ -10,6 +10,7 @@ use services::{Frontend, FrontendId, Seed};
 
 use crate::{Error, NodeView};
 
+pub mod ebpf;
 pub mod iptables;
 pub mod nftables;
 pub mod userspace;

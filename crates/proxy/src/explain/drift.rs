@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use linux::bpf;
 use linux::iptables::{self, Iptables as _, Table, Tools};
 use linux::nft::{self, ElementData, Family, Nft, Set};
 use services::Frontend;
 
 use super::plan;
 use crate::dataplane::Dataplane;
+use crate::dataplane::ebpf::{Ebpf, LAYOUT, LAYOUTS, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::userspace::{self, FakeRelays, Userspace};
@@ -25,6 +27,7 @@ pub fn drift(
     frontends: &[Arc<Frontend>],
     node: &NodeView,
     namespace: Option<BorrowedFd<'_>>,
+    hooks: Option<&bpf::Hooks>,
 ) -> Result<Vec<String>, Error> {
     match mode {
         Mode::Nftables => {
@@ -40,6 +43,13 @@ pub fn drift(
             };
             lines.retain(|line| !is_idle(line));
             Ok(lines)
+        }
+        Mode::Ebpf => {
+            let mut wanted = Ebpf::new(bpf::Fake::new(&LAYOUTS));
+            plan(&mut wanted, frontends, node)?;
+            let hooks = hooks.ok_or(Error::NoHooks)?.clone();
+            let mut held = Ebpf::new(bpf::Pinned::open(OBJECT, LAYOUT, hooks, namespace)?);
+            Ok(differences("", &wanted.lines()?, &held.lines()?))
         }
         Mode::Userspace => {
             let Some(mut held) = userspace::open(namespace)? else { return Ok(Vec::new()) };

@@ -252,7 +252,7 @@ fn why(
 ) -> String {
     let is_ejected = node.ejected.contains(&(endpoint.address, frontend.name.protocol));
     match (used, endpoint.ready) {
-        (true, true) if is_ejected => return "ready; it does not answer, but neither does anybody else".into(),
+        (true, true) if is_ejected => return "ready; it does not seem to answer, but no more may be left out".into(),
         (true, true) => return "ready".into(),
         (true, false) => return "terminating and still serving, and nobody here is ready".into(),
         (false, _) => {}

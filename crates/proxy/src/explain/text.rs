@@ -59,7 +59,7 @@ impl Display for Report {
         write!(f, "{destination}")?;
         if let Destination::Frontend { .. } = destination {
             let used = endpoints.iter().filter(|endpoint| endpoint.used).count();
-            writeln!(f, "Endpoints: {used} of {}", endpoints.len())?;
+            writeln!(f, "Endpoints: {used} in, {} out", endpoints.len() - used)?;
         }
         for endpoint in endpoints {
             let side = if endpoint.used { "in " } else { "out" };

@@ -9,11 +9,13 @@
 //! - `backlog`: looks into the queues of this machine's pods
 //! - `suspects`: which flows have gone unanswered for too long; pure
 //! - `table`: the rules and sets by which the kernel tells, and holds refusals back
+//! - `relayed`: the same for relays, which see by themselves who does not answer
 //! - `task`: waits, looks, tells the commit loop who is out
 
 mod backlog;
 mod evidence;
 mod queues;
+pub(crate) mod relayed;
 mod suspects;
 mod table;
 mod task;
@@ -25,7 +27,7 @@ pub(crate) use task::{Watcher, start};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use services::ServiceKey;
+use services::{ServiceKey, ServiceTable};
 use tokio::sync::watch;
 
 /// What is done for requests whose endpoint does not answer. All of it is on by default.
@@ -55,4 +57,18 @@ pub struct Notice {
     pub services: Vec<ServiceKey>,
     /// Why it has left the pick; `None`: it is back.
     pub ejected: Option<Evidence>,
+}
+
+/// Says what became of an endpoint, and of which Services it is.
+fn tell(watching: &Watching, table: &ServiceTable, endpoint: Target, ejected: Option<Evidence>) {
+    let Some(notices) = &watching.notices else { return };
+    let mut services: Vec<ServiceKey> = table
+        .frontends()
+        .filter(|frontend| frontend.name.protocol == endpoint.1)
+        .filter(|frontend| frontend.endpoints.iter().any(|held| held.address == endpoint.0))
+        .map(|frontend| (frontend.name.namespace.clone(), frontend.name.service.clone()))
+        .collect();
+    services.sort();
+    services.dedup();
+    notices(Notice { endpoint, services, ejected });
 }

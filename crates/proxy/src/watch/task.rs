@@ -12,7 +12,7 @@ use linux::conntrack::{self, Conntrack};
 use linux::netns::Netns;
 use linux::nflog;
 use linux::nft::Socket;
-use services::{Endpoint, Protocol, ServiceKey, ServiceTable};
+use services::{Endpoint, Protocol, ServiceTable};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -23,7 +23,7 @@ use super::backlog::Backlog;
 use super::evidence::{Evidence, Ledger, Step, Target};
 use super::suspects::Suspects;
 use super::table::{BEGUN, Destinations, REFUSED, WatchTable};
-use super::{Notice, Watching};
+use super::{Watching, tell};
 use crate::{Config, Error, NodeView, Status};
 
 /// Between a first packet and the first look: nearly all are answered by then.
@@ -37,7 +37,7 @@ const QUEUE_LOOK: Duration = Duration::from_millis(200);
 /// Looking may take this part of the time.
 const SHARE: u32 = 20;
 /// Within a cluster a connection takes microseconds.
-const CONNECT: Duration = Duration::from_millis(300);
+pub(crate) const CONNECT: Duration = Duration::from_millis(300);
 
 /// What the commit loop is to render.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -342,17 +342,7 @@ impl Task {
     }
 
     fn notice(&self, endpoint: Target, ejected: Option<Evidence>) {
-        let Some(notices) = &self.watching.notices else { return };
-        let mut services: Vec<ServiceKey> = self
-            .table()
-            .frontends()
-            .filter(|frontend| frontend.name.protocol == endpoint.1)
-            .filter(|frontend| frontend.endpoints.iter().any(|held| held.address == endpoint.0))
-            .map(|frontend| (frontend.name.namespace.clone(), frontend.name.service.clone()))
-            .collect();
-        services.sort();
-        services.dedup();
-        notices(Notice { endpoint, services, ejected });
+        tell(&self.watching, &self.table(), endpoint, ejected);
     }
 
     fn table(&self) -> RwLockReadGuard<'_, ServiceTable> {

@@ -59,6 +59,16 @@ pub struct Trace {
 /// all their packets, `relayed-source`, instead of an exception for each.
 pub const RELAYED: &[Mode] = &[Mode::Userspace];
 
+/// Modes in which a socket of the cluster is sent to its endpoint when it connects: its packets are never masqueraded. One
+/// row of the document for all, `connected-source`.
+pub const CONNECTED: &[Mode] = &[Mode::Ebpf];
+
+/// Whether a socket of this node sends the packet.
+pub fn is_own(packet: &Packet, node: &NodeView) -> bool {
+    let from = packet.from.ip();
+    node.addresses.contains(&from) || from.is_loopback() || node.pod_cidrs.iter().any(|cidr| cidr.contains(&from))
+}
+
 pub struct Exception {
     pub difference: String,
     pub modes: Vec<Mode>,
@@ -124,6 +134,11 @@ impl Trace {
             }
             outcome => outcome,
         }
+    }
+
+    /// Whether it is another packet where sockets are sent to their endpoints.
+    pub fn is_otherwise_if_connected(&self) -> bool {
+        matches!(self.outcome, Outcome::To { masqueraded: true, .. }) && is_own(&self.packet, &node())
     }
 
     /// Whether relays make it another packet than the other modes do.

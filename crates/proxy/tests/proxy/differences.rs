@@ -26,6 +26,7 @@ const DIFFERENCES: &[(&str, IsAbout)] = &[
     }),
     // Whose histories compare without the source.
     ("relayed-source", |_, _, _| false),
+    ("connected-source", |_, _, _| false),
     ("no-sctp", |packet, _, _| packet.protocol == 132),
     ("localhost-node-ports", |packet, _, _| packet.to.ip().is_loopback()),
     ("refused-node-ports", |packet, node, _| {
@@ -78,6 +79,9 @@ fn the_document_lists_what_cases_show() {
         let traces = || case.steps.iter().flat_map(|step| &step.traces);
         if traces().any(case::Trace::is_otherwise_if_relayed) {
             shown.extend(case::RELAYED.iter().map(|mode| ("relayed-source".to_owned(), *mode)));
+        }
+        if traces().any(case::Trace::is_otherwise_if_connected) {
+            shown.extend(case::CONNECTED.iter().map(|mode| ("connected-source".to_owned(), *mode)));
         }
         for exception in traces().flat_map(|trace| &trace.exceptions) {
             shown.extend(exception.modes.iter().map(|mode| (exception.difference.clone(), *mode)));

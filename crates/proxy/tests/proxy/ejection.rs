@@ -121,7 +121,7 @@ impl Stage {
 
     /// The proxy, with a Service of the first pods.
     fn serve(&self, mode: Mode, pods: usize, watching: Watching) -> Running {
-        let mut running = Running::start_in(&self.node, mode, watching);
+        let mut running = Running::start_in(&self.node, mode, watching, None);
         running.table.write().expect("table").upsert_service(&service("web", json!({}))).expect("service");
         let endpoints: Vec<(&str, &str)> = self.pods[..pods].iter().map(|pod| (&*pod.address, "node-1")).collect();
         running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &endpoints)).expect("slice");

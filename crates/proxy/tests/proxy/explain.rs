@@ -106,7 +106,7 @@ fn drift_is_what_somebody_changed_by_hand() {
         assert!(crate::net::tcp(&world.pods[1], "10.96.0.10:80").is_ok());
         let drift = || {
             let frontends: Vec<_> = running.table.read().expect("table").frontends().cloned().collect();
-            proxy::explain::drift(mode, &frontends, &node_view(), Some(namespace.as_fd())).expect("compared")
+            proxy::explain::drift(mode, &frontends, &node_view(), Some(namespace.as_fd()), None).expect("compared")
         };
         assert_eq!(drift(), Vec::<String>::new(), "{mode}");
         let (program, arguments) = edit.split_once(' ').expect("a command");
@@ -115,6 +115,7 @@ fn drift_is_what_somebody_changed_by_hand() {
         running.stop();
     }
     world.node.command("nft", "flush ruleset");
-    let lost = proxy::explain::drift(Mode::Nftables, &[], &node_view(), Some(namespace.as_fd())).expect("compared");
+    let lost =
+        proxy::explain::drift(Mode::Nftables, &[], &node_view(), Some(namespace.as_fd()), None).expect("compared");
     assert_eq!(lost, ["missing: the whole table inet fairlead"]);
 }

@@ -3,13 +3,11 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use linux::netns::Netns;
 use linux::nft::Socket;
 use proxy::Mode;
 use serde_json::json;
@@ -18,7 +16,7 @@ use crate::live::Running;
 use crate::net::{Namespace, World, tcp};
 use crate::objects::{service, slice};
 
-const MODES: [Mode; 3] = [Mode::Nftables, Mode::Iptables, Mode::Userspace];
+const MODES: [Mode; 4] = [Mode::Nftables, Mode::Iptables, Mode::Userspace, Mode::Ebpf];
 const PODS: [(&str, &str); 2] = [("10.244.0.11", "node-1"), ("10.244.0.12", "node-1")];
 const PODS6: [(&str, &str); 2] = [("fd00:10:244::11", "node-1"), ("fd00:10:244::12", "node-1")];
 const ECHO: u16 = 9090;
@@ -135,7 +133,6 @@ impl Load {
     /// A connection per request, about a hundred a second.
     fn comes_and_goes(&mut self, from: &Namespace, to: &str) {
         let address: SocketAddr = to.parse().expect("address");
-        let place = Netns::open(Path::new(&from.path)).expect("namespace");
         let (what, stop) = (format!("request to {to}"), self.stop.clone());
         let requests = move || {
             let mut seen = Seen::default();
@@ -146,7 +143,8 @@ impl Load {
             }
             seen
         };
-        self.clients.push(std::thread::spawn(move || place.run(requests).expect("namespace")));
+        // A thread is where the thread is that starts it: network namespace and cgroup.
+        self.clients.push(from.run(|| std::thread::spawn(requests)));
     }
 
     fn end(self) -> Seen {
@@ -194,7 +192,7 @@ fn roads(world: &World) -> [(&Namespace, &'static str); 8] {
 
 #[test]
 fn no_connection_is_lost_between_any_two_modes() {
-    let world = World::new();
+    let world = World::with_ebpf(true);
     world.pods.iter().for_each(echo);
     let walk = circuit(&MODES);
     let running = serving(&world, walk[0]);

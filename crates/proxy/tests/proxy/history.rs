@@ -254,7 +254,8 @@ impl History {
                 let mut found = fates(|draw| subject.trace(packet.clone(), &self.node, draw));
                 let (first_mode, expected) = first.get_or_insert_with(|| (mode, found.clone()));
                 let mut expected = expected.clone();
-                if case::RELAYED.contains(&mode) {
+                let is_connected = case::CONNECTED.contains(&mode) || case::CONNECTED.contains(first_mode);
+                if case::RELAYED.contains(&mode) || (is_connected && case::is_own(packet, &self.node)) {
                     (found, expected) = (relayed(found), relayed(expected));
                 }
                 let near = |fate: &nft::Fate, weight: &u64| {

@@ -27,20 +27,41 @@ pub struct Running {
 
 impl Running {
     pub fn start(world: &World, mode: Mode) -> Self {
-        Self::start_in(&world.node, mode, proxy::Watching::default())
+        Self::start_in(&world.node, mode, proxy::Watching::default(), world.hooks())
     }
 
-    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching) -> Self {
-        let namespace: OwnedFd = std::fs::File::open(&node.path).expect("namespace").into();
-        let seed = proxy::found(mode, Some(std::os::fd::AsFd::as_fd(&namespace))).expect("seed");
+    pub fn start_in(node: &Namespace, mode: Mode, watching: proxy::Watching, hooks: Option<proxy::Hooks>) -> Self {
+        let namespace = std::fs::File::open(&node.path).expect("namespace").into();
+        Self::start_at(Some(namespace), mode, watching, node_view(), hooks)
+    }
+
+    /// With another view of the node.
+    pub fn start_with(world: &World, mode: Mode, view: proxy::NodeView) -> Self {
+        let namespace = std::fs::File::open(&world.node.path).expect("namespace").into();
+        Self::start_at(Some(namespace), mode, proxy::Watching::default(), view, world.hooks())
+    }
+
+    /// In the namespace of this process.
+    pub fn here(mode: Mode) -> Self {
+        Self::start_at(None, mode, proxy::Watching::default(), node_view(), None)
+    }
+
+    fn start_at(
+        namespace: Option<OwnedFd>,
+        mode: Mode,
+        watching: proxy::Watching,
+        view: proxy::NodeView,
+        hooks: Option<proxy::Hooks>,
+    ) -> Self {
+        let seed = proxy::found(mode, namespace.as_ref().map(std::os::fd::AsFd::as_fd), hooks.as_ref()).expect("seed");
         let table = Arc::new(RwLock::new(ServiceTable::with_seed(seed)));
         let (changes, receiver) = broadcast::channel(16);
         let (sender, status) = watch::channel(Status::default());
-        let (node, node_receiver) = watch::channel(Arc::new(node_view()));
+        let (node, node_receiver) = watch::channel(Arc::new(view));
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace: Some(namespace), watching };
+        let config = Config { mode, node: node_receiver, namespace, hooks, watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let (switch, requests) = proxy::switch();
         let task = runtime.spawn(proxy::run_switchable(config, feed, sender, requests, token.clone()));
@@ -66,7 +87,7 @@ impl Running {
 }
 
 fn endpoints_change_while_clients_talk(mode: Mode) {
-    let world = World::new();
+    let world = if mode == Mode::Ebpf { World::with_ebpf(false) } else { World::new() };
     let mut running = Running::start(&world, mode);
     let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
     let (first, second) = (("10.244.0.11", "node-1"), ("10.244.0.12", "node-1"));
@@ -110,7 +131,11 @@ fn endpoints_change_while_clients_talk(mode: Mode) {
     running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &[second])).expect("slice");
     running.change(|table| table.set_synced());
     assert_eq!(tcp(&world.pods[0], "10.96.0.10:80").expect("answer").0, 1);
-    assert!(running.status.borrow().about.contains("table") || running.status.borrow().about.contains("-save"));
+    assert!(
+        running.status.borrow().about.contains("table")
+            || running.status.borrow().about.contains("maps")
+            || running.status.borrow().about.contains("-save")
+    );
     running.stop();
 }
 
@@ -124,41 +149,54 @@ fn iptables_follows_endpoints() {
     endpoints_change_while_clients_talk(Mode::Iptables);
 }
 
+#[test]
+fn ebpf_follows_endpoints() {
+    endpoints_change_while_clients_talk(Mode::Ebpf);
+}
+
 /// A node changes its mode: Services go on, an open connection too, and nothing of the old mode is left.
 #[test]
 fn modes_are_swapped_without_cleaning() {
-    let world = World::new();
+    let world = World::with_ebpf(false);
     let fill = |running: &mut Running| {
         let mut table = running.table.write().expect("table");
         table.upsert_service(&service("web", json!({}))).expect("service");
         table.upsert_slice(&slice("web", 8080, "TCP", &[("10.244.0.11", "node-1")])).expect("slice");
         drop(table);
         running.change(|table| table.set_synced());
-        assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
+        assert_eq!(
+            tcp(&world.pods[1], "10.96.0.10:80").map(|(pod, _)| pod),
+            Ok(0),
+            "{}",
+            running.status.borrow().about
+        );
     };
     let tables = || {
-        world
-            .node
-            .command("nft", "list tables inet")
-            .lines()
-            .filter(|line| !line.contains("watch") && !line.contains("keeper"))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+        let text = world.node.command("nft", "list tables inet");
+        // The world's own.
+        let is_ours = |line: &&str| *line != "table inet pods" && !line.contains("watch") && !line.contains("keeper");
+        text.lines().filter(is_ours).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let pins = world.hooks().expect("hooks").pins;
+    // The programs that pick; those that translate what has begun may stay.
+    let has_programs = || {
+        let folders = std::fs::read_dir(&pins).into_iter().flatten().flatten();
+        folders.into_iter().any(|folder| folder.path().join("link-connect4").exists())
     };
     let has_chains = || world.node.command("iptables-nft-save", "").contains("KUBE-S");
     let of = |mode| match mode {
         Mode::Nftables => vec!["table inet fairlead"],
         Mode::Userspace => vec!["table inet fairlead-userspace"],
-        Mode::Iptables => vec![],
+        Mode::Iptables | Mode::Ebpf => vec![],
     };
-    let modes = [Mode::Iptables, Mode::Nftables, Mode::Userspace];
+    let modes = [Mode::Iptables, Mode::Ebpf, Mode::Nftables, Mode::Userspace];
     for mode in modes.into_iter().chain(modes.into_iter().rev()) {
         let mut running = Running::start(&world, mode);
         fill(&mut running);
         running.stop();
         assert_eq!(
-            (tables(), has_chains()),
-            (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables),
+            (tables(), has_chains(), has_programs()),
+            (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables, mode == Mode::Ebpf),
             "{mode}"
         );
     }

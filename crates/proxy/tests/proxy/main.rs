@@ -2,8 +2,11 @@
 
 mod case;
 mod cases;
+mod cgroup;
 mod differences;
+mod ebpf;
 mod ejection;
+mod end;
 mod explain;
 mod handover;
 mod history;

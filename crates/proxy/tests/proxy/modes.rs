@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use linux::nft::{Fate, Packet};
-use linux::{iptables, nft};
+use linux::{bpf, iptables, nft};
+use proxy::dataplane::ebpf::{Ebpf, LAYOUTS};
 use proxy::dataplane::iptables::Iptables;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::userspace::{FakeRelays, Userspace};
@@ -33,6 +34,7 @@ pub fn on_fakes(failing: Option<u64>) -> Vec<Box<dyn Subject>> {
     vec![
         Box::new(On(Nftables::<nft::Fake>::open(failing))),
         Box::new(On(Iptables::<iptables::Fake>::open(failing))),
+        Box::new(On(Ebpf::<bpf::Fake>::open(failing))),
         Box::new(On(Userspace::<nft::Fake, FakeRelays>::open(failing))),
     ]
 }
@@ -131,6 +133,23 @@ impl OnFake for Iptables<iptables::Fake> {
         let text: String = dumps.map(|(v6, table)| self.kernel().dump(v6, table)).collect();
         // kubelet uses that chain too: what was once in it stays.
         text.lines().filter(|line| !line.contains("KUBE-FIREWALL")).map(|line| format!("{line}\n")).collect()
+    }
+}
+
+impl OnFake for Ebpf<bpf::Fake> {
+    const MODE: Mode = Mode::Ebpf;
+
+    fn open(failing: Option<u64>) -> Self {
+        // A commit is several calls here.
+        Ebpf::new(failing.map_or_else(|| bpf::Fake::new(&LAYOUTS), |n| bpf::Fake::failing(&LAYOUTS, 4 * n)))
+    }
+
+    fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(&packet, &locals(node), draw, &mut Vec::new())
+    }
+
+    fn dump(&mut self) -> String {
+        self.lines().expect("a fake can be read").iter().map(|line| format!("{line}\n")).collect()
     }
 }
 

@@ -1,14 +1,13 @@
 //! The userspace mode with real packets: what it does beyond the other modes, and where it differs.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use linux::nft::{self, ElementData, Nft};
 use proxy::Mode;
-use proxy::dataplane::userspace::{Base, FAMILY, Place, Sockets, TABLE, Userspace};
-use proxy::dataplane::{Change, Dataplane};
+use proxy::dataplane::userspace::{Base, FAMILY, TABLE};
 use serde_json::json;
 use services::ServiceTable;
 
@@ -243,6 +242,41 @@ fn the_next_endpoint_is_tried() {
     running.stop();
 }
 
+/// Who did not answer is out for a while, so that the next client does not wait for it; when it answers, it is back.
+#[test]
+fn a_silent_endpoint_leaves_the_pick() {
+    let world = World::new();
+    let silent = "10.244.0.99";
+    world.node.ip(&format!("neigh add {silent} lladdr 02:00:00:00:00:99 dev pod1"));
+    world.node.ip(&format!("route add {silent} dev pod1"));
+    let endpoints = [HERE[0], (silent, "node-1")];
+    let running = started(&world, &[service("web", json!({}))], &[slice("web", 8080, "TCP", &endpoints)]);
+    for _ in 0..2 {
+        assert_eq!(tcp_within(&world.pods[1], "10.96.0.10:80", 1_000).expect("answer").0, 0);
+    }
+    let mut status = running.status.clone();
+    let wait = |status: &mut tokio::sync::watch::Receiver<proxy::Status>, out: usize| {
+        let done = status.wait_for(|status| status.ejected.len() == out);
+        let waited = async { tokio::time::timeout(Duration::from_secs(20), done).await.is_ok() };
+        assert!(tokio::runtime::Builder::new_current_thread().enable_time().build().expect("tokio").block_on(waited));
+    };
+    wait(&mut status, 1);
+    assert_eq!((status.borrow().ejections, status.borrow().retries), (1, 1));
+    let start = Instant::now();
+    for _ in 0..6 {
+        assert_eq!(tcp(&world.pods[1], "10.96.0.10:80").expect("answer").0, 0);
+    }
+    assert!(start.elapsed() < Duration::from_millis(250), "{:?}", start.elapsed());
+    // It comes to life in the second pod.
+    world.pods[1].ip(&format!("addr add {silent}/32 dev eth0"));
+    world.node.ip(&format!("neigh del {silent} dev pod1"));
+    wait(&mut status, 0);
+    let found: std::collections::BTreeSet<usize> =
+        (0..4).map(|_| tcp(&world.node, "10.96.0.10:80").expect("answer").0).collect();
+    assert_eq!(found.len(), 2);
+    running.stop();
+}
+
 /// An endpoint goes: its open connection stays, its UDP session does not, and no relay moves. A restart finds the ports.
 #[test]
 fn connections_outlive_their_endpoints_place_in_the_service() {
@@ -319,7 +353,6 @@ fn loopback_table() -> ServiceTable {
         serde_json::from_slice(&slice("web", 30108, "TCP", &[("::1", "node-1")])).expect("json");
     six["metadata"]["name"] = json!("web-6");
     table.upsert_slice(six.to_string().as_bytes()).expect("slice");
-    table.set_synced();
     table
 }
 
@@ -346,8 +379,6 @@ fn without_privileges_only_the_loopback_answers() {
         assert!(status.success());
         return;
     }
-    let kernel = proxy::dataplane::userspace::open(None).expect("probed");
-    assert!(kernel.is_none(), "setpriv has left CAP_NET_ADMIN");
     for address in ["127.0.0.1:30108", "[::1]:30108"] {
         let server = TcpListener::bind(address).expect("bind");
         std::thread::spawn(move || {
@@ -356,30 +387,58 @@ fn without_privileges_only_the_loopback_answers() {
             }
         });
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-    let mut dataplane = Userspace::new(kernel, Sockets::new(Place::Here, runtime.handle().clone()));
-    assert!(dataplane.about().contains("without CAP_NET_ADMIN"), "{}", dataplane.about());
-    let (table, node) = (loopback_table(), node_view());
-    let entries = |frontend: &services::Frontend| Userspace::<nft::Socket, Sockets>::entries(frontend, &node);
-    let mut changes: Vec<_> = table
-        .frontends()
-        .map(|frontend| Change { id: frontend.id, before: None, after: Some(entries(frontend)) })
-        .collect();
-    dataplane.read().expect("nothing to read");
-    dataplane.commit(Some(&Base::new(&node)), &changes).expect("commit");
+    let mut running = Running::here(Mode::Userspace);
+    *running.table.write().expect("table") = loopback_table();
+    running.change(|table| table.set_synced());
+    let about = running.status.borrow().about.clone();
+    assert!(about.contains("without CAP_NET_ADMIN"), "{about}");
     for address in ["127.0.0.1:30107", "[::1]:30107"] {
         let mut text = String::new();
         TcpStream::connect(address).expect("connect").read_to_string(&mut text).expect("read");
         assert_eq!(text, "hello", "{address}");
     }
-    let change = &mut changes[0];
-    (change.before, change.after) = (change.after.take(), None);
-    dataplane.commit(None, &changes).expect("commit");
+    running.change(|table| table.delete_service("default", "web"));
     // The listener closes as soon as its task sees it.
     let gone = (0..200).any(|_| {
         std::thread::sleep(Duration::from_millis(10));
         TcpStream::connect("127.0.0.1:30107").is_err()
     });
     assert!(gone, "the relay still listens");
-    drop(UdpSocket::bind("127.0.0.1:30107").expect("free"));
+    running.stop();
+}
+
+/// Node ports on 127.0.0.1 and ::1 beside the nftables mode, whose rules cannot do it: by a relay, where it is asked for.
+#[test]
+fn localhost_node_ports_are_relayed_beside_another_mode() {
+    let world = World::new();
+    for relay_localhost in [false, true] {
+        let view = proxy::NodeView { relay_localhost, ..node_view() };
+        let mut running = Running::start_with(&world, Mode::Nftables, view);
+        {
+            let mut table = running.table.write().expect("table");
+            let both = json!({"clusterIPs": ["10.96.0.10", "fd00:10:96::10"], "type": "NodePort", "ports": node_port(30007, "TCP")});
+            table.upsert_service(&service("web", both)).expect("service");
+            table.upsert_slice(&slice("web", 8080, "TCP", &HERE)).expect("slice");
+        }
+        running.change(|table| table.set_synced());
+        running.change(|table| {
+            let mut six: serde_json::Value = serde_json::from_slice(&slice("web", 8080, "TCP", &HERE6)).expect("json");
+            six["metadata"]["name"] = json!("web-6");
+            table.upsert_slice(six.to_string().as_bytes()).expect("slice")
+        });
+        assert!(tcp(&world.client, "192.168.49.2:30007").is_ok());
+        for to in ["127.0.0.1:30007", "[::1]:30007"] {
+            // The relays' own loop may come to it a little later.
+            let answers = (0..100).any(|_| {
+                let answer = tcp(&world.node, to).is_ok();
+                if !answer && relay_localhost {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                answer
+            });
+            assert_eq!(answers, relay_localhost, "{to}");
+        }
+        running.stop();
+        assert!(tcp(&world.node, "127.0.0.1:30007").is_err(), "the relay ends with the proxy");
+    }
 }

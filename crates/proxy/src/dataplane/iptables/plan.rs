@@ -90,6 +90,8 @@ impl Plan<'_> {
             external_policy,
             affinity: _,
             source_ranges,
+            // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
+            end_policy: _,
             health_check_node_port,
             endpoints: _,
         } = self.frontend;

@@ -92,6 +92,8 @@ impl<'a> Plan<'a> {
             external_policy,
             affinity: _,
             source_ranges,
+            // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
+            end_policy: _,
             health_check_node_port: _,
             endpoints: _,
         } = self.frontend;
@@ -104,6 +106,8 @@ impl<'a> Plan<'a> {
             let primary = node.primary_addresses();
             let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
             outside.extend(addresses.iter().filter(of_family).map(|address| (*address, node_port.get())));
+            // A packet from 127.0.0.1 may not leave the node, so it needs a relay.
+            outside.retain(|(address, _)| !address.is_loopback());
         }
         // A Service has node ports and external addresses only in the families it has a cluster IP of.
         if inside.is_empty() {

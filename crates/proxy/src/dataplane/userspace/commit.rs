@@ -123,6 +123,10 @@ impl<N: Nft, R: Relays> Userspace<N, R> {
     }
 
     fn claims_of(&self, id: FrontendId, entries: &Entries) -> Vec<(Slot, Claim)> {
+        // Claims are about the kernel's elements.
+        if self.kernel.is_none() {
+            return Vec::new();
+        }
         let members = entries.members.iter().map(|slot| (slot.clone(), Claim::Member));
         let protocol = entries.name.protocol;
         let captured = self
@@ -185,8 +189,10 @@ impl<N: Nft + 'static, R: Relays> Userspace<N, R> {
         let mut wanted = BTreeMap::new();
         for change in changes {
             let Some(after) = &change.after else { continue };
-            wanted.extend(self.keys(change.id, after).into_values().map(|key| (key, after)));
-            if !self.pickers.contains_key(&change.id) {
+            let keys = self.keys(change.id, after);
+            let is_relayed = !keys.is_empty();
+            wanted.extend(keys.into_values().map(|key| (key, after)));
+            if is_relayed && !self.pickers.contains_key(&change.id) {
                 doors.pickers.insert(change.id, Arc::new(Picker::new(after.targets.clone())));
             }
         }

@@ -145,6 +145,8 @@ impl Plan<'_> {
             affinity,
             source_ranges,
             health_check_node_port: _,
+            // The relays are ours, and end with either side.
+            end_policy: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;
@@ -171,7 +173,10 @@ impl Plan<'_> {
         if let Some(node_port) = node_port {
             let loopback = if v6 { IpAddr::V6(Ipv6Addr::LOCALHOST) } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
             let all = || node.addresses.iter().copied().chain([loopback]).collect();
-            let addresses: Vec<IpAddr> = node.node_port_addresses.clone().unwrap_or_else(all);
+            let mut addresses: Vec<IpAddr> = node.node_port_addresses.clone().unwrap_or_else(all);
+            if node.relay_localhost {
+                addresses.push(loopback);
+            }
             for address in addresses.iter().filter(of_family) {
                 self.outside(SocketAddr::new(*address, node_port.get()), *external_policy);
             }

@@ -16,6 +16,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::picker::Picker;
 use super::plan::Reach;
 use super::{tcp, udp};
+use crate::watch::relayed::Witness;
 
 /// Whose traffic is the cluster's own.
 #[derive(Default)]
@@ -136,14 +137,15 @@ pub struct Sockets {
     place: Place,
     runtime: Handle,
     pipes: Arc<Pool>,
+    witness: Witness,
 }
 
 impl Sockets {
-    pub fn new(place: Place, runtime: Handle) -> Self {
+    pub fn new(place: Place, runtime: Handle, witness: Witness) -> Self {
         if let Err(error) = splice::raise_open_files() {
             tracing::warn!("proxy: cannot raise the limit of open files: {error}; many connections may need it");
         }
-        Sockets { place, runtime, pipes: Arc::default() }
+        Sockets { place, runtime, pipes: Arc::default(), witness }
     }
 }
 
@@ -157,14 +159,16 @@ impl Relays for Sockets {
             Protocol::Tcp => {
                 let listener = self.place.listen(door.bind)?;
                 let address = listener.local_addr()?;
-                let relay = tcp::Relay { door, place: self.place.clone(), pipes: self.pipes.clone() };
+                let (place, pipes, witness) = (self.place.clone(), self.pipes.clone(), self.witness.clone());
+                let relay = tcp::Relay { door, place, pipes, witness };
                 self.runtime.spawn(tcp::serve(listener, Arc::new(relay), closed.clone()));
                 address
             }
             Protocol::Udp => {
                 let socket = self.place.bind_udp(door.bind)?;
                 let address = socket.local_addr()?;
-                let relay = udp::Relay { door, place: self.place.clone(), socket, buffers: Mutex::default() };
+                let (place, witness) = (self.place.clone(), self.witness.clone());
+                let relay = udp::Relay { door, place, socket, buffers: Mutex::default(), witness };
                 self.runtime.spawn(udp::serve(Arc::new(relay), closed.clone()));
                 address
             }

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use linux::splice::{self, Pool};
+use services::Protocol;
 use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::relay::{Door, Place};
+use crate::watch::Evidence;
+use crate::watch::relayed::{Seen, Witness};
 
 /// How long each attempt to connect may take; the last holds for all that follow. Who refuses is left at once.
 const PATIENCE: [Duration; 4] =
@@ -27,6 +30,7 @@ pub struct Relay {
     pub door: Door,
     pub place: Place,
     pub pipes: Arc<Pool>,
+    pub witness: Witness,
 }
 
 /// Accepts until the relay is closed. Connections go on then, until they end.
@@ -72,20 +76,38 @@ async fn carry(client: TcpStream, from: IpAddr, relay: Arc<Relay>) {
 /// A connection to the first endpoint that answers; `None` if none does.
 async fn connect(relay: &Relay, from: IpAddr) -> Option<TcpStream> {
     let mut endpoints = VecDeque::from(relay.door.candidates(from));
-    for attempt in 0..ATTEMPTS {
+    let attempts = if relay.witness.retry { ATTEMPTS } else { 1 };
+    for attempt in 0..attempts {
         let endpoint = endpoints.pop_front()?;
         let patience = PATIENCE[attempt.min(PATIENCE.len() - 1)];
         match timeout(patience, relay.place.connect(endpoint)).await {
             Ok(Ok(stream)) => {
                 relay.door.picker.remember(from, endpoint, Instant::now());
+                if attempt > 0 {
+                    relay.witness.tell(Seen::Retried);
+                }
                 return Some(stream);
             }
-            Ok(Err(error)) => tracing::debug!("proxy: {}: {endpoint}: {error}", relay.door.name),
+            Ok(Err(error)) => {
+                tracing::debug!("proxy: {}: {endpoint}: {error}", relay.door.name);
+                if is_refusal(&error) {
+                    relay.witness.tell(Seen::Evidence((endpoint, Protocol::Tcp), Evidence::Refused));
+                }
+            }
             // Perhaps only slow: its turn comes again after all others.
-            Err(_) => endpoints.push_back(endpoint),
+            Err(_) => {
+                relay.witness.tell(Seen::Evidence((endpoint, Protocol::Tcp), Evidence::Unanswered));
+                endpoints.push_back(endpoint);
+            }
         }
     }
     None
+}
+
+/// A reset or an ICMP error; anything else is this node's own trouble.
+pub fn is_refusal(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, HostUnreachable, NetworkUnreachable};
+    matches!(error.kind(), ConnectionRefused | ConnectionReset | HostUnreachable | NetworkUnreachable)
 }
 
 /// Carries one direction until its sender ends it, then says so to the receiver.

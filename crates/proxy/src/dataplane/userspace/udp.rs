@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use services::Protocol;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
@@ -13,6 +14,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::relay::{Door, Place};
+use super::tcp::is_refusal as refused;
+use crate::watch::Evidence;
+use crate::watch::relayed::{Seen, Witness};
 
 /// A session without a datagram for so long has ended: as long as the kernel's own for one that was answered, by default.
 const IDLE: Duration = Duration::from_secs(120);
@@ -29,6 +33,7 @@ pub struct Relay {
     pub socket: UdpSocket,
     /// Room for one datagram each: sessions need it only while they hold one.
     pub buffers: Mutex<Vec<Vec<u8>>>,
+    pub witness: Witness,
 }
 
 impl Relay {
@@ -107,8 +112,13 @@ async fn session(relay: &Relay, client: SocketAddr, mut datagrams: mpsc::Receive
                 endpoints = candidates();
                 unanswered = Some(datagram);
             }
-            Left::Refused if unanswered.is_none() => return Ok(()),
-            Left::Refused => {}
+            Left::Refused => {
+                relay.witness.tell(Seen::Evidence((endpoint, Protocol::Udp), Evidence::Refused));
+                if unanswered.is_none() || !relay.witness.retry {
+                    return Ok(());
+                }
+                relay.witness.tell(Seen::Retried);
+            }
         }
     }
     Ok(())
@@ -122,7 +132,6 @@ async fn exchange(
     datagrams: &mut mpsc::Receiver<Datagram>,
     unanswered: &mut Option<Datagram>,
 ) -> io::Result<Left> {
-    let refused = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     let idle = tokio::time::sleep(IDLE);
     tokio::pin!(idle);
     if let Some(datagram) = unanswered.as_ref() {

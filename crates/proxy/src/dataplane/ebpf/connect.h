@@ -1,0 +1,175 @@
+// Sockets of this node: the destination is chosen once, when a socket connects (or sends, without connecting), so that
+// its packets need no translation at all.
+//
+// What must be dropped rather than refused is left alone here: its packets are dropped where they leave (`packet.h`).
+#pragma once
+
+#include "pick.h"
+
+// From <errno.h>, which is not for programs without a C library.
+#define CONNECTION_REFUSED 111
+// A socket that sends without connecting stays with an endpoint for as long as it sends.
+#define ASKED 1
+#define GIVEN 0
+
+enum outcome { UNTOUCHED, REWRITTEN, REFUSE };
+
+inlined void remember(__u64 cookie, const struct endpoint *asked, const struct endpoint *given, int sending)
+{
+	struct socket_key key = {.cookie = cookie, .at = *given, .asked = GIVEN};
+
+	map_update(&sockets, &key, asked, BPF_ANY);
+	if (sending) {
+		key.at = *asked;
+		key.asked = ASKED;
+		map_update(&sockets, &key, given, BPF_ANY);
+	}
+}
+
+// `place` is what the socket asked for, and becomes where it is sent.
+inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *place, int sending)
+{
+	__u8 protocol = context->protocol == IPPROTO_UDP ? IPPROTO_UDP : IPPROTO_TCP;
+	__u64 cookie = socket_cookie(context);
+	union address client = {};
+	struct endpoint picked = {};
+	struct frontend *frontend;
+	struct node *node;
+
+	if (context->protocol != IPPROTO_TCP && context->protocol != IPPROTO_UDP)
+		return UNTOUCHED;
+	frontend = find_frontend(&place->address, place->port, protocol);
+	node = this_node();
+	if (!frontend || !node)
+		return UNTOUCHED;
+	// A pod is its network namespace. Its address is not chosen yet, and one day is another pod's.
+	client.halves[0] = namespace_cookie(context);
+	client.halves[1] = ~0ULL;
+	if (frontend->flags & FIREWALL &&
+	    (client.halves[0] != node->cookie || !(frontend->flags & NODE_ALLOWED)))
+		return UNTOUCHED;
+	if (!frontend->count)
+		return frontend->flags & REFUSED ? REFUSE : UNTOUCHED;
+	if (sending) {
+		struct socket_key key = {.cookie = cookie, .at = *place, .asked = ASKED};
+		struct endpoint *held = map_lookup(&sockets, &key);
+
+		if (held && is_member(frontend->id, 1, held)) {
+			picked = *held;
+			remember(cookie, place, &picked, 0);
+			*place = picked;
+			return REWRITTEN;
+		}
+	}
+	if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
+		return UNTOUCHED;
+	remember(cookie, place, &picked, sending);
+	*place = picked;
+	return REWRITTEN;
+}
+
+// Where the socket believes that an answer comes from.
+inlined int believed(struct bpf_sock_addr *context, struct endpoint *place)
+{
+	struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = GIVEN};
+	struct endpoint *asked = map_lookup(&sockets, &key);
+
+	if (!asked)
+		return 0;
+	*place = *asked;
+	return 1;
+}
+
+inlined struct endpoint place4(struct bpf_sock_addr *context)
+{
+	struct endpoint place = {.port = context->user_port};
+
+	set_ipv4(&place.address, context->user_ip4);
+	return place;
+}
+
+inlined void place_at4(struct bpf_sock_addr *context, const struct endpoint *place)
+{
+	context->user_ip4 = place->address.words[3];
+	context->user_port = place->port;
+}
+
+inlined struct endpoint place6(struct bpf_sock_addr *context)
+{
+	struct endpoint place = {.port = context->user_port};
+
+	place.address.words[0] = context->user_ip6[0];
+	place.address.words[1] = context->user_ip6[1];
+	place.address.words[2] = context->user_ip6[2];
+	place.address.words[3] = context->user_ip6[3];
+	return place;
+}
+
+inlined void place_at6(struct bpf_sock_addr *context, const struct endpoint *place)
+{
+	context->user_ip6[0] = place->address.words[0];
+	context->user_ip6[1] = place->address.words[1];
+	context->user_ip6[2] = place->address.words[2];
+	context->user_ip6[3] = place->address.words[3];
+	context->user_port = place->port;
+}
+
+// The system call goes on if a program returns 1, and fails with the result set if it returns 0.
+inlined int go4(struct bpf_sock_addr *context, int sending)
+{
+	struct endpoint place = place4(context);
+
+	switch (choose(context, &place, sending)) {
+	case REFUSE:
+		set_result(-CONNECTION_REFUSED);
+		return 0;
+	case REWRITTEN:
+		place_at4(context, &place);
+	case UNTOUCHED:
+		break;
+	}
+	return 1;
+}
+
+inlined int go6(struct bpf_sock_addr *context, int sending)
+{
+	struct endpoint place = place6(context);
+
+	switch (choose(context, &place, sending)) {
+	case REFUSE:
+		set_result(-CONNECTION_REFUSED);
+		return 0;
+	case REWRITTEN:
+		place_at6(context, &place);
+	case UNTOUCHED:
+		break;
+	}
+	return 1;
+}
+
+inlined int come4(struct bpf_sock_addr *context)
+{
+	struct endpoint place = place4(context);
+
+	if (believed(context, &place))
+		place_at4(context, &place);
+	return 1;
+}
+
+inlined int come6(struct bpf_sock_addr *context)
+{
+	struct endpoint place = place6(context);
+
+	if (believed(context, &place))
+		place_at6(context, &place);
+	return 1;
+}
+
+SEC("cgroup/connect4") int connect4(struct bpf_sock_addr *context) { return go4(context, 0); }
+SEC("cgroup/connect6") int connect6(struct bpf_sock_addr *context) { return go6(context, 0); }
+SEC("cgroup/sendmsg4") int sendmsg4(struct bpf_sock_addr *context) { return go4(context, 1); }
+SEC("cgroup/sendmsg6") int sendmsg6(struct bpf_sock_addr *context) { return go6(context, 1); }
+SEC("cgroup/recvmsg4") int recvmsg4(struct bpf_sock_addr *context) { return come4(context); }
+SEC("cgroup/recvmsg6") int recvmsg6(struct bpf_sock_addr *context) { return come6(context); }
+SEC("cgroup/getpeername4") int getpeername4(struct bpf_sock_addr *context) { return come4(context); }
+SEC("cgroup/getpeername6") int getpeername6(struct bpf_sock_addr *context) { return come6(context); }

@@ -1,0 +1,205 @@
+// The maps. `layout.rs` writes the same bytes: change both, and LAYOUT there.
+//
+// An IPv4 address is held as ::ffff:a.b.c.d, so that each map serves both families. Addresses and ports are in network
+// order, numbers in the machine's.
+#pragma once
+
+#include "kernel.h"
+
+union address {
+	__u8 bytes[16];
+	__be32 words[4];
+	__u64 halves[2];
+};
+
+// A place to send to.
+struct endpoint {
+	union address address;
+	__be16 port;
+	__u16 unused;
+	__u32 unused_too;
+};
+
+// An address that clients use; port and protocol 0 stand for what the others leave of a cluster IP.
+struct frontend_key {
+	__be32 address[4];
+	__be16 port;
+	__u8 protocol;
+	__u8 unused;
+};
+
+enum frontend_flags {
+	// Nobody anywhere answers: refuse. Without this flag an empty list drops.
+	REFUSED = 1,
+	MASQUERADE = 2,
+	MASQUERADE_OUTSIDE = 4,
+	// Only `sources` may use it.
+	FIREWALL = 8,
+	// The firewall lets the node itself pass.
+	NODE_ALLOWED = 16,
+};
+
+struct frontend {
+	__u32 id;
+	// Endpoints for pods and for the node itself.
+	__u32 list;
+	__u32 count;
+	// Endpoints for everybody else.
+	__u32 outside_list;
+	__u32 outside_count;
+	__u32 affinity_seconds;
+	__u32 flags;
+};
+
+struct slot_key {
+	__u32 list;
+	__u32 slot;
+};
+
+// Who is in a list, and who may go on answering a UDP flow (`list` is then the frontend's id).
+struct member_key {
+	__u32 list;
+	__u16 serving;
+	__be16 port;
+	__be32 address[4];
+};
+
+struct source_key {
+	__u32 prefix_length;
+	__u32 id;
+	__be32 address[4];
+};
+
+struct affinity_key {
+	__u32 list;
+	__be32 client[4];
+};
+
+struct affinity {
+	struct endpoint endpoint;
+	__u64 until;
+};
+
+// A packet as a hook sees it.
+struct flow_key {
+	union address source;
+	union address destination;
+	__be16 source_port;
+	__be16 destination_port;
+	__u8 protocol;
+	// Seen while it leaves: the source is rewritten. Otherwise the destination.
+	__u8 leaving;
+	__u16 unused;
+};
+
+enum flow_flags {
+	// From a client to an endpoint: may be picked anew.
+	PICKED = 1,
+	// An endpoint's answer.
+	ANSWER = 2,
+	ANSWERED = 4,
+};
+
+struct flow {
+	struct endpoint to;
+	__u32 id;
+	__u32 flags;
+	__u64 seen;
+};
+
+// What a socket was given in place of what it asked for, and the other way round.
+struct socket_key {
+	__u64 cookie;
+	struct endpoint at;
+	__u64 asked;
+};
+
+struct network {
+	union address address;
+	union address mask;
+};
+
+#define NETWORKS 8
+
+struct node {
+	// Of the node's network namespace.
+	__u64 cookie;
+	// What masqueraded packets come from: IPv4, IPv6.
+	union address addresses[2];
+	__u32 pod_networks;
+	__u32 service_networks;
+	struct network pods[NETWORKS];
+	struct network services[NETWORKS];
+	// Whether there are pod networks of the family: without one nobody is outside.
+	__u32 has_pods[2];
+};
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_HASH);
+	INTEGER(max_entries, 1 << 18);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct frontend_key);
+	TYPE(value, struct frontend);
+} frontends SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_HASH);
+	INTEGER(max_entries, 1 << 20);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct slot_key);
+	TYPE(value, struct endpoint);
+} endpoints SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_HASH);
+	INTEGER(max_entries, 1 << 18);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct member_key);
+	TYPE(value, __u32);
+} members SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LPM_TRIE);
+	INTEGER(max_entries, 1 << 16);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct source_key);
+	TYPE(value, __u32);
+} sources SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_ARRAY);
+	INTEGER(max_entries, 1);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, __u32);
+	TYPE(value, struct node);
+} nodes SEC(".maps");
+
+// Filled by packets; the least recently used make room.
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 16);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct affinity_key);
+	TYPE(value, struct affinity);
+} affinities SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 17);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct flow_key);
+	TYPE(value, struct flow);
+} flows SEC(".maps");
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 16);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct socket_key);
+	TYPE(value, struct endpoint);
+} sockets SEC(".maps");

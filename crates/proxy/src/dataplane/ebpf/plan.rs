@@ -1,0 +1,183 @@
+//! A frontend's entries.
+
+use std::collections::BTreeMap;
+use std::fmt::{Display, Formatter};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use services::{Endpoint, Frontend, Protocol, TrafficPolicy};
+
+use super::layout::{Key, Line, List, Target, Value, flag};
+use crate::NodeView;
+use crate::scope::{Scopes, scopes};
+
+/// All entries of one frontend.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Entries {
+    pub entries: BTreeMap<Key, Value>,
+    /// Whose packets this mode does not translate.
+    pub unserved: Option<Protocol>,
+}
+
+impl Display for Entries {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        if let Some(protocol) = self.unserved {
+            writeln!(f, "# the ebpf mode does not translate {protocol}")?;
+        }
+        for (key, value) in &self.entries {
+            writeln!(f, "{}", Line(key, value))?;
+        }
+        Ok(())
+    }
+}
+
+/// One family of one frontend, while its entries are gathered.
+struct Plan<'a> {
+    frontend: &'a Frontend,
+    v6: bool,
+    entries: &'a mut BTreeMap<Key, Value>,
+    scopes: Scopes<'a>,
+}
+
+pub fn entries(frontend: &Frontend, node: &NodeView) -> Entries {
+    let mut entries = BTreeMap::new();
+    for v6 in [false, true] {
+        let scopes = scopes(frontend, node, v6);
+        Plan { frontend, v6, entries: &mut entries, scopes }.gather(node);
+    }
+    let protocol = frontend.name.protocol;
+    Entries { entries, unserved: (protocol == Protocol::Sctp).then_some(protocol) }
+}
+
+impl<'a> Plan<'a> {
+    fn gather(mut self, node: &NodeView) {
+        // Fully, so that a new field asks for a decision here.
+        let Frontend {
+            id,
+            name,
+            app_protocol: _,
+            port,
+            cluster_ips,
+            external_ips,
+            load_balancer_ips,
+            node_port,
+            internal_policy,
+            external_policy,
+            affinity,
+            source_ranges,
+            health_check_node_port: _,
+            // The loop ends connections, whatever the mode (`crate::end`).
+            end_policy: _,
+            endpoints,
+        } = self.frontend;
+        let v6 = self.v6;
+        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
+        let inside: Vec<IpAddr> = cluster_ips.iter().filter(of_family).copied().collect();
+        // A Service has node ports and external addresses only in the families it has a cluster IP of.
+        if inside.is_empty() {
+            return;
+        }
+        for address in &inside {
+            let nobody = self.target(TrafficPolicy::Cluster, TrafficPolicy::Cluster, 0);
+            let nobody =
+                Target { inside: (nobody.inside.0, 0), outside: (nobody.outside.0, 0), flags: flag::REFUSED, ..nobody };
+            self.entries.insert(Key::Frontend { address: *address, port: None }, Value::Target(nobody));
+        }
+        if name.protocol == Protocol::Sctp {
+            return;
+        }
+        let masquerade = if node.masquerade_all { flag::MASQUERADE } else { flag::MASQUERADE_OUTSIDE };
+        for address in &inside {
+            let target = self.target(*internal_policy, *internal_policy, masquerade);
+            self.frontend(*address, *port, target);
+        }
+        // Outside traffic under policy Cluster: the reply must come back through this node, whose address the client
+        // talks to.
+        let masquerade = if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 };
+        let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade);
+        let mut is_outside = false;
+        for address in external_ips.iter().filter(of_family) {
+            self.frontend(*address, *port, outside);
+            is_outside = true;
+        }
+        if let Some(node_port) = node_port {
+            let primary = node.primary_addresses();
+            let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
+            for address in addresses.iter().filter(of_family) {
+                self.frontend(*address, node_port.get(), outside);
+                is_outside = true;
+            }
+        }
+        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
+        for address in load_balancer_ips.iter().filter(of_family) {
+            is_outside = true;
+            let mut guarded = outside;
+            // Where nobody answers, everybody is told so.
+            if !ranges.is_empty() && guarded.flags & flag::REFUSED == 0 {
+                guarded.flags |= flag::FIREWALL;
+                // A node in the ranges may use the address, too, and its packets may come back from the load balancer.
+                if node.addresses.iter().any(|own| ranges.iter().any(|net| net.contains(own))) {
+                    guarded.flags |= flag::NODE_ALLOWED;
+                    self.entries.insert(Key::Source { id: *id, network: (*address).into() }, Value::Present);
+                }
+                for network in &ranges {
+                    self.entries.insert(Key::Source { id: *id, network: network.trunc() }, Value::Present);
+                }
+            }
+            self.frontend(*address, *port, guarded);
+        }
+        for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {
+            let for_outside = policy == TrafficPolicy::Cluster || *external_policy == policy;
+            if *internal_policy == policy || (is_outside && for_outside) {
+                self.list(policy, affinity.is_some());
+            }
+        }
+        if name.protocol == Protocol::Udp {
+            let serving = endpoints.iter().filter(|endpoint| endpoint.address.is_ipv6() == v6);
+            for endpoint in serving.filter(|endpoint| endpoint.ready || endpoint.serving) {
+                self.entries.insert(Key::Serving { id: *id, endpoint: endpoint.address }, Value::Present);
+            }
+        }
+    }
+
+    fn scope(&self, policy: TrafficPolicy) -> (List, &[&'a Endpoint]) {
+        let list = |local| List { id: self.frontend.id, v6: self.v6, local };
+        match policy {
+            TrafficPolicy::Cluster => (list(false), &self.scopes.cluster),
+            TrafficPolicy::Local => (list(true), &self.scopes.local),
+        }
+    }
+
+    fn target(&self, inside: TrafficPolicy, outside: TrafficPolicy, flags: u32) -> Target {
+        let scope = |policy| {
+            let (list, endpoints) = self.scope(policy);
+            (list, endpoints.len() as u32)
+        };
+        // Nobody to send to: refuse, or be silent where somebody else has endpoints.
+        let refused = if self.scopes.any { 0 } else { flag::REFUSED };
+        Target {
+            id: self.frontend.id,
+            inside: scope(inside),
+            outside: scope(outside),
+            affinity_seconds: self.frontend.affinity.map_or(0, |affinity| affinity.timeout_seconds),
+            flags: flags | refused,
+        }
+    }
+
+    fn frontend(&mut self, address: IpAddr, port: u16, target: Target) {
+        let port = Some((self.frontend.name.protocol, port));
+        self.entries.insert(Key::Frontend { address, port }, Value::Target(target));
+    }
+
+    /// The endpoints of one scope.
+    fn list(&mut self, policy: TrafficPolicy, sticky: bool) {
+        let (list, endpoints) = self.scope(policy);
+        let endpoints: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+        for (slot, endpoint) in endpoints.into_iter().enumerate() {
+            self.entries.insert(Key::Endpoint { list, slot: slot as u32 }, Value::Endpoint(endpoint));
+            if sticky {
+                self.entries.insert(Key::Member { list, endpoint }, Value::Present);
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Ends connections in the kernel.
+//!
+//! TCP: packets of a connection that is over are answered with a reset, by rules of a table of our own that exists only
+//! meanwhile and holds one element a connection; clients that are silent are provoked into saying something. Other protocols
+//! have no reset: their flows are forgotten, so that the next packet goes to another endpoint.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use linux::connections::{Connection, Connections};
+use linux::conntrack::{self, Conntrack};
+use linux::nft::{
+    Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Nft, Op, Reject, Rule, Set, Socket,
+    Statement, Transaction, Value, ct_state, ct_status,
+};
+use linux::provoke::Provoker;
+use services::Protocol;
+
+use super::plan::{Due, Way};
+use crate::Error;
+
+pub(crate) const TABLE: &str = "fairlead_end";
+/// After the destination has been translated, and before any routing: there may be no way to the endpoint any more.
+const AFTER_DNAT: i32 = -90;
+
+pub(super) struct Kernel {
+    /// `None` only while a thread works with them.
+    sockets: Option<Box<Sockets>>,
+}
+
+struct Sockets {
+    nft: Socket,
+    connections: Connections,
+    conntrack: conntrack::Socket,
+    provoker: Provoker,
+    /// The clients whose packets are refused; empty: there is no table.
+    held: BTreeMap<Way, BTreeSet<SocketAddr>>,
+}
+
+impl Kernel {
+    pub fn open(namespace: Option<OwnedFd>) -> Result<Self, Error> {
+        let namespace = namespace.as_ref().map(|namespace| namespace.as_fd());
+        let sockets = Sockets {
+            nft: Socket::open(namespace)?,
+            connections: Connections::open(namespace)?,
+            conntrack: conntrack::Socket::open(namespace)?,
+            provoker: Provoker::open(namespace).map_err(Error::Provoke)?,
+            held: BTreeMap::new(),
+        };
+        Ok(Kernel { sockets: Some(Box::new(sockets)) })
+    }
+
+    /// Works on a thread of its own.
+    async fn work<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Sockets) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let mut sockets = match self.sockets.take() {
+            Some(sockets) => sockets,
+            // The thread that had them died.
+            None => return Err(Error::EndGone),
+        };
+        let (sockets, result) = tokio::task::spawn_blocking(move || {
+            let result = work(&mut sockets);
+            (sockets, result)
+        })
+        .await
+        .map_err(Error::Commit)?;
+        self.sockets = Some(sockets);
+        result
+    }
+
+    /// Does what is due.
+    pub async fn act(&mut self, due: &Due) -> Result<(), Error> {
+        if due.begin.is_empty() && due.forget.is_empty() {
+            return Ok(());
+        }
+        let Due { begin, forget } = due.clone();
+        self.work(move |sockets| {
+            let (tcp, others): (Vec<Way>, Vec<Way>) = begin.into_iter().partition(|way| way.protocol == Protocol::Tcp);
+            sockets.forget(&others.into_iter().collect())?;
+            sockets.end(&tcp.into_iter().collect(), &forget)
+        })
+        .await
+    }
+
+    /// The ways that clients of these addresses have to anybody but these endpoints.
+    pub async fn strays(
+        &mut self,
+        called: &BTreeSet<(Protocol, SocketAddr)>,
+        used: &BTreeSet<SocketAddr>,
+    ) -> Result<BTreeSet<Way>, Error> {
+        let (called, used) = (called.clone(), used.clone());
+        self.work(move |sockets| {
+            let mut strays = BTreeSet::new();
+            let asked: BTreeSet<(bool, Protocol)> =
+                called.iter().map(|(protocol, address)| (address.is_ipv6(), *protocol)).collect();
+            for (v6, protocol) in asked {
+                for flow in sockets.conntrack.flows(v6, protocol.number())? {
+                    let way = Way { protocol, called: flow.original.1, endpoint: flow.reply.0 };
+                    // What was refused answers itself: it is nobody's connection.
+                    let is_translated = way.called != way.endpoint;
+                    if is_translated && called.contains(&(protocol, way.called)) && !used.contains(&way.endpoint) {
+                        strays.insert(way);
+                    }
+                }
+            }
+            Ok(strays)
+        })
+        .await
+    }
+
+    pub async fn close(&mut self) -> Result<(), Error> {
+        self.work(|sockets| sockets.hold(BTreeMap::new())).await
+    }
+}
+
+impl Sockets {
+    /// Refuses the connections of some ways from now on, and those of others no longer.
+    fn end(&mut self, begin: &BTreeSet<Way>, forget: &[Way]) -> Result<(), Error> {
+        let mut wanted = self.held.clone();
+        let mut late: BTreeMap<Way, BTreeSet<SocketAddr>> = BTreeMap::new();
+        for way in forget {
+            late.extend(wanted.remove(way).map(|clients| (*way, clients)));
+        }
+        let mut ended = Vec::new();
+        let addresses: BTreeSet<IpAddr> = begin.iter().map(|way| way.endpoint.ip()).collect();
+        for address in addresses {
+            for connection in self.connections.open_to(address)? {
+                let Connection { client, called, endpoint, .. } = connection;
+                let way = Way { protocol: Protocol::Tcp, called, endpoint };
+                if begin.contains(&way) {
+                    wanted.entry(way).or_default().insert(client);
+                    ended.push(connection);
+                }
+            }
+        }
+        self.hold(wanted)?;
+        for connection in &ended {
+            if let Err(error) = self.provoker.provoke(connection.endpoint, connection.answered) {
+                // It hears when it next sends something.
+                tracing::debug!("proxy: cannot provoke {}: {error}", connection.client);
+            }
+        }
+        if !ended.is_empty() {
+            let count = ended.len();
+            tracing::info!(
+                "proxy: reset {count} connections to endpoints that have gone, as their Services' end policies say"
+            );
+        }
+        // Whoever still has a flow did not hear: its next packet is looked at as if it were the first.
+        let is_late = |way: &Way, client: &SocketAddr| late.get(way).is_some_and(|clients| clients.contains(client));
+        self.delete_flows(late.keys(), is_late)
+    }
+
+    /// Makes the table hold these connections and no others.
+    fn hold(&mut self, wanted: BTreeMap<Way, BTreeSet<SocketAddr>>) -> Result<(), Error> {
+        let (before, after) = (elements(&self.held), elements(&wanted));
+        if before != after {
+            let mut transaction = Transaction::new(Family::Inet, TABLE);
+            transaction.push(Op::AddTable { comment: None });
+            if before.is_empty() {
+                declare(&mut transaction);
+            }
+            if after.is_empty() {
+                transaction.push(Op::DeleteTable);
+            } else {
+                let less = before.difference(&after).cloned().collect();
+                let more = after.difference(&before).cloned().collect();
+                change(&mut transaction, less, |set, elements| Op::DeleteElements { set, elements });
+                change(&mut transaction, more, |set, elements| Op::AddElements { set, elements });
+            }
+            if let Err(error) = self.nft.commit(&transaction) {
+                // Perhaps somebody removed the table under our feet: the next time begins with none.
+                self.held.clear();
+                clear_with(&mut self.nft)?;
+                return Err(error.into());
+            }
+        }
+        self.held = wanted;
+        Ok(())
+    }
+
+    fn forget(&mut self, ways: &BTreeSet<Way>) -> Result<(), Error> {
+        self.delete_flows(ways.iter(), |way, _| ways.contains(way))
+    }
+
+    fn delete_flows<'a>(
+        &mut self,
+        ways: impl Iterator<Item = &'a Way>,
+        is_wanted: impl Fn(&Way, &SocketAddr) -> bool,
+    ) -> Result<(), Error> {
+        let kinds: BTreeSet<(bool, Protocol)> = ways.map(|way| (way.called.is_ipv6(), way.protocol)).collect();
+        for (v6, protocol) in kinds {
+            for flow in self.conntrack.flows(v6, protocol.number())? {
+                let way = Way { protocol, called: flow.original.1, endpoint: flow.reply.0 };
+                if is_wanted(&way, &flow.original.0) {
+                    self.conntrack.delete(&flow)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn elements(held: &BTreeMap<Way, BTreeSet<SocketAddr>>) -> BTreeSet<Element> {
+    let each = held.iter().flat_map(|(way, clients)| clients.iter().map(move |client| (client, way)));
+    each.map(|(client, way)| element(client, &way.called)).collect()
+}
+
+fn change(transaction: &mut Transaction, elements: Vec<Element>, op: fn(Box<str>, Vec<Element>) -> Op) {
+    let is_v6 = |element: &Element| matches!(element.key.0.first(), Some(Datum::V6(_)));
+    let (v6, v4): (Vec<Element>, Vec<Element>) = elements.into_iter().partition(is_v6);
+    for (elements, is_v6) in [(v4, false), (v6, true)] {
+        if !elements.is_empty() {
+            transaction.push(op(set_name(is_v6).into(), elements));
+        }
+    }
+}
+
+fn set_name(v6: bool) -> &'static str {
+    if v6 { "ended6" } else { "ended4" }
+}
+
+fn element(client: &SocketAddr, called: &SocketAddr) -> Element {
+    let key = [client.ip().into(), Datum::Port(client.port()), called.ip().into(), Datum::Port(called.port())];
+    Element { key: Key::new(key), end: None, data: ElementData::None }
+}
+
+fn declare(transaction: &mut Transaction) {
+    let hooks = [("prerouting", Hook::Prerouting), ("output", Hook::Output)];
+    for v6 in [false, true] {
+        let ip = if v6 { DataType::Ipv6Addr } else { DataType::Ipv4Addr };
+        let key = [ip, DataType::InetService, ip, DataType::InetService];
+        transaction.push(Op::AddSet(Set::of(set_name(v6), &key)));
+    }
+    for (name, hook) in hooks {
+        transaction.push(Op::AddChain(Chain::base(name, ChainKind::Filter, hook, AFTER_DNAT)));
+        for v6 in [false, true] {
+            let key = [
+                Value::SourceIp { v6 },
+                Value::SourcePort,
+                Value::OriginalDestinationIp { v6 },
+                Value::OriginalDestinationPort,
+            ];
+            let rule = Rule::new([
+                Statement::HasBits(Value::CtStatus, ct_status::DNAT),
+                // A client that comes back with the same port begins a new connection.
+                Statement::HasBits(Value::CtState, ct_state::ESTABLISHED),
+                Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 })),
+                Statement::Equal(Value::L4Proto, Datum::Proto(Protocol::Tcp.number())),
+                Statement::is_in(key, set_name(v6)),
+                Statement::Reject(Reject::TcpReset),
+            ]);
+            transaction.push(Op::AddRule { chain: name.into(), rule });
+        }
+    }
+}
+
+/// Removes what a proxy left that did not come to its end.
+pub(crate) fn clear(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    clear_with(&mut Socket::open(namespace)?)
+}
+
+fn clear_with(nft: &mut Socket) -> Result<(), Error> {
+    if nft.table_comment(Family::Inet, TABLE)?.is_some() {
+        let mut transaction = Transaction::new(Family::Inet, TABLE);
+        transaction.push(Op::DeleteTable);
+        nft.commit(&transaction)?;
+    }
+    Ok(())
+}

@@ -176,7 +176,7 @@ pub(crate) async fn hold(
     };
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
     if config.mode.is_translated_by_netfilter() {
-        match keeper::keep(&mut Socket::open(namespace())?) {
+        match Socket::open(namespace()).and_then(|mut nft| keeper::keep(&mut nft)) {
             // Without privileges nothing is translated.
             Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => {}
             kept => kept?,

@@ -11,9 +11,10 @@ build: deps
 demo: build image
 	cargo xtask demo $(DEMO)
 
-# Few random cases per property test here, many in `make soak`.
+# Few random cases per property test here, many in `make soak`. What needs another kernel runs in an emulated machine.
 test: deps image
 	FAIRLEAD_CASES=$${FAIRLEAD_CASES:-50} cargo test --workspace
+	cargo xtask guest
 
 lint: deps
 	cargo xtask lint

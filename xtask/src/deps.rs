@@ -26,6 +26,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox-static", "tests: the smallest image"),
     ("nginx-light", "tests and bench: a server, and a peer"),
     ("etcd-server", "tests and bench: a real etcd"),
+    ("qemu-system-x86", "tests: a machine with another kernel (IPVS, SCTP)"),
+    ("binutils", "tests: strip, so that a test fits into that machine"),
     ("docker-registry", "tests: a real registry"),
     ("ca-certificates", "tests: pull over TLS"),
 ];

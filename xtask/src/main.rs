@@ -4,6 +4,7 @@ mod bench;
 mod cluster;
 mod demo;
 mod deps;
+mod guest;
 mod hosts;
 mod image;
 mod interrupt;
@@ -29,6 +30,7 @@ const CHORES: &[Chore] = &[
     Chore { name: "lint", about: "walls, format, clippy without a warning", run: lint::run },
     Chore { name: "walls", about: "fail on a dependency that points upward or sideways", run: walls::run },
     Chore { name: "image", about: "build the images of the examples and tests into target/images", run: image::run },
+    Chore { name: "guest", about: "run the tests that need another kernel in an emulated machine", run: guest::run },
     Chore { name: "demo", about: "from `kubectl apply` to a packet, on three nodes", run: demo::run },
     Chore {
         name: "bench",

@@ -291,6 +291,20 @@ mod tests {
     }
 
     #[test]
+    fn a_thousand_addresses_are_shown_and_that_there_are_more() {
+        let pods: Vec<_> = (0..=CAPACITY)
+            .map(|n| pod(&format!("p{n}"), &format!("10.0.{}.{}", n / 250, n % 250), 80, "True"))
+            .collect();
+        let key = Key::new("default", "web");
+        for (count, expected) in [(CAPACITY, None), (CAPACITY + 1, Some("truncated"))] {
+            let created = plan(&key, Some(&service(json!({}))), &pods[..count], None);
+            let [Change::Create(_, object)] = created.as_slice() else { panic!("Endpoints are created: {created:?}") };
+            assert_eq!(object["subsets"][0]["addresses"].as_array().map(Vec::len), Some(CAPACITY));
+            assert_eq!(object["metadata"]["annotations"][OVER_CAPACITY].as_str(), expected);
+        }
+    }
+
+    #[test]
     fn nothing_is_written_when_nothing_changed() {
         let (service, pods, key) =
             (service(json!({})), [pod("a", "10.0.0.9", 8080, "True")], Key::new("default", "web"));

@@ -64,9 +64,15 @@ pub struct AgentArgs {
     /// The node's own addresses, the primary one first.
     #[arg(long, value_delimiter = ',', required = true)]
     pub node_ip: Vec<IpAddr>,
-    /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
+    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf or userspace.
     #[arg(long, default_value = "nftables", value_parser = parse_mode)]
     pub proxy_mode: Mode,
+    /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
+    #[arg(long, default_value = "rr", value_parser = parse_scheduler)]
+    pub ipvs_scheduler: proxy::Scheduler,
+    /// In the ipvs mode, answer ARP only for addresses of the interface that was asked.
+    #[arg(long)]
+    pub ipvs_strict_arp: bool,
     /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
     #[arg(long)]
     pub localhost_node_ports: bool,
@@ -97,6 +103,10 @@ pub struct AgentArgs {
     pub images: Option<PathBuf>,
     #[arg(long, hide = true)]
     pub announce: bool,
+}
+
+fn parse_scheduler(text: &str) -> Result<proxy::Scheduler, String> {
+    text.parse().map_err(|error: linux::ipvs::Error| error.to_string())
 }
 
 pub fn parse_mode(text: &str) -> Result<Mode, String> {
@@ -320,6 +330,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         cluster.service_cidrs.clone(),
     );
     view.relay_localhost = args.localhost_node_ports;
+    view.ipvs.scheduler = args.ipvs_scheduler.clone();
+    view.ipvs.strict_arp = args.ipvs_strict_arp;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());

@@ -21,7 +21,7 @@ pub struct UpArgs {
     /// How many nodes.
     #[arg(long, default_value_t = 1)]
     pub nodes: u32,
-    /// How Services reach the kernel: nftables, iptables, ebpf or userspace.
+    /// How Services reach the kernel: nftables, iptables, ipvs, ebpf or userspace.
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: String,
     /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
@@ -59,9 +59,13 @@ pub struct UpArgs {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
+    let mode = args.proxy_mode.parse::<proxy::Mode>().map_err(|e| anyhow::anyhow!("{e}"))?;
     if !nix::unistd::geteuid().is_root() {
         bail!("`fairlead up` makes namespaces and cgroups, which only root may; run it with sudo");
+    }
+    // What this kernel lacks is said here, not in the log of every node.
+    if mode == proxy::Mode::Ipvs {
+        proxy::found(mode, None, None)?;
     }
     let started = Instant::now();
     let dir = &args.data.data_dir;

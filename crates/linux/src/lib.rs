@@ -12,6 +12,7 @@ pub mod conntrack;
 pub mod enter;
 pub mod fdpass;
 pub mod iptables;
+pub mod ipvs;
 pub mod link;
 pub mod memory;
 pub mod mntns;

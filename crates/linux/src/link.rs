@@ -5,8 +5,8 @@
 
 mod code;
 mod read;
-mod socket;
-mod wire;
+pub(crate) mod socket;
+pub(crate) mod wire;
 mod write;
 
 use std::fmt;
@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
+use nix::sys::socket::SockProtocol;
 
 use crate::netns::{Netns, NetnsError};
 use socket::Socket;
@@ -237,6 +238,8 @@ pub struct Fdb {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Item {
     Bridge(Bridge),
+    /// A link that leads nowhere: it only holds addresses.
+    Dummy(String),
     Veth(Veth),
     Vxlan(Vxlan),
     Port(Port),
@@ -251,6 +254,7 @@ impl fmt::Display for Item {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bridge(Bridge { name, .. }) => write!(f, "bridge {name}"),
+            Self::Dummy(name) => write!(f, "dummy {name}"),
             Self::Veth(Veth { name, peer, .. }) => write!(f, "veth {name} peer {peer}"),
             Self::Vxlan(Vxlan { name, id, port, local, .. }) => {
                 write!(f, "vxlan {name} id {id} port {port} local {local}")
@@ -300,7 +304,8 @@ pub struct Links {
 impl Links {
     /// The links of the calling thread's namespace.
     pub fn current() -> Result<Self, LinkError> {
-        Ok(Self { socket: Mutex::new(Socket::open().map_err(LinkError::Open)?) })
+        let socket = Socket::open(SockProtocol::NetlinkRoute).map_err(LinkError::Open)?;
+        Ok(Self { socket: Mutex::new(socket) })
     }
 
     pub fn open(namespace: &Netns) -> Result<Self, LinkError> {

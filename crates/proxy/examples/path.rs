@@ -257,9 +257,7 @@ fn program(lab: &Lab, mode: Mode, services: usize, endpoints: usize, changes: us
     }
     let mut running = Running::start(mode, &node, table)?;
     // Everything known: from here to the kernel holding it.
-    let before = cpu_ms()?;
     let cold = running.change(ServiceTable::set_synced)?;
-    let cold_cpu = cpu_ms()? - before;
     let memory = pss()?;
     let mut times = Vec::new();
     let mut draw = Draw::new(services as u64);
@@ -287,18 +285,10 @@ fn program(lab: &Lab, mode: Mode, services: usize, endpoints: usize, changes: us
         |part: f64| times.get(((times.len().max(1) - 1) as f64 * part) as usize).map_or(0.0, Duration::as_secs_f64);
     Ok(json!({
         "mode": mode.to_string(), "services": services, "endpoints": endpoints,
-        "cold_ms": cold.as_secs_f64() * 1000.0, "cold_cpu_ms": cold_cpu, "changes": times.len(),
+        "cold_ms": cold.as_secs_f64() * 1000.0, "changes": times.len(),
         "change_p50_ms": at(0.5) * 1000.0, "change_p99_ms": at(0.99) * 1000.0, "pss_mb": memory,
     })
     .to_string())
-}
-
-/// What this process has used of the processors, in steps of 10 ms, user and system together.
-fn cpu_ms() -> Result<f64, Failure> {
-    let text = std::fs::read_to_string("/proc/self/stat")?;
-    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok());
-    Ok((ticks(11).ok_or("no utime")? + ticks(12).ok_or("no stime")?) * 10.0)
 }
 
 /// Megabytes of this process, shared pages divided among their users.

@@ -2,9 +2,7 @@
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("--proxy-mode={0} does not exist yet; use nftables, iptables, ebpf or userspace")]
-    LaterMode(&'static str),
-    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ebpf or userspace")]
+    #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ipvs, ebpf or userspace")]
     UnknownMode(String),
     #[error("Services stay in {from} mode, since {to} mode cannot take over: {cause}")]
     HandOver { from: crate::Mode, to: crate::Mode, cause: String },
@@ -20,6 +18,8 @@ pub enum Error {
     NoHooks,
     #[error("the ebpf mode can tell 8 pod networks and 8 Service networks apart, not more; use --proxy-mode=nftables")]
     Networks,
+    #[error(transparent)]
+    Ipvs(#[from] linux::ipvs::Error),
     #[error(transparent)]
     Conntrack(#[from] linux::conntrack::Error),
     #[error(

@@ -12,11 +12,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use linux::nft::{Fate, Packet};
-use linux::{bpf, iptables, nft};
+use linux::{bpf, iptables, ipvs, nft};
 use services::{Frontend, ServiceTable};
 
 use crate::dataplane::ebpf::{Ebpf, LAYOUTS};
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{FakeRelays, Userspace};
 use crate::dataplane::{Change, Dataplane};
@@ -31,6 +32,7 @@ pub fn dump(mode: Mode, table: &ServiceTable, node: &NodeView) -> String {
         Mode::Nftables => dump_of::<Nftables<nft::Fake>>(table, node),
         Mode::Iptables => dump_of::<Iptables<iptables::Fake>>(table, node),
         Mode::Ebpf => dump_of::<Ebpf<bpf::Fake>>(table, node),
+        Mode::Ipvs => dump_of::<Ipvs<ipvs::Fake, nft::Fake>>(table, node),
         Mode::Userspace => dump_of::<Userspace<nft::Fake, FakeRelays>>(table, node),
     }
 }
@@ -80,6 +82,7 @@ enum Plan {
     Nftables(Nftables<nft::Fake>),
     Iptables(Iptables<iptables::Fake>),
     Ebpf(Ebpf<bpf::Fake>),
+    Ipvs(Box<Ipvs<ipvs::Fake, nft::Fake>>),
     Userspace(Userspace<nft::Fake, FakeRelays>),
 }
 
@@ -89,6 +92,10 @@ impl Plan {
             Mode::Nftables => Plan::Nftables(of(Nftables::new(nft::Fake::default()), table, node, packet)?),
             Mode::Iptables => Plan::Iptables(of(Iptables::new(iptables::Fake::default()), table, node, packet)?),
             Mode::Ebpf => Plan::Ebpf(of(Ebpf::new(bpf::Fake::new(&LAYOUTS)), table, node, packet)?),
+            Mode::Ipvs => {
+                let fake = Ipvs::new(ipvs::Fake::default(), nft::Fake::default());
+                Plan::Ipvs(Box::new(of(fake, table, node, packet)?))
+            }
             Mode::Userspace => {
                 let fake = Userspace::new(Some(nft::Fake::default()), FakeRelays::default());
                 Plan::Userspace(of(fake, table, node, packet)?)
@@ -109,6 +116,7 @@ impl Plan {
             Plan::Nftables(plan) => plan.nft().clone().explain(packet, locals, draw, log),
             Plan::Iptables(plan) => plan.kernel().clone().explain(packet, locals, draw, log),
             Plan::Ebpf(plan) => plan.explain(&packet, locals, draw, log),
+            Plan::Ipvs(plan) => plan.explain(packet, locals, draw, log),
             Plan::Userspace(plan) => plan.explain(packet, locals, draw, log),
         }
     }

@@ -4,14 +4,35 @@ use std::os::fd::BorrowedFd;
 
 use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
+use linux::ipvs;
 use linux::nft::Socket;
 
-use crate::Error;
 use crate::dataplane::ebpf::{self, Retired};
-use crate::dataplane::{iptables, nftables, userspace};
+use crate::dataplane::{self, iptables, nftables, userspace};
+use crate::{Error, Mode};
+
+/// Removes what every mode but this one left.
+pub(crate) fn clear_others(mode: Mode, hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if mode != Mode::Nftables {
+        clear_nftables(namespace)?;
+    }
+    if mode != Mode::Iptables {
+        clear_iptables(namespace)?;
+    }
+    if mode != Mode::Ipvs {
+        clear_ipvs(namespace)?;
+    }
+    if mode != Mode::Userspace {
+        clear_userspace(namespace)?;
+    }
+    if mode != Mode::Ebpf {
+        clear_ebpf(hooks, namespace)?;
+    }
+    Ok(())
+}
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
-pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     if !Tools::is_used(namespace)? {
         return Ok(());
     }
@@ -24,28 +45,40 @@ pub(crate) fn clear_iptables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Er
 }
 
 /// Removes the table of the userspace mode; its connections are their process's.
-pub(crate) fn clear_userspace(nft: &mut Socket) -> Result<(), Error> {
-    if userspace::remove(nft)? {
+fn clear_userspace(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if userspace::remove(&mut Socket::open(namespace)?)? {
         tracing::info!("proxy: removed the table of the userspace mode");
     }
     Ok(())
 }
 
 /// Removes the table of the nftables mode.
-pub(crate) fn clear_nftables(nft: &mut Socket) -> Result<(), Error> {
-    if nftables::remove(nft)? {
+fn clear_nftables(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if nftables::remove(&mut Socket::open(namespace)?)? {
         tracing::info!("proxy: removed the table of the nftables mode");
     }
     Ok(())
 }
 
 /// Ends the ebpf mode, if a node ever had it.
-pub(crate) fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     let Some(hooks) = hooks else { return Ok(()) };
     match ebpf::retire(hooks, namespace)? {
         Retired::Nothing => {}
         Retired::Translating => tracing::info!("proxy: the programs of the ebpf mode translate what it has begun"),
         Retired::Gone => tracing::info!("proxy: removed the programs of the ebpf mode"),
+    }
+    Ok(())
+}
+
+/// Removes virtual servers, their interface and their table. IPVS is only asked if the interface is there: asking would
+/// make the kernel load it.
+fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    if !ipvs::Socket::is_used(namespace)? {
+        return Ok(());
+    }
+    if dataplane::ipvs::remove(&mut ipvs::Socket::open(namespace)?, &mut Socket::open(namespace)?)? {
+        tracing::info!("proxy: removed the virtual servers of the ipvs mode");
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ pub enum Mode {
     #[default]
     Nftables,
     Iptables,
+    Ipvs,
     Ebpf,
     Userspace,
 }
@@ -24,7 +25,7 @@ impl Mode {
     /// Whether connections that it makes are translated by netfilter for as long as they live.
     pub(crate) fn is_translated_by_netfilter(self) -> bool {
         match self {
-            Mode::Nftables | Mode::Iptables | Mode::Userspace => true,
+            Mode::Nftables | Mode::Iptables | Mode::Ipvs | Mode::Userspace => true,
             Mode::Ebpf => false,
         }
     }
@@ -37,7 +38,7 @@ impl FromStr for Mode {
         match text {
             "nftables" => Ok(Mode::Nftables),
             "iptables" => Ok(Mode::Iptables),
-            "ipvs" => Err(Error::LaterMode("ipvs")),
+            "ipvs" => Ok(Mode::Ipvs),
             "ebpf" => Ok(Mode::Ebpf),
             "userspace" => Ok(Mode::Userspace),
             other => Err(Error::UnknownMode(other.to_owned())),
@@ -50,6 +51,7 @@ impl Display for Mode {
         f.write_str(match self {
             Mode::Nftables => "nftables",
             Mode::Iptables => "iptables",
+            Mode::Ipvs => "ipvs",
             Mode::Ebpf => "ebpf",
             Mode::Userspace => "userspace",
         })

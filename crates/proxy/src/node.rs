@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use linux::ipvs::{Scheduler, Timeouts};
 use services::{Place, Protocol};
 
 /// One node, as its data path sees it. A change of it renders every frontend anew.
@@ -13,7 +14,7 @@ pub struct NodeView {
     /// The node's own addresses, the primary of each family first.
     pub addresses: Vec<IpAddr>,
     /// Where node ports listen. `None` is each mode's own default: the primary address of each family in nftables, every
-    /// address of the node, 127.0.0.1 included, in iptables.
+    /// address of the node in ipvs, 127.0.0.1 too in iptables.
     pub node_port_addresses: Option<Vec<IpAddr>>,
     /// All pods of the cluster: what does not come from here is outside, and masqueraded on its way to a cluster IP.
     pub pod_cidrs: Vec<IpNet>,
@@ -26,6 +27,19 @@ pub struct NodeView {
     pub relay_localhost: bool,
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
+    pub ipvs: IpvsSettings,
+}
+
+/// What only the ipvs mode asks for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct IpvsSettings {
+    /// How every Service chooses among its endpoints.
+    pub scheduler: Scheduler,
+    /// Answer ARP only for addresses of the interface that was asked: the node has the addresses of load balancers, too,
+    /// and must not announce them where something else does.
+    pub strict_arp: bool,
+    /// When idle connections are forgotten; 0 leaves what the kernel has.
+    pub timeouts: Timeouts,
 }
 
 impl NodeView {

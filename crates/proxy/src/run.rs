@@ -1,6 +1,6 @@
 //! The loop that keeps the kernel true to the table.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,6 +9,7 @@ use std::time::Duration;
 use linux::bpf::{Hooks, Kernel as _, Pinned};
 use linux::conntrack::{self, Conntrack};
 use linux::iptables::Tools;
+use linux::ipvs::{self, Ipvs as _};
 use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
@@ -21,16 +22,22 @@ use tokio_util::sync::CancellationToken;
 use crate::applied::{Applied, AppliedSlices};
 use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Answerers, Change, Dataplane, Kept};
 use crate::end::End;
+use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
 use crate::{Error, Mode, NodeView, keeper, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+/// Between two repairs of what somebody else changes.
+const REPAIR_PAUSE: Duration = Duration::from_secs(1);
+/// So many changed frontends are a large commit.
+const LARGE: usize = 64;
 
 /// What a node's proxy needs.
 pub struct Config {
@@ -83,6 +90,10 @@ pub struct Status {
     pub ejected: BTreeSet<Target>,
     /// Why endpoints that do not answer go unnoticed; `None` if they do not.
     pub watch_error: Option<String>,
+    /// Services that ask for what the mode cannot do, and what that is.
+    pub unsupported: BTreeMap<FrontendId, String>,
+    /// How often somebody else's change of the proxy's own table was made undone.
+    pub repairs: u64,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
@@ -93,6 +104,7 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: 
         Mode::Nftables => Nftables::new(Socket::open(namespace)?).read(),
         Mode::Iptables | Mode::Userspace => Ok(Seed::default()),
         Mode::Ebpf => Ebpf::new(pinned(namespace, hooks)?).read(),
+        Mode::Ipvs => ipvs::Socket::open(namespace).map(|_| Seed::default()).map_err(Error::from),
     }
 }
 
@@ -101,6 +113,7 @@ pub fn found(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: 
 pub fn prepare(mode: Mode, namespace: Option<std::os::fd::BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<(), Error> {
     match mode {
         Mode::Nftables | Mode::Iptables | Mode::Userspace => Ok(()),
+        Mode::Ipvs => Ok(ipvs::Socket::open(namespace)?.prepare(&[])?),
         Mode::Ebpf => Ok(pinned(namespace, hooks)?.attach()?),
     }
 }
@@ -174,7 +187,6 @@ pub(crate) async fn hold(
         Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
         Err(error) => return Err(error.into()),
     };
-    let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
     if config.mode.is_translated_by_netfilter() {
         match Socket::open(namespace()).and_then(|mut nft| keeper::keep(&mut nft)) {
             // Without privileges nothing is translated.
@@ -182,47 +194,38 @@ pub(crate) async fn hold(
             kept => kept?,
         }
     }
-    let hooks = config.hooks.clone();
+    let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
+    let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
+    let clear: Option<Clear> = Some(Box::new(move || {
+        leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
+    }));
     let status = Arc::new(status);
     let watcher = watcher(&config, &feed, &status, &token)?;
-    match config.mode {
+    match mode {
         Mode::Nftables => {
-            let nft = Socket::open(namespace())?;
-            let mut others = Socket::open(namespace())?;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut others)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-            });
-            let kernel = Kernel { dataplane: Nftables::new(nft), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+            let dataplane = Nftables::new(Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Iptables => {
-            let mut nft = Socket::open(namespace())?;
-            let within = held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(within)).await.map_err(Error::Commit)??;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_nftables(&mut nft)?;
-                leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-            });
-            let kernel = Kernel { dataplane: Iptables::new(tools), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).watched_by(watcher).run(token).await
+            let held = hold()?;
+            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+            let dataplane = Iptables::new(tools);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+        }
+        Mode::Ipvs => {
+            let mut kernel = ipvs::Socket::open(namespace())?;
+            // What is missing is said before anything is promised.
+            kernel.prepare(&[])?;
+            let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Ebpf => {
-            let mut nft = Socket::open(namespace())?;
-            let kernel = pinned(namespace(), config.hooks.as_ref())?;
-            let clear = Box::new(move || {
-                leftovers::clear_userspace(&mut nft)?;
-                leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                leftovers::clear_nftables(&mut nft)
-            });
-            let kernel = Kernel { dataplane: Ebpf::new(kernel), conntrack, clear: Some(clear) };
-            Loop::new(kernel, config, feed, status).run(token).await
+            let dataplane = Ebpf::new(pinned(namespace(), config.hooks.as_ref())?);
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
-            let place = place(held.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?)?;
+            let place = place(hold()?)?;
             let (witness, watcher) = eyes::relayed::start(
                 &config.watching,
                 place.clone(),
@@ -231,16 +234,7 @@ pub(crate) async fn hold(
                 token.clone(),
             );
             let relays = Sockets::new(place, Handle::current(), witness);
-            let clear: Option<Clear> = if nft.is_some() {
-                let mut others = Socket::open(namespace())?;
-                Some(Box::new(move || {
-                    leftovers::clear_nftables(&mut others)?;
-                    leftovers::clear_iptables(held.as_ref().map(|namespace| namespace.as_fd()))?;
-                    leftovers::clear_ebpf(hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-                }))
-            } else {
-                None
-            };
+            let clear = clear.filter(|_| nft.is_some());
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
             Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
@@ -298,6 +292,8 @@ struct Loop<D> {
     /// For which node `committed` was rendered.
     node: Option<Arc<NodeView>>,
     pending: BTreeSet<FrontendId>,
+    /// When the data path wants to be tended.
+    tend_at: Option<Instant>,
     applied: Applied,
     end: End,
 }
@@ -324,6 +320,7 @@ impl<D: Dataplane> Loop<D> {
             committed: HashMap::new(),
             node: None,
             pending: BTreeSet::new(),
+            tend_at: None,
             applied: Applied::default(),
             end: End::default(),
         }
@@ -358,10 +355,21 @@ impl<D: Dataplane> Loop<D> {
         let mut changes_open = true;
         let mut node_open = true;
         let mut judged = false;
+        let mut guard = self.guard();
+        let mut repaired: Option<Instant> = None;
         loop {
             let work = attempt == Attempt::Whole || !self.pending.is_empty() || judged;
             if work && retry_at.is_none() && self.read_table().is_synced() {
-                match self.commit(attempt).await {
+                // A large commit is cheaper if the kernel tells nobody of it.
+                let is_large = attempt == Attempt::Whole || self.pending.len() > LARGE;
+                if is_large {
+                    listen(&mut guard, false);
+                }
+                let committed = self.commit(attempt).await;
+                if is_large {
+                    listen(&mut guard, true);
+                }
+                match committed {
                     Ok(Watched::Known) => {
                         attempt = Attempt::Together;
                         judged = false;
@@ -395,6 +403,25 @@ impl<D: Dataplane> Loop<D> {
                     }
                 }
                 () = verdicts_change(&mut self.watcher) => judged = true,
+                edit = guard::edit(&mut guard) => match edit {
+                    Ok(edit) => {
+                        let table = guard.as_ref().map(Guard::table).unwrap_or_default();
+                        tracing::warn!("proxy: {} changed table {table}, which is the proxy's own; it is made right", edit.by);
+                        if let Some(kernel) = self.kernel.as_mut().filter(|_| edit.rules) {
+                            kernel.dataplane.distrust();
+                        }
+                        self.status.send_modify(|status| status.repairs += 1);
+                        attempt = Attempt::Whole;
+                        // Who insists must not keep both busy.
+                        let again = repaired.filter(|last| last.elapsed() < REPAIR_PAUSE);
+                        retry_at = again.map(|last| last + REPAIR_PAUSE).or(retry_at);
+                        repaired = Some(retry_at.unwrap_or_else(Instant::now));
+                    }
+                    Err(error) => {
+                        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+                        guard = None;
+                    }
+                },
                 received = self.feed.changes.recv(), if changes_open => match received {
                     Ok(changes) => self.notice(&changes),
                     Err(broadcast::error::RecvError::Lagged(_)) => attempt = Attempt::Whole,
@@ -402,6 +429,9 @@ impl<D: Dataplane> Loop<D> {
                 },
                 () = async { sleep_until(retry_at.unwrap_or_else(Instant::now)).await }, if retry_at.is_some() => {
                     retry_at = None;
+                }
+                () = async { sleep_until(self.tend_at.unwrap_or_else(Instant::now)).await }, if self.tend_at.is_some() => {
+                    self.tend().await?;
                 }
             }
             // Whatever else has happened meanwhile goes into the same commit.
@@ -414,6 +444,14 @@ impl<D: Dataplane> Loop<D> {
                 std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
             });
         }
+    }
+
+    /// Somebody who notices when others change our table. Without it Services work all the same.
+    fn guard(&self) -> Option<Guard> {
+        let table = self.kernel.as_ref()?.dataplane.own_table()?;
+        let namespace = self.config.namespace.as_ref().map(|namespace| namespace.as_fd());
+        let guard = Guard::open(namespace, table);
+        guard.inspect_err(|error| tracing::warn!("proxy: {error}; changes of its table by others go unnoticed")).ok()
     }
 
     fn notice(&mut self, changes: &Changes) {
@@ -455,6 +493,31 @@ impl<D: Dataplane> Loop<D> {
             frontend.endpoints.iter().any(|endpoint| changed.contains(&(endpoint.address, protocol)))
         };
         self.committed.iter().filter(|(_, frontend)| is_hit(frontend)).map(|(id, _)| *id).collect()
+    }
+
+    /// Says once of each Service what of it the mode cannot do.
+    fn tell_unsupported(&self, changes: &[Change<D::Entries>]) {
+        let mut told = self.status.borrow().unsupported.clone();
+        for change in changes {
+            let what = change.after.as_ref().and_then(D::unsupported);
+            let Some(what) = what else {
+                told.remove(&change.id);
+                continue;
+            };
+            let name = self.read_table().frontend(change.id).map(|frontend| frontend.name.to_string());
+            let what = format!("{}: {what}", name.unwrap_or_default());
+            if told.get(&change.id) != Some(&what) {
+                tracing::warn!("proxy: {what}");
+                told.insert(change.id, what);
+            }
+        }
+        self.status.send_if_modified(|status| {
+            let differs = status.unsupported != told;
+            if differs {
+                status.unsupported = told;
+            }
+            differs
+        });
     }
 
     async fn commit(&mut self, attempt: Attempt) -> Result<Watched, Error> {
@@ -501,11 +564,13 @@ impl<D: Dataplane> Loop<D> {
                 (before, after)
             })
             .collect();
+        self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
+            let result = result.and_then(|()| kernel.dataplane.tend());
             // What Services need comes first, and does not wait for this.
             let watch = |table: &mut WatchTable<Socket>| table.commit(whole, &alternatives, &frozen);
             let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
@@ -522,7 +587,7 @@ impl<D: Dataplane> Loop<D> {
         if let Some(watcher) = &mut self.watcher {
             watcher.table = table;
         }
-        result?;
+        self.tend_at = result?.map(|after| Instant::now() + after);
         for (id, after) in after {
             self.pending.remove(&id);
             self.end.notice(self.committed.get(&id), after.as_ref(), &node);
@@ -557,6 +622,25 @@ impl<D: Dataplane> Loop<D> {
     }
 }
 
+impl<D: Dataplane> Loop<D> {
+    async fn tend(&mut self) -> Result<(), Error> {
+        let mut kernel = self.kernel.take().expect("a commit gives it back");
+        let (kernel, result) = tokio::task::spawn_blocking(move || {
+            let result = kernel.dataplane.tend();
+            (kernel, result)
+        })
+        .await
+        .map_err(Error::Commit)?;
+        self.kernel = Some(kernel);
+        let after = result.unwrap_or_else(|error| {
+            tracing::warn!("proxy: {error}");
+            Some(LAST_RETRY)
+        });
+        self.tend_at = after.map(|after| Instant::now() + after);
+        Ok(())
+    }
+}
+
 /// Whether the watch's own table is what it should be.
 enum Watched {
     Known,
@@ -564,6 +648,15 @@ enum Watched {
 }
 
 /// Returns when other endpoints are out than before.
+fn listen(guard: &mut Option<Guard>, listens: bool) {
+    if let Some(held) = guard
+        && let Err(error) = held.listen(listens)
+    {
+        tracing::warn!("proxy: {error}; changes of its table by others go unnoticed until it is restarted");
+        *guard = None;
+    }
+}
+
 async fn verdicts_change(watcher: &mut Option<Watcher>) {
     if let Some(watcher) = watcher
         && watcher.verdicts.changed().await.is_ok()

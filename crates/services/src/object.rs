@@ -439,8 +439,13 @@ impl Slice {
                 Some(list) if !list.is_empty() => list.iter().map(|one| one.name.clone()).collect(),
                 _ => NO_NAMES.clone(),
             };
+            let address = check.address("endpoints.addresses", first)?;
+            let family = if address.is_ipv6() { "IPv6" } else { "IPv4" };
+            if raw.address_type != family {
+                return Err(check.error("endpoints.addresses", first, "an address of the slice's addressType"));
+            }
             endpoints.push(SliceEndpoint {
-                address: check.address("endpoints.addresses", first)?,
+                address,
                 hostname: endpoint.hostname.clone().filter(|name| !name.is_empty()),
                 node: endpoint.node_name.clone(),
                 zone: endpoint.zone.clone(),

@@ -75,8 +75,7 @@ fn program(path: &PathBuf) -> Result<Vec<Row>> {
             measured,
             wanted: wanted.into(),
         };
-        let cold = format!("{:.0} ms, CPU {:.0} ms", middle(index, "cold_ms")?, middle(index, "cold_cpu_ms")?);
-        rows.push(row("cold start", cold, load.wanted));
+        rows.push(row("cold start", format!("{:.0} ms", middle(index, "cold_ms")?), load.wanted));
         let times = format!("{:.2} / {:.2} ms", middle(index, "change_p50_ms")?, middle(index, "change_p99_ms")?);
         rows.push(row("one endpoint, p50 / p99", times, if load.mode == PEER { "" } else { "p99 under 5 ms" }));
         let memory_wanted = if (load.services, load.endpoints) == (10_000, 5) { "under 60 MB" } else { "" };

@@ -46,11 +46,15 @@ impl Packages {
             if next != package {
                 libraries.add_all(self.tree(&next)?.only(is_shared_library));
             }
-            let deb = self.download(&next)?;
-            let depends = shell::output(Command::new("dpkg-deb").arg("--field").arg(&deb).arg("Depends"))?;
-            open.extend(library_packages(&depends));
+            open.extend(self.depends(&next)?.into_iter().filter(|name| is_library(name)));
         }
         Ok(libraries)
+    }
+
+    /// The first alternative of each dependency.
+    pub fn depends(&mut self, package: &str) -> Result<Vec<String>> {
+        let deb = self.download(package)?;
+        Ok(names(&shell::output(Command::new("dpkg-deb").arg("--field").arg(&deb).arg("Depends"))?))
     }
 
     fn download(&mut self, package: &str) -> Result<PathBuf> {
@@ -89,14 +93,12 @@ impl Packages {
     }
 }
 
-/// The first alternative of each dependency that names a library.
-fn library_packages(depends: &str) -> Vec<String> {
-    depends
-        .split(',')
-        .filter_map(|clause| clause.trim().split([' ', '|', ':']).next())
-        .filter(|name| name.starts_with("lib") || name.starts_with("zlib"))
-        .map(str::to_owned)
-        .collect()
+fn names(depends: &str) -> Vec<String> {
+    depends.split(',').filter_map(|clause| clause.trim().split([' ', '|', ':']).next()).map(str::to_owned).collect()
+}
+
+fn is_library(package: &str) -> bool {
+    package.starts_with("lib") || package.starts_with("zlib")
 }
 
 fn is_shared_library(path: &str) -> bool {
@@ -108,12 +110,13 @@ fn is_shared_library(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::library_packages;
+    use super::{is_library, names};
 
     #[test]
     fn only_libraries_are_followed() {
         let depends =
             "libc6 (>= 2.34), zlib1g (>= 1:1.1.4), iproute2, nginx-common (<< 2), libssl3 | libssl3t64, libfoo:any";
-        assert_eq!(library_packages(depends), ["libc6", "zlib1g", "libssl3", "libfoo"]);
+        let libraries: Vec<String> = names(depends).into_iter().filter(|name| is_library(name)).collect();
+        assert_eq!(libraries, ["libc6", "zlib1g", "libssl3", "libfoo"]);
     }
 }

@@ -3,9 +3,9 @@
 //! An image is a function of its recipe and of the packages, byte for byte: entries are sorted and carry no time.
 
 mod archive;
-mod debian;
+pub mod debian;
 mod recipes;
-mod tree;
+pub mod tree;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// A reader sees the old file or the new one, never half of it.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let half = path.with_extension("tmp");
     fs::write(&half, bytes).with_context(|| format!("cannot write {}", half.display()))?;
     fs::rename(&half, path).with_context(|| format!("cannot write {}", path.display()))

@@ -79,8 +79,16 @@ impl Tree {
         self.0.insert(path.to_owned(), Entry::Dir { mode });
     }
 
-    /// One layer: sorted, owned by root, without times, parents before children.
-    pub fn layer(mut self) -> Result<Vec<u8>> {
+    /// The regular files.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().filter_map(|(path, entry)| match entry {
+            Entry::File { bytes, .. } => Some((path.as_str(), bytes.as_slice())),
+            _ => None,
+        })
+    }
+
+    /// All entries with the parents that nobody named, parents before children, and Debian's short names.
+    pub fn whole(mut self) -> BTreeMap<String, Entry> {
         for short in MERGED {
             self.link(short, &format!("usr/{short}"));
         }
@@ -88,8 +96,13 @@ impl Tree {
         for parent in parents {
             self.0.entry(parent).or_insert(Entry::Dir { mode: 0o755 });
         }
+        self.0
+    }
+
+    /// One layer: sorted, owned by root, without times, parents before children.
+    pub fn layer(self) -> Result<Vec<u8>> {
         let mut tar = tar::Builder::new(Vec::new());
-        for (path, entry) in &self.0 {
+        for (path, entry) in &self.whole() {
             append(&mut tar, path, entry).with_context(|| format!("cannot pack {path}"))?;
         }
         Ok(tar.into_inner()?)

@@ -42,6 +42,33 @@ async fn what_was_changed_by_hand_is_made_right_again() {
     assert!(admin.get(role).await.json()["rules"].as_array().is_some_and(|r| !r.is_empty()));
 }
 
+/// The server owns them: Service, Endpoints and EndpointSlice point at it, whatever somebody did to them.
+#[tokio::test]
+async fn default_kubernetes_points_at_the_server() {
+    let cluster = Cluster::new(Options::default()).await;
+    let admin = cluster.admin();
+    let advertise = Advertise {
+        addresses: vec!["192.168.49.2".parse().expect("an address")],
+        port: 6443,
+        service_addresses: vec!["10.96.0.1".parse().expect("an address")],
+    };
+    let namespace = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+    for round in 0..2 {
+        bootstrap::kubernetes_service(&cluster.server, &advertise).await.expect("it is made");
+        let service = admin.get("/api/v1/namespaces/default/services/kubernetes").await;
+        assert_eq!(service.json()["spec"]["ports"][0]["port"], 443, "round {round}: {service:?}");
+        let endpoints = admin.get("/api/v1/namespaces/default/endpoints/kubernetes").await;
+        assert_eq!(endpoints.text("/subsets/0/addresses/0/ip"), "192.168.49.2", "round {round}: {endpoints:?}");
+        let slice = admin.get(&format!("{namespace}/kubernetes")).await;
+        assert_eq!(slice.text("/endpoints/0/addresses/0"), "192.168.49.2", "round {round}: {slice:?}");
+        assert_eq!(slice.json()["ports"][0]["port"], 6443, "round {round}: {slice:?}");
+        let elsewhere = json!({"endpoints": [{"addresses": ["192.0.2.1"], "conditions": {"ready": true}}]});
+        let edited = admin.patch(&format!("{namespace}/kubernetes"), "merge-patch+json", &elsewhere).await;
+        assert_eq!(edited.code, 200, "{edited:?}");
+        assert_eq!(admin.delete("/api/v1/namespaces/default/endpoints/kubernetes").await.code, 200);
+    }
+}
+
 #[tokio::test]
 async fn objects_outlive_the_server() {
     let cluster = Cluster::new(Options::default()).await;

@@ -1,4 +1,5 @@
-//! One route netlink socket: it belongs to the namespace it was opened in, and each exchange is one request and its whole answer.
+//! One netlink socket, for links or for generic netlink: it belongs to the namespace it was opened in, and each exchange is
+//! one request and its whole answer.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -18,8 +19,8 @@ pub struct Socket {
 
 impl Socket {
     /// In the namespace of the calling thread.
-    pub fn open() -> Result<Self, Errno> {
-        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
+    pub fn open(protocol: SockProtocol) -> Result<Self, Errno> {
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         // The kernel fills dumps with datagrams of at most 32 KiB.
         Ok(Self { fd, sequence: 0, buffer: vec![0; 64 * 1024] })

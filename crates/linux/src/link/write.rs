@@ -14,6 +14,7 @@ impl Links {
     pub fn ensure(&self, item: &Item) -> Result<(), LinkError> {
         match item {
             Item::Bridge(bridge) => self.ensure_bridge(bridge, item),
+            Item::Dummy(name) => self.ensure_dummy(name, item),
             Item::Veth(veth) => self.ensure_veth(veth, item),
             Item::Vxlan(vxlan) => self.ensure_vxlan(vxlan, item),
             Item::Port(port) => self.ensure_port(port, item),
@@ -43,6 +44,7 @@ impl Links {
             Item::Bridge(Bridge { name, .. }) | Item::Veth(Veth { name, .. }) | Item::Vxlan(Vxlan { name, .. }) => {
                 return self.remove_link(name);
             }
+            Item::Dummy(name) => return self.remove_link(name),
             Item::Port(port) => return self.set_bridge(&port.link, 0, item),
             Item::Up(name) => return self.set_flags(name, 0, item),
             Item::Address(address) => self.address(wire::DEL_ADDRESS, 0, address),
@@ -70,6 +72,15 @@ impl Links {
         }
         let mut message = new_link(&bridge.name, bridge.mac, bridge.mtu)?;
         message.nested(code::IFLA_LINKINFO, |info| info.text(code::IFLA_INFO_KIND, "bridge"));
+        self.send(message, item, &[])
+    }
+
+    fn ensure_dummy(&self, name: &str, item: &Item) -> Result<(), LinkError> {
+        if self.held(name, "dummy")?.is_some() {
+            return Ok(());
+        }
+        let mut message = new_link(name, None, None)?;
+        message.nested(code::IFLA_LINKINFO, |info| info.text(code::IFLA_INFO_KIND, "dummy"));
         self.send(message, item, &[])
     }
 

@@ -240,6 +240,14 @@ pub enum Fate {
     },
 }
 
+/// Where another translator sends a packet: `None` if it is none of its packets, `Some(None)` if it refuses.
+pub type Divert<'a> =
+    &'a mut dyn FnMut(&Packet, &mut dyn FnMut(u32) -> u32, &mut Vec<String>) -> Option<Option<SocketAddr>>;
+
+/// Where IPVS stands among the chains of a hook (net/netfilter/ipvs/ip_vs_core.c).
+const IPVS_INPUT: i32 = 99;
+const IPVS_OUTPUT: i32 = -98;
+
 struct Walk<'a, 'p> {
     table: &'a mut Table,
     packet: &'p mut Packet,
@@ -269,17 +277,35 @@ impl Fake {
     /// The same, and notes each rule that decided something and the elements it found.
     pub fn explain(
         &mut self,
-        mut packet: Packet,
+        packet: Packet,
         locals: &[IpAddr],
         random: &mut dyn FnMut(u32) -> u32,
         log: &mut Vec<String>,
     ) -> Fate {
+        self.explain_with(packet, locals, random, log, &mut |_, _, _| None)
+    }
+
+    /// The same beside another translator that looks where IPVS does: last at input, and at output after translation.
+    pub fn explain_with(
+        &mut self,
+        mut packet: Packet,
+        locals: &[IpAddr],
+        random: &mut dyn FnMut(u32) -> u32,
+        log: &mut Vec<String>,
+        divert: Divert<'_>,
+    ) -> Fate {
         let from_here = locals.contains(&packet.from.ip());
         let first = if from_here { Hook::Output } else { Hook::Prerouting };
         let original = packet.to;
-        let (mut translated, mut masqueraded) = (false, false);
+        let (mut translated, mut masqueraded, mut diverted) = (false, false, false);
         let mut hook = Some(first);
-        while let Some(now) = hook {
+        'hooks: while let Some(now) = hook {
+            let looks = match now {
+                Hook::Input => Some(IPVS_INPUT),
+                Hook::Output => Some(IPVS_OUTPUT),
+                _ => None,
+            };
+            let mut looks = looks.filter(|_| !diverted);
             let mut chains = Vec::new();
             for (at, table) in &self.tables {
                 for (name, (base, _)) in &table.chains {
@@ -289,11 +315,27 @@ impl Fake {
                 }
             }
             chains.sort();
-            for (_, at, chain) in chains {
+            // The translator's turn comes between two chains, or after the last.
+            for turn in chains.into_iter().map(Some).chain([None]) {
+                let priority = turn.as_ref().map_or(i32::MAX, |(priority, ..)| *priority);
+                if looks.take_if(|looks| *looks <= priority).is_some() {
+                    match divert(&packet, random, log) {
+                        None => {}
+                        Some(None) => return Fate::Rejected,
+                        Some(Some(to)) => {
+                            packet.to = to;
+                            diverted = true;
+                            // It leaves as if this host had sent it.
+                            hook = Some(Hook::Output);
+                            continue 'hooks;
+                        }
+                    }
+                }
+                let Some((_, at, chain)) = turn else { break };
                 let table = self.tables.get_mut(&at).expect("listed above");
                 let kind = table.chains[&chain].0.expect("a base chain").kind;
                 // The kernel asks nat chains only until one of them has translated the connection.
-                if kind == ChainKind::Nat && translated && now != Hook::Postrouting {
+                if kind == ChainKind::Nat && (translated || diverted) && now != Hook::Postrouting {
                     continue;
                 }
                 let packet = &mut packet;

@@ -8,17 +8,20 @@
 //! - `rule`: what a rule may say
 //! - `encode`: values to netlink attributes (linux/netfilter/nf_tables.h)
 //! - `socket`: one batch out, the verdict of the kernel back
+//! - `events`: what others change
 //! - `fake`: the same in memory, and the packet tracer
 
 mod display;
 mod encode;
+mod events;
 mod fake;
 pub(crate) mod netlink;
 mod rule;
 mod socket;
 mod value;
 
-pub use fake::{Fake, Fate, Packet};
+pub use events::{Edit, Events};
+pub use fake::{Divert, Fake, Fate, Packet};
 pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
 pub use socket::Socket;
 pub use value::{
@@ -70,4 +73,8 @@ pub trait Nft: Send {
     fn sets(&mut self, family: Family, table: &str) -> Result<Vec<String>, Error>;
     /// What a set or map holds now.
     fn elements(&mut self, family: Family, table: &str, set: &Set) -> Result<Vec<Element>, Error>;
+    /// How [`Events`] names this socket; `None` where there are none.
+    fn port(&self) -> Option<u32> {
+        None
+    }
 }

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket,
-    sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, getsockname, recv, send, setsockopt,
+    socket, sockopt,
 };
 
 use super::Error;
@@ -23,7 +23,7 @@ const NLM_F_ACK_TLVS: u16 = 0x200;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLA_F_NESTED: u16 = 0x8000;
-const HEADER: usize = 16;
+pub(crate) const HEADER: usize = 16;
 
 /// Grows a buffer of netlink messages.
 #[derive(Default)]
@@ -193,7 +193,7 @@ impl Raw {
         // The replies to a large batch are queued before the first can be read.
         setsockopt(&fd, sockopt::RcvBufForce, &(8 << 20))?;
         for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
-            set_netlink_option(fd.as_fd(), option)?;
+            set_netlink_option(fd.as_fd(), option, 1)?;
         }
         Ok(fd)
     }
@@ -212,9 +212,29 @@ impl Raw {
         }
     }
 
+    /// The number by which the kernel names this socket in what it says of others' requests.
+    pub fn port(&self) -> Result<u32, Error> {
+        let address: NetlinkAddr = getsockname(self.fd.as_raw_fd()).map_err(|error| Error::Socket(error.into()))?;
+        Ok(address.pid())
+    }
+
+    /// Joins or leaves a multicast group.
+    pub fn listen(&mut self, group: i32, joins: bool) -> Result<(), Error> {
+        let option = if joins { libc::NETLINK_ADD_MEMBERSHIP } else { libc::NETLINK_DROP_MEMBERSHIP };
+        set_netlink_option(self.fd.as_fd(), option, group).map_err(|error| Error::Socket(error.into()))
+    }
+
     /// Hands every reply that waits now to the visitor, until the visitor says that was the last (`false`) or none is
     /// left. The kernel has answered by the time `send` returned, dumps excepted, which continue as they are read.
     pub fn replies(&mut self, mut visit: impl FnMut(Reply<'_>) -> Result<bool, Error>) -> Result<(), Error> {
+        self.messages(|message| match parse(message)? {
+            Some(reply) => visit(reply),
+            None => Ok(true),
+        })
+    }
+
+    /// The same for whole messages, from their header on, of at least [`HEADER`] bytes.
+    pub fn messages(&mut self, mut visit: impl FnMut(&[u8]) -> Result<bool, Error>) -> Result<(), Error> {
         loop {
             let size = loop {
                 match recv(self.fd.as_raw_fd(), &mut self.receive, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC) {
@@ -229,9 +249,7 @@ impl Raw {
             while rest.len() >= HEADER {
                 let (message, after) = split_message(rest)?;
                 rest = after;
-                if let Some(reply) = parse(message)?
-                    && !visit(reply)?
-                {
+                if !visit(message)? {
                     return Ok(());
                 }
             }
@@ -287,15 +305,14 @@ fn parse(message: &[u8]) -> Result<Option<Reply<'_>>, Error> {
 }
 
 #[allow(unsafe_code)]
-fn set_netlink_option(fd: BorrowedFd<'_>, option: i32) -> nix::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and length describe `on`, which outlives the call; the descriptor is borrowed.
+fn set_netlink_option(fd: BorrowedFd<'_>, option: i32, value: libc::c_int) -> nix::Result<()> {
+    // SAFETY: the pointer and length describe `value`, which outlives the call; the descriptor is borrowed.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
             libc::SOL_NETLINK,
             option,
-            (&raw const on).cast(),
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };

@@ -10,6 +10,7 @@ use super::{Error, Nft};
 /// nftables of one network namespace.
 pub struct Socket {
     raw: Raw,
+    port: u32,
     sequence: u32,
 }
 
@@ -17,7 +18,8 @@ impl Socket {
     /// Opens nftables of the calling thread's network namespace, or of the one given (an open file of
     /// `/proc/PID/ns/net` or of a named namespace).
     pub fn open(namespace: Option<BorrowedFd<'_>>) -> Result<Self, Error> {
-        Ok(Socket { raw: Raw::open(namespace)?, sequence: 0 })
+        let raw = Raw::open(namespace)?;
+        Ok(Socket { port: raw.port()?, raw, sequence: 0 })
     }
 
     /// Asks for all objects of a kind; the visitor sees the attributes of each.
@@ -129,6 +131,10 @@ impl Nft for Socket {
             encode::decode_elements(attributes, set, &mut found).ok_or(Error::Malformed("an element"))
         })?;
         Ok(found)
+    }
+
+    fn port(&self) -> Option<u32> {
+        Some(self.port)
     }
 }
 

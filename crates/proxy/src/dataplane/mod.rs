@@ -5,6 +5,7 @@ use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use services::{Frontend, FrontendId, Seed};
 
@@ -12,6 +13,7 @@ use crate::{Error, NodeView};
 
 pub mod ebpf;
 pub mod iptables;
+pub mod ipvs;
 pub mod nftables;
 pub mod userspace;
 
@@ -27,6 +29,15 @@ pub struct Change<E> {
     pub id: FrontendId,
     pub before: Option<E>,
     pub after: Option<E>,
+}
+
+/// A table that belongs to the proxy alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnTable {
+    pub family: linux::nft::Family,
+    pub name: &'static str,
+    /// The netlink port of the socket that may change it.
+    pub port: u32,
 }
 
 /// A way to make the kernel send a Service's packets to its endpoints.
@@ -62,8 +73,27 @@ pub trait Dataplane: Send + 'static {
         None
     }
 
+    /// Does what only time brings, such as forgetting an endpoint whose last connection has closed. Called after each
+    /// commit, and again after the time it returns.
+    fn tend(&mut self) -> Result<Option<Duration>, Error> {
+        Ok(None)
+    }
+
     /// Who answers UDP flows, as the kernel sees it, given the endpoints that may: others' flows are forgotten.
     fn answerers(&self, endpoints: Answerers) -> Answerers {
         endpoints
     }
+
+    /// What of the Service this mode cannot do.
+    fn unsupported(_entries: &Self::Entries) -> Option<&'static str> {
+        None
+    }
+
+    /// The nftables table that nobody else is to change.
+    fn own_table(&self) -> Option<OwnTable> {
+        None
+    }
+
+    /// Somebody has changed more of it than elements: the next whole plan writes all of it anew.
+    fn distrust(&mut self) {}
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use linux::bpf;
 use linux::iptables::{self, Iptables as _, Table, Tools};
+use linux::ipvs;
 use linux::nft::{self, ElementData, Family, Nft, Set};
 use services::Frontend;
 
@@ -13,6 +14,7 @@ use super::plan;
 use crate::dataplane::Dataplane;
 use crate::dataplane::ebpf::{Ebpf, LAYOUT, LAYOUTS, OBJECT};
 use crate::dataplane::iptables::Iptables;
+use crate::dataplane::ipvs::{self as ipvs_mode, Ipvs};
 use crate::dataplane::nftables::{self, Nftables};
 use crate::dataplane::userspace::{self, FakeRelays, Userspace};
 use crate::{Error, Mode, NodeView};
@@ -60,6 +62,17 @@ pub fn drift(
             let relays = |set: &Set| set.name.starts_with("relays");
             let sets: Vec<Set> = sets.into_iter().filter(|set| !relays(set)).collect();
             compare(wanted, &mut held, userspace::FAMILY, userspace::TABLE, &sets, &["redirect4", "redirect6"])
+        }
+        Mode::Ipvs => {
+            let mut wanted = Ipvs::new(ipvs::Fake::default(), nft::Fake::default());
+            plan(&mut wanted, frontends, node)?;
+            let held = &mut nft::Socket::open(namespace)?;
+            let servers = ipvs_mode::lines(&mut ipvs::Socket::open(namespace)?, held)?;
+            let (fake, nft) = wanted.kernel();
+            let mut lines = differences("", &ipvs_mode::lines(fake, nft)?, &servers);
+            let sets = ipvs_mode::Base::new(node).sets;
+            lines.extend(compare(wanted.kernel().1, held, ipvs_mode::FAMILY, ipvs_mode::TABLE, &sets, &[])?);
+            Ok(lines)
         }
         Mode::Iptables => {
             let mut wanted = Iptables::new(iptables::Fake::default());

@@ -108,15 +108,13 @@ pub(crate) struct WatchTable<N> {
     retry: bool,
     /// How many frontends want each element. What an earlier run left is wanted by none.
     held: Destinations,
-    /// Those of `held`, which has too many others to look through at each change.
-    frozen: BTreeSet<SocketAddr>,
     /// What the kernel holds is known.
     is_known: bool,
 }
 
 impl<N: Nft> WatchTable<N> {
     pub fn new(nft: N, retry: bool) -> Self {
-        WatchTable { nft, retry, held: Destinations::default(), frozen: BTreeSet::new(), is_known: false }
+        WatchTable { nft, retry, held: Destinations::default(), is_known: false }
     }
 
     pub fn destinations(&self) -> Destinations {
@@ -173,7 +171,9 @@ impl<N: Nft> WatchTable<N> {
                     held.remove(member);
                 }
             }
-            for member in self.frozen.iter().copied().map(Member::Frozen) {
+            let was_frozen: Vec<Member> =
+                held.keys().filter(|member| matches!(member, Member::Frozen(_))).copied().collect();
+            for member in was_frozen {
                 touched.insert(member);
                 before.insert(member);
                 held.remove(&member);
@@ -191,8 +191,6 @@ impl<N: Nft> WatchTable<N> {
         let new: Vec<Member> =
             touched.iter().filter(|member| !before.contains(member) && held.contains_key(member)).copied().collect();
         drop(held);
-        // If this fails, the next call is whole and does not ask.
-        self.frozen.clone_from(frozen);
         for (members, add) in [(gone, false), (new, true)] {
             for chunk in members.chunks(CHUNK) {
                 self.nft.commit(&elements(chunk, add))?;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use linux::nft::Packet;
 use proxy::{Mode, NodeView};
-use services::ServiceTable;
+use services::{Frontend, ServiceTable, TrafficPolicy};
 
 use crate::case;
 
@@ -38,6 +38,22 @@ const DIFFERENCES: &[(&str, IsAbout)] = &[
         let mut frontends = table.frontends();
         node.addresses.contains(&packet.from.ip())
             && frontends.any(|frontend| is_external(&frontend.external_ips) || is_external(&frontend.load_balancer_ips))
+    }),
+    ("bound-addresses", |packet, node, table| {
+        let has = |ips: &[IpAddr]| ips.contains(&packet.to.ip());
+        let mut frontends = table.frontends();
+        !node.addresses.contains(&packet.to.ip())
+            && frontends.any(|frontend| has(&frontend.external_ips) || has(&frontend.load_balancer_ips))
+    }),
+    ("both-policies-local", |packet, _, table| {
+        let is_at = |frontend: &Frontend| {
+            let ips = frontend.external_ips.iter().chain(&frontend.load_balancer_ips);
+            ips.copied().any(|ip| ip == packet.to.ip())
+                || frontend.node_port.is_some_and(|port| port.get() == packet.to.port())
+        };
+        let local = |policy| policy == TrafficPolicy::Local;
+        let mut frontends = table.frontends();
+        frontends.any(|frontend| local(frontend.internal_policy) && local(frontend.external_policy) && is_at(frontend))
     }),
 ];
 

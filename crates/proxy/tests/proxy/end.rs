@@ -184,7 +184,11 @@ fn a_udp_client_is_moved() {
         assert_eq!(udp(&world.client, V4.node_port, port).expect("answer").0, 1);
         running.change(|table| table.upsert_slice(&slice(&V4, "UDP", &[(0, false), (1, true)])).expect("slice"));
         // The flow is forgotten beside the commit; an answer that comes just then is lost.
-        let moved = (0..100).any(|_| udp(&world.client, V4.node_port, port).is_ok_and(|(pod, _)| pod == 0));
+        let is_moved = || udp(&world.client, V4.node_port, port).is_ok_and(|(pod, _)| pod == 0);
+        let moved = (0..100).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(if after == 0 { 50 } else { 1 }));
+            is_moved()
+        });
         assert_eq!(moved, after == 0, "{policy}");
         running.stop();
     }

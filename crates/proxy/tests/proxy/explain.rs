@@ -104,15 +104,15 @@ fn drift_is_what_somebody_changed_by_hand() {
         running.change(|table| table.upsert_slice(&slice("web", 8080, "TCP", &two)).expect("slice"));
         running.change(|table| table.upsert_slice(&slice("web", 8080, "TCP", &two[..1])).expect("slice"));
         assert!(crate::net::tcp(&world.pods[1], "10.96.0.10:80").is_ok());
-        let drift = || {
-            let frontends: Vec<_> = running.table.read().expect("table").frontends().cloned().collect();
-            proxy::explain::drift(mode, &frontends, &node_view(), Some(namespace.as_fd()), None).expect("compared")
-        };
+        let frontends: Vec<_> = running.table.read().expect("table").frontends().cloned().collect();
+        let drift =
+            || proxy::explain::drift(mode, &frontends, &node_view(), Some(namespace.as_fd()), None).expect("compared");
         assert_eq!(drift(), Vec::<String>::new(), "{mode}");
+        // A proxy that runs would make it right at once.
+        running.stop();
         let (program, arguments) = edit.split_once(' ').expect("a command");
         world.node.command(program, arguments);
         assert_eq!(drift(), [line], "{mode}");
-        running.stop();
     }
     world.node.command("nft", "flush ruleset");
     let lost =

@@ -86,7 +86,7 @@ impl Running {
     }
 }
 
-fn endpoints_change_while_clients_talk(mode: Mode) {
+pub fn endpoints_change_while_clients_talk(mode: Mode) {
     let world = if mode == Mode::Ebpf { World::with_ebpf(false) } else { World::new() };
     let mut running = Running::start(&world, mode);
     let dns = |pods: &[(&str, &str)]| slice("names", 8080, "UDP", pods);
@@ -187,6 +187,7 @@ fn modes_are_swapped_without_cleaning() {
     let of = |mode| match mode {
         Mode::Nftables => vec!["table inet fairlead"],
         Mode::Userspace => vec!["table inet fairlead-userspace"],
+        Mode::Ipvs => vec!["table inet fairlead-ipvs"],
         Mode::Iptables | Mode::Ebpf => vec![],
     };
     let modes = [Mode::Iptables, Mode::Ebpf, Mode::Nftables, Mode::Userspace];
@@ -199,5 +200,21 @@ fn modes_are_swapped_without_cleaning() {
             (of(mode).into_iter().map(str::to_owned).collect(), mode == Mode::Iptables, mode == Mode::Ebpf),
             "{mode}"
         );
+    }
+}
+
+/// A kernel without IPVS is told so at once, with the names of the modules to load.
+#[test]
+fn ipvs_says_what_the_kernel_lacks() {
+    let has_ipvs = std::path::Path::new("/proc/net/ip_vs").exists();
+    match proxy::found(Mode::Ipvs, None, None) {
+        Ok(_) => {}
+        Err(error) => {
+            let text = error.to_string();
+            assert!(
+                !has_ipvs && text.contains("IPVS (module ip_vs)") && text.contains("--proxy-mode=nftables"),
+                "{text}"
+            );
+        }
     }
 }

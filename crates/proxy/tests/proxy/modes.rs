@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use linux::nft::{Fate, Packet};
-use linux::{bpf, iptables, nft};
+use linux::{bpf, iptables, ipvs, nft};
 use proxy::dataplane::ebpf::{Ebpf, LAYOUTS};
 use proxy::dataplane::iptables::Iptables;
+use proxy::dataplane::ipvs::Ipvs;
 use proxy::dataplane::nftables::Nftables;
 use proxy::dataplane::userspace::{FakeRelays, Userspace};
 use proxy::dataplane::{Change, Dataplane};
@@ -35,6 +36,7 @@ pub fn on_fakes(failing: Option<u64>) -> Vec<Box<dyn Subject>> {
         Box::new(On(Nftables::<nft::Fake>::open(failing))),
         Box::new(On(Iptables::<iptables::Fake>::open(failing))),
         Box::new(On(Ebpf::<bpf::Fake>::open(failing))),
+        Box::new(On(Ipvs::<ipvs::Fake, nft::Fake>::open(failing))),
         Box::new(On(Userspace::<nft::Fake, FakeRelays>::open(failing))),
     ]
 }
@@ -150,6 +152,25 @@ impl OnFake for Ebpf<bpf::Fake> {
 
     fn dump(&mut self) -> String {
         self.lines().expect("a fake can be read").iter().map(|line| format!("{line}\n")).collect()
+    }
+}
+
+impl OnFake for Ipvs<ipvs::Fake, nft::Fake> {
+    const MODE: Mode = Mode::Ipvs;
+
+    fn open(failing: Option<u64>) -> Self {
+        // A commit is one transaction of nftables, or two, and as many operations of IPVS as it has steps.
+        let ipvs = failing.map_or_else(ipvs::Fake::default, |every| ipvs::Fake::failing(every * 31 + 2));
+        Ipvs::new(ipvs, failing.map_or_else(nft::Fake::default, nft::Fake::failing))
+    }
+
+    fn trace(&mut self, packet: Packet, node: &NodeView, draw: &mut dyn FnMut(u32) -> u32) -> Fate {
+        self.explain(packet, &locals(node), draw, &mut Vec::new())
+    }
+
+    fn dump(&mut self) -> String {
+        let (ipvs, nft) = self.kernel();
+        ipvs.dump() + &nft.dump()
     }
 }
 

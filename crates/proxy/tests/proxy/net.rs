@@ -22,9 +22,9 @@ use services::{Place, ServiceTable};
 use crate::cgroup::ThreadCgroup;
 use crate::objects::{service, slice};
 
-const NODE: &str = "192.168.49.2";
-const CLIENT: &str = "203.0.113.9";
-const PODS: [&str; 2] = ["10.244.0.11", "10.244.0.12"];
+pub const NODE: &str = "192.168.49.2";
+pub const CLIENT: &str = "203.0.113.9";
+pub const PODS: [&str; 2] = ["10.244.0.11", "10.244.0.12"];
 const NODE6: &str = "fd00:c0a8:31::2";
 const CLIENT6: &str = "2001:db8:203::9";
 const PODS6: [&str; 2] = ["fd00:10:244::11", "fd00:10:244::12"];
@@ -277,7 +277,7 @@ pub fn node_view() -> NodeView {
 }
 
 /// The objects of most tests: a Service with two endpoints here, one without, one over UDP.
-fn table() -> ServiceTable {
+pub fn table() -> ServiceTable {
     let mut table = ServiceTable::new();
     let port = |node_port: u16, protocol: &str| json!([{"port": 80, "nodePort": node_port, "protocol": protocol}]);
     let both: Vec<(&str, &str)> = PODS.iter().map(|pod| (*pod, "node-1")).collect();
@@ -321,7 +321,7 @@ fn table() -> ServiceTable {
     table
 }
 
-fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
+pub fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
     let node = node_view();
     let changes: Vec<_> = table
         .frontends()
@@ -331,7 +331,7 @@ fn commit_all<D: Dataplane>(dataplane: &mut D, table: &ServiceTable) {
 }
 
 /// What every mode must do with real packets.
-fn packets(world: &World, mode: Mode) {
+pub fn packets(world: &World, mode: Mode) {
     let pods: Vec<IpAddr> = PODS.iter().map(|pod| pod.parse().expect("address")).collect();
     let client: IpAddr = CLIENT.parse().expect("address");
     // Both endpoints answer, from everywhere.

@@ -68,8 +68,6 @@ const ROWS: &[&str] = &[
 const WITHOUT_A_CASE: &[&str] = &[
     "ServiceCIDR and IPAddress",
     "healthCheckNodePort served",
-    "Endpoints over capacity",
-    "default/kubernetes",
     "healthz and livez",
     "sync timing",
     "metrics",

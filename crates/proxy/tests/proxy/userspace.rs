@@ -306,6 +306,7 @@ fn connections_outlive_their_endpoints_place_in_the_service() {
     assert_eq!(text, "before and after");
     running.change(|table| table.delete_service("default", "names"));
     assert!(udp(&world.client, "10.96.0.12:80", 5353).is_err());
+    running.stop();
     let mut again = started(&world, &objects, &[slice("names", 8080, "UDP", &HERE[..1])]);
     let names = relays(&world);
     assert_eq!(udp(&world.client, "10.96.0.12:80", 5353).expect("answer").0, 0);
@@ -314,7 +315,6 @@ fn connections_outlive_their_endpoints_place_in_the_service() {
     again.change(|table| table.upsert_slice(&slice("web", 8080, "TCP", &HERE)).expect("slice"));
     assert!(relays(&world).is_superset(&names));
     assert!(tcp(&world.pods[1], "10.96.0.10:80").is_ok());
-    running.stop();
     again.stop();
 }
 

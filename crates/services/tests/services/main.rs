@@ -171,6 +171,39 @@ fn a_bad_object_is_kept_out_and_says_why() {
     assert_eq!(table.frontends().count(), 2, "the last valid version stays");
 }
 
+/// A slice that cannot be right changes nothing, and the endpoints that were known stay.
+#[test]
+fn a_bad_slice_is_kept_out_and_says_why() {
+    let mut table = ServiceTable::new();
+    table.upsert_service(&bytes(&web())).expect("service");
+    table.upsert_slice(&bytes(&slice("a", "web", &["10.244.0.1"]))).expect("slice");
+    let bad = |pointer: &str, value: Value| {
+        let mut object = slice("a", "web", &["10.244.0.2"]);
+        *object.pointer_mut(pointer).expect("a field") = value;
+        bytes(&object)
+    };
+    for (object, says) in [
+        (bad("/ports/0/port", json!(70_000)), "a port from 1 to 65535"),
+        (bad("/ports/0/port", json!(-1)), "a port from 1 to 65535"),
+        (bad("/ports/0/protocol", json!("ICMP")), "TCP, UDP or SCTP"),
+        (bad("/endpoints/0/addresses/0", json!("10.244.0.256")), "not an IP address"),
+        (bad("/endpoints/0/addresses/0", json!("fd00::1")), "not an address of the slice's addressType"),
+        (bad("/addressType", json!("IPv6")), "not an address of the slice's addressType"),
+        (bad("/addressType", json!("IPX")), "not an address of the slice's addressType"),
+        (bad("/endpoints/0/addresses", json!("10.244.0.2")), "not a EndpointSlice"),
+        (bad("/endpoints", json!({})), "not a EndpointSlice"),
+    ] {
+        let error = table.upsert_slice(&object).expect_err("kept out").to_string();
+        assert!(error.contains(says), "{error}");
+        assert_eq!(addresses(&table, "http"), ["10.244.0.1:8080"]);
+    }
+    // Port 0 is no port: nothing can be sent there. An endpoint without an address is none.
+    for empty in [bad("/ports/0/port", json!(0)), bad("/endpoints/0/addresses", json!([]))] {
+        table.upsert_slice(&empty).expect("slice");
+        assert!(addresses(&table, "http").is_empty());
+    }
+}
+
 /// Whatever arrives, it is an error or a change, and never a panic.
 #[test]
 fn no_byte_panics() {

@@ -16,7 +16,7 @@ use services::{Frontend, FrontendId, Protocol, Seed};
 use super::class::Class;
 use super::layout::{Base, FAMILY, Map, TABLE};
 use super::plan::{Entries, Slot, entries};
-use crate::dataplane::{Change, Dataplane};
+use crate::dataplane::{Change, Dataplane, OwnTable};
 use crate::{Error, NodeView};
 
 /// So many chains may wait for a use.
@@ -84,6 +84,8 @@ pub struct Nftables<N> {
     found: HashMap<Slot, ElementData>,
     /// Nothing was committed since `read`.
     is_read: bool,
+    /// Somebody has changed rules: the layout is not what its mark says.
+    is_distrusted: bool,
     /// The chains that pick, and how many elements and chains send packets there: none, for those that are idle.
     classes: BTreeMap<Class, usize>,
     /// Classes by number, those in use at least.
@@ -99,6 +101,7 @@ impl<N: Nft> Nftables<N> {
             claims: HashMap::new(),
             found: HashMap::new(),
             is_read: false,
+            is_distrusted: false,
             classes: BTreeMap::new(),
             numbers: HashMap::new(),
         }
@@ -265,6 +268,14 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         format!("nftables, `nft list table {FAMILY} {TABLE}`")
     }
 
+    fn own_table(&self) -> Option<OwnTable> {
+        self.nft.port().map(|port| OwnTable { family: FAMILY, name: TABLE, port })
+    }
+
+    fn distrust(&mut self) {
+        self.is_distrusted = true;
+    }
+
     fn read(&mut self) -> Result<Seed, Error> {
         self.base = None;
         self.found_mark = None;
@@ -283,7 +294,7 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
         let mark = chains.into_iter().find(|chain| chain.starts_with(Base::MARK));
         // Sets of another layout would be misread.
         let ours = Base::new(&NodeView::default()).mark_of_sets();
-        self.found_mark = mark.filter(|mark| mark.starts_with(&ours));
+        self.found_mark = mark.filter(|mark| mark.starts_with(&ours) && !self.is_distrusted);
         if self.found_mark.is_none() {
             return Ok(Seed::default());
         }
@@ -394,6 +405,7 @@ impl<N: Nft + 'static> Dataplane for Nftables<N> {
             remove_class(class, &mut transaction);
         }
         self.is_read = false;
+        self.is_distrusted &= base.is_none();
         self.nft.commit(&transaction)?;
 
         // The kernel has it; now we know it.

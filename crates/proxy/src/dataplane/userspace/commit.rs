@@ -15,7 +15,7 @@ use super::layout::{Base, FAMILY, Map, TABLE};
 use super::picker::Picker;
 use super::plan::{Entries, Reach, Slot, entries};
 use super::relay::{Door, Inside, Open, Relays};
-use crate::dataplane::{Answerers, Change, Dataplane, Kept};
+use crate::dataplane::{Answerers, Change, Dataplane, Kept, OwnTable};
 use crate::{Error, NodeView};
 
 /// Names a relay. The port of `bind` is 0 where any will do.
@@ -44,6 +44,8 @@ pub struct Userspace<N, R> {
     relays: R,
     /// The comment of the table that the kernel has.
     layout: Option<String>,
+    /// Somebody has changed rules: the layout is not what its comment says.
+    is_distrusted: bool,
     /// What the kernel holds.
     held: BTreeMap<Slot, ElementData>,
     claims: Claims,
@@ -58,6 +60,7 @@ impl<N: Nft, R: Relays> Userspace<N, R> {
             kernel,
             relays,
             layout: None,
+            is_distrusted: false,
             held: BTreeMap::new(),
             claims: Claims::new(),
             pickers: HashMap::new(),
@@ -243,12 +246,25 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         }
     }
 
+    fn unsupported(entries: &Entries) -> Option<&'static str> {
+        entries.unsupported
+    }
+
+    fn own_table(&self) -> Option<OwnTable> {
+        let port = self.kernel.as_ref()?.port()?;
+        Some(OwnTable { family: FAMILY, name: TABLE, port })
+    }
+
+    fn distrust(&mut self) {
+        self.is_distrusted = true;
+    }
+
     fn read(&mut self) -> Result<Seed, Error> {
         self.claims.clear();
         self.held.clear();
         self.layout = None;
         if let Some(kernel) = &mut self.kernel {
-            self.layout = kernel.table_comment(FAMILY, TABLE)?;
+            self.layout = kernel.table_comment(FAMILY, TABLE)?.filter(|_| !self.is_distrusted);
         }
         // Ids and slots mean nothing to relays.
         Ok(Seed::default())
@@ -260,11 +276,6 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         let fits = layout.is_none() || layout == self.layout;
         if whole && fits {
             self.held = self.elements()?;
-        }
-        for entries in changes.iter().filter(|change| change.before.is_none()).flat_map(|change| &change.after) {
-            if let Some(unsupported) = entries.unsupported {
-                tracing::warn!("proxy: {}: {unsupported}", entries.name);
-            }
         }
         let doors = self.doors(whole, changes)?;
 
@@ -303,6 +314,7 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
                 self.held.clear();
             }
             self.layout = Some(layout);
+            self.is_distrusted = false;
             self.claims.clear();
             let alive: std::collections::BTreeSet<FrontendId> = changes.iter().map(|change| change.id).collect();
             self.pickers.retain(|id, _| alive.contains(id));

@@ -1,0 +1,445 @@
+//! Sends the packets of all case files through a real kernel: a node with pods on a bridge, hosts outside, and whatever
+//! lies beyond, each a network namespace; the proxy's own loop follows the objects from case to case.
+//!
+//! `FAIRLEAD_CASE=hooks` plays one file only.
+//!
+//! How a mode joins: one test at the end. What it needs besides a namespace goes into [`Proxy::start`]. SCTP is left out
+//! where the kernel has no SCTP sockets.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use proxy::{Config, Feed, Mode, NodeView, Status};
+use services::{Changes, ServiceTable};
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::case::{self, Objects, Outcome, Step, Trace, node};
+use crate::net::Namespace;
+
+/// How long nothing must come back before a packet counts as dropped.
+const SILENCE: Duration = Duration::from_millis(250);
+/// A refusal that finds its socket busy counts when the SYN is repeated, after a second.
+const PATIENCE: Duration = Duration::from_millis(3_500);
+
+/// The proxy's loop in a node's namespace.
+pub struct Proxy {
+    pub table: Arc<RwLock<ServiceTable>>,
+    pub status: watch::Receiver<Status>,
+    changes: broadcast::Sender<Arc<Changes>>,
+    node: watch::Sender<Arc<NodeView>>,
+    token: CancellationToken,
+    runtime: tokio::runtime::Runtime,
+    task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
+}
+
+impl Proxy {
+    /// In the namespace at this path, over what an earlier run left there, for a cluster that has these objects.
+    pub fn start(namespace: &str, mode: Mode, objects: &Objects) -> Self {
+        let namespace: OwnedFd = std::fs::File::open(namespace).expect("namespace").into();
+        let mut table = ServiceTable::with_seed(proxy::found(mode, Some(namespace.as_fd()), None).expect("read"));
+        objects.apply(&mut table);
+        let table = Arc::new(RwLock::new(table));
+        let (changes, receiver) = broadcast::channel(256);
+        let (sender, status) = watch::channel(Status::default());
+        let (node, node_receiver) = watch::channel(Arc::new(objects.node.clone()));
+        let token = CancellationToken::new();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
+        let watching = proxy::Watching::default();
+        let config = Config { mode, node: node_receiver, namespace: Some(namespace), hooks: None, watching };
+        let feed = Feed { table: table.clone(), changes: receiver };
+        let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
+        let mut proxy = Proxy { table, status, changes, node, token, runtime, task };
+        proxy.until_committed(|proxy| proxy.change(|table| vec![table.set_synced()]));
+        proxy
+    }
+
+    /// Changes the table and tells the loop, all at once; whether there is anything to do for it.
+    pub fn change(&self, change: impl FnOnce(&mut ServiceTable) -> Vec<Changes>) -> bool {
+        let mut all = Changes::default();
+        for changes in change(&mut self.table.write().expect("table")) {
+            all.services.extend(changes.services);
+            all.frontends.extend(changes.frontends);
+            all.synced |= changes.synced;
+        }
+        let any = all.synced || !all.frontends.is_empty();
+        self.changes.send(Arc::new(all)).expect("the loop listens");
+        any
+    }
+
+    fn until_committed(&mut self, act: impl FnOnce(&Self) -> bool) {
+        let commits = self.status.borrow().commits;
+        if !act(self) {
+            return;
+        }
+        let status = &mut self.status;
+        self.runtime.block_on(async {
+            let done = status.wait_for(|status| status.commits > commits && status.pending == 0);
+            let done = tokio::time::timeout(Duration::from_secs(20), done).await.map(|done| done.is_ok());
+            assert_eq!(done, Ok(true), "no commit: {:?}", status.borrow().error);
+        });
+    }
+
+    /// Whether the status becomes like this in time.
+    pub fn wait_for(&mut self, patience: Duration, is_so: impl FnMut(&Status) -> bool) -> bool {
+        let status = &mut self.status;
+        self.runtime.block_on(async { tokio::time::timeout(patience, status.wait_for(is_so)).await.is_ok() })
+    }
+
+    /// Makes the cluster this.
+    pub fn apply(&mut self, objects: &Objects) {
+        self.until_committed(|proxy| {
+            let other = **proxy.node.borrow() != objects.node;
+            if other {
+                proxy.node.send_replace(Arc::new(objects.node.clone()));
+            }
+            other
+        });
+        self.until_committed(|proxy| proxy.change(|table| objects.apply(table)));
+    }
+
+    pub fn stop(self) {
+        self.token.cancel();
+        self.runtime.block_on(self.task).expect("joined").expect("no error");
+    }
+}
+
+/// A node and everything around it. Hosts and listeners are made when a case names them, and stay.
+pub struct Ring {
+    pub node: Namespace,
+    own: Vec<IpAddr>,
+    /// Where every packet ends that nobody else takes.
+    beyond: Namespace,
+    hosts: BTreeMap<IpAddr, Namespace>,
+    listeners: BTreeSet<(u8, SocketAddr)>,
+}
+
+fn is_pod(address: IpAddr) -> bool {
+    node().pod_cidrs.iter().any(|cidr| cidr.contains(&address))
+}
+
+impl Ring {
+    pub fn new(bridge_netfilter: bool) -> Self {
+        let (node, beyond) = (Namespace::new(), Namespace::new());
+        for (name, value) in [
+            ("net/ipv4/ip_forward", "1"),
+            ("net/ipv6/conf/all/forwarding", "1"),
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
+            ("net/ipv4/conf/all/send_redirects", "0"),
+            ("net/ipv4/conf/default/send_redirects", "0"),
+            // Refusals are counted here, not rationed.
+            ("net/ipv4/icmp_ratelimit", "0"),
+            ("net/ipv6/icmp/ratelimit", "0"),
+        ] {
+            node.sysctl(name, value);
+        }
+        for table in ["iptables", "ip6tables"] {
+            node.sysctl(&format!("net/bridge/bridge-nf-call-{table}"), if bridge_netfilter { "1" } else { "0" });
+        }
+        // Otherwise each new port may change the bridge's address, which pods remember.
+        node.ip("link add pods address 02:00:00:00:00:01 type bridge");
+        node.ip("link set pods up");
+        node.ip("addr add 10.244.255.254/16 dev pods");
+        node.ip("addr add fd00:10:244:ff::fe/56 dev pods nodad");
+        node.ip("addr add fe80::1/64 dev pods nodad");
+        let mut ring = Ring { node, own: Vec::new(), beyond, hosts: BTreeMap::new(), listeners: BTreeSet::new() };
+        for address in ["192.168.49.2", "fd00:c0a8:31::2", "192.168.50.2", "fd00:c0a8:32::2"] {
+            let address: IpAddr = address.parse().expect("address");
+            ring.node.ip(&format!("addr add {address} dev lo"));
+            ring.own.push(address);
+        }
+        ring.link("far", &ring.beyond);
+        ring.beyond.ip("addr add 169.254.2.2/32 dev eth0");
+        ring.beyond.ip("addr add fe80::2/64 dev eth0 nodad");
+        for unclaimed in ["10.96.0.0/12", "198.51.100.0/24", "192.168.49.3/32", "fd00:10:96::/112", "2001:db8:198::/48"]
+        {
+            ring.beyond.ip(&format!("route add local {unclaimed} dev lo"));
+        }
+        ring.beyond.sysctl("net/ipv6/ip_nonlocal_bind", "1");
+        ring.node.ip("route add default via 169.254.2.2 dev far onlink src 192.168.49.2");
+        ring.node.ip("route add default via fe80::2 dev far src fd00:c0a8:31::2");
+        ring
+    }
+
+    /// A link of its own to the node, which is the way to everywhere.
+    fn link(&self, name: &str, other: &Namespace) {
+        self.node.ip(&format!("link add {name} type veth peer name eth0 netns {}", other.path));
+        self.node.ip(&format!("link set {name} up"));
+        self.node.ip(&format!("addr add 169.254.1.1/32 dev {name}"));
+        self.node.ip(&format!("addr add fe80::1/64 dev {name} nodad"));
+        other.ip("link set eth0 up");
+        other.ip("route add default via 169.254.1.1 dev eth0 onlink");
+        other.ip("route add default via fe80::1 dev eth0");
+    }
+
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.own.contains(&address) || address.is_loopback()
+    }
+
+    /// The namespace that has this address.
+    pub fn host(&mut self, address: IpAddr) -> &Namespace {
+        if self.is_own(address) {
+            return &self.node;
+        }
+        if !self.hosts.contains_key(&address) {
+            let (host, name) = (Namespace::new(), format!("h{}", self.hosts.len()));
+            // As podnet sets it: a redirect would lead answers past the node.
+            for family in ["ipv4", "ipv6"] {
+                for interface in ["all", "default"] {
+                    host.sysctl(&format!("net/{family}/conf/{interface}/accept_redirects"), "0");
+                }
+            }
+            if is_pod(address) {
+                self.node.ip(&format!("link add {name} type veth peer name eth0 netns {}", host.path));
+                self.node.ip(&format!("link set {name} master pods"));
+                // A pod that a Service leads back to itself.
+                self.node.ip(&format!("link set {name} type bridge_slave hairpin on"));
+                self.node.ip(&format!("link set {name} up"));
+                host.ip("link set eth0 up");
+                host.ip("route add default via 10.244.255.254 dev eth0 onlink");
+                host.ip("route add default via fe80::1 dev eth0");
+            } else {
+                self.link(&name, &host);
+                self.node.ip(&format!("route add {address} dev {name}"));
+            }
+            let nodad = if address.is_ipv6() { "nodad" } else { "" };
+            host.ip(&format!("addr add {address} dev eth0 {nodad}"));
+            self.hosts.insert(address, host);
+        }
+        &self.hosts[&address]
+    }
+
+    /// Answers there, with the address that was asked and the client's as it is seen.
+    fn listen(&mut self, protocol: u8, at: SocketAddr, beyond: bool) {
+        if !self.listeners.insert((protocol, at)) {
+            return;
+        }
+        let host = if beyond { &self.beyond } else { self.host(at.ip()) };
+        match protocol {
+            6 => {
+                let listener = host.run(move || TcpListener::bind(at).expect("bind"));
+                std::thread::spawn(move || {
+                    for mut stream in listener.incoming().flatten() {
+                        let from = stream.peer_addr().map(|peer| peer.ip().to_string()).unwrap_or_default();
+                        drop(stream.write_all(format!("{at} {from}\n").as_bytes()));
+                        // Whoever closes first remembers the connection for a minute, and masqueraded ports come again.
+                        drop(stream.set_read_timeout(Some(PATIENCE)));
+                        drop(stream.read(&mut [0]));
+                    }
+                });
+            }
+            17 => {
+                let socket = host.run(move || UdpSocket::bind(at).expect("bind"));
+                std::thread::spawn(move || {
+                    let mut buffer = [0; 64];
+                    while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+                        drop(socket.send_to(format!("{at} {}", from.ip()).as_bytes(), from));
+                    }
+                });
+            }
+            _ => {}
+        }
+    }
+
+    /// Makes whoever a step talks of.
+    fn prepare(&mut self, step: &Step, objects: &Objects, mode: Mode) {
+        self.serve(objects);
+        for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+            self.host(trace.packet.from.ip());
+            let to = trace.packet.to;
+            if trace.outcome(mode) == Outcome::Pass {
+                self.listen(trace.packet.protocol, to, !self.is_own(to.ip()) && !is_pod(to.ip()));
+            }
+        }
+    }
+
+    /// Makes all endpoints.
+    pub fn serve(&mut self, objects: &Objects) {
+        for slice in &objects.slices {
+            let ports = slice["ports"].as_array().expect("ports");
+            for (endpoint, port) in slice["endpoints"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .flat_map(|one| ports.iter().map(move |port| (one, port)))
+            {
+                let addresses = endpoint["addresses"].as_array().expect("addresses");
+                let protocol = services::Protocol::parse(port["protocol"].as_str().expect("protocol"));
+                for address in addresses.iter().filter_map(|address| address.as_str()?.parse::<IpAddr>().ok()) {
+                    let port = port["port"].as_u64().expect("port") as u16;
+                    self.listen(protocol.expect("protocol").number(), (address, port).into(), false);
+                }
+            }
+        }
+    }
+}
+
+/// What a client sees of a packet.
+#[derive(Debug, PartialEq)]
+pub enum Seen {
+    Answer { by: SocketAddr, source: IpAddr },
+    Refused,
+    Silence,
+    Other(ErrorKind),
+}
+
+impl Seen {
+    fn of(error: ErrorKind) -> Self {
+        match error {
+            ErrorKind::ConnectionRefused => Seen::Refused,
+            // A process of the node is told at once that its packet was dropped.
+            ErrorKind::TimedOut | ErrorKind::WouldBlock | ErrorKind::PermissionDenied => Seen::Silence,
+            other => Seen::Other(other),
+        }
+    }
+
+    fn parse(text: &str) -> Self {
+        match text.trim_end().split_once(' ') {
+            Some((by, source)) => {
+                Seen::Answer { by: by.parse().expect("address"), source: source.parse().expect("address") }
+            }
+            None => Seen::Other(ErrorKind::InvalidData),
+        }
+    }
+}
+
+/// Sends one packet, or opens one connection, from the caller's namespace.
+pub fn ask(protocol: u8, to: SocketAddr, patience: Duration) -> Seen {
+    let answer = || -> std::io::Result<String> {
+        let mut text = String::new();
+        if protocol == 6 {
+            let stream = TcpStream::connect_timeout(&to, patience)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            BufReader::new(stream).read_line(&mut text)?;
+        } else {
+            let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
+            socket.set_read_timeout(Some(patience))?;
+            socket.connect(to)?;
+            socket.send(b"hello")?;
+            let mut buffer = [0; 128];
+            let size = socket.recv(&mut buffer)?;
+            text.push_str(&String::from_utf8_lossy(&buffer[..size]));
+        }
+        Ok(text)
+    };
+    answer().map_or_else(|error| Seen::of(error.kind()), |text| Seen::parse(&text))
+}
+
+/// What is wrong with a trace; runs in the namespace of its source.
+fn check(trace: &Trace, mode: Mode, sticky: bool) -> Result<(), String> {
+    let (from, to, protocol) = (trace.packet.from.ip(), trace.packet.to, trace.packet.protocol);
+    let outcome = trace.outcome(mode);
+    let patience = if outcome == Outcome::Drop { SILENCE } else { PATIENCE };
+    let ask = || ask(protocol, to, patience);
+    let only = |expected: &Seen, seen: Seen| match seen == *expected {
+        true => Ok(()),
+        false => Err(format!("{seen:?}, not {expected:?}")),
+    };
+    match &outcome {
+        Outcome::Drop => only(&Seen::Silence, ask()),
+        Outcome::Reject => only(&Seen::Refused, ask()),
+        Outcome::Pass => only(&Seen::Answer { by: to, source: from }, ask()),
+        Outcome::To { places, masqueraded } => {
+            let mut missing: BTreeSet<&SocketAddr> = places.iter().collect();
+            let mut answered = BTreeSet::new();
+            // One of five is missed by a hundred tries less than once in a thousand million runs.
+            for tries in 0..100 {
+                let Seen::Answer { by, source } = ask() else { return Err(format!("{:?}", ask())) };
+                if !places.contains(&by) {
+                    return Err(format!("{by} answered"));
+                }
+                if (source != from) != *masqueraded {
+                    return Err(format!("{by} saw {source}"));
+                }
+                missing.remove(&by);
+                answered.insert(by);
+                if sticky && tries == 4 {
+                    return if answered.len() == 1 { Ok(()) } else { Err(format!("{answered:?} have answered")) };
+                }
+                if missing.is_empty() && !sticky {
+                    return Ok(());
+                }
+            }
+            Err(format!("{missing:?} never answered"))
+        }
+    }
+}
+
+/// Whether this kernel can send it at all, from somewhere that is there.
+fn is_possible(trace: &Trace) -> bool {
+    let balancers: [ipnet::IpNet; 2] = ["198.51.100.0/24", "2001:db8:198::/48"].map(|net| net.parse().expect("net"));
+    trace.packet.protocol != services::Protocol::Sctp.number()
+        && !balancers.iter().any(|net| net.contains(&trace.packet.from.ip()))
+}
+
+fn play(mode: Mode, bridge_netfilter: bool) {
+    let mut ring = Ring::new(bridge_netfilter);
+    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]));
+    let mut wrong = Vec::new();
+    let mut sent = 0;
+    let one_file = std::env::var("FAIRLEAD_CASE").ok();
+    for case in case::all().iter().filter(|case| one_file.as_ref().is_none_or(|one| *one == case.file)) {
+        for step in &case.steps {
+            let objects = Objects::parse(&step.objects);
+            ring.prepare(step, &objects, mode);
+            proxy.apply(&objects);
+            let sticky = step.objects.iter().any(|line| line.contains("affinity="));
+            let traces: Vec<(&Trace, String)> = step
+                .traces
+                .iter()
+                .filter(|trace| is_possible(trace))
+                .map(|trace| (trace, ring.host(trace.packet.from.ip()).path.clone()))
+                .collect();
+            sent += traces.len();
+            let found: Vec<String> = std::thread::scope(|scope| {
+                let checks = traces.iter().map(|(trace, path)| {
+                    scope.spawn(move || {
+                        let namespace = linux::netns::Netns::open(path.as_ref()).expect("namespace");
+                        let found = namespace.run(|| check(trace, mode, sticky)).expect("a thread there");
+                        found.err().map(|what| (trace, what))
+                    })
+                });
+                let checks: Vec<_> = checks.collect();
+                let found = checks.into_iter().filter_map(|check| check.join().expect("a check ends"));
+                found
+                    .map(|(trace, what)| format!("{}.txt: {}\n  {}\n  {what}", case.file, case.title, trace.line))
+                    .collect()
+            });
+            wrong.extend(found);
+        }
+    }
+    proxy.stop();
+    assert!(sent > 100 || one_file.is_some(), "only {sent} packets were sent");
+    assert!(wrong.is_empty(), "{mode}, br_netfilter {bridge_netfilter}:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn nftables_sends_real_packets_where_the_cases_say() {
+    play(Mode::Nftables, false);
+}
+
+#[test]
+fn nftables_does_so_with_bridge_netfilter() {
+    play(Mode::Nftables, true);
+}
+
+#[test]
+fn iptables_sends_real_packets_where_the_cases_say() {
+    play(Mode::Iptables, false);
+}
+
+#[test]
+fn iptables_does_so_with_bridge_netfilter() {
+    play(Mode::Iptables, true);
+}
+
+#[test]
+fn userspace_sends_real_packets_where_the_cases_say() {
+    play(Mode::Userspace, false);
+}

@@ -373,8 +373,11 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
+    let mut switchable = (None, None);
     if let Some(mode) = mode {
         let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
+        let (switch, requests) = proxy::switch();
+        switchable = (Some(switch), Some(proxy_events.clone()));
         let metrics: Arc<proxy::Metrics> = Arc::default();
         let recorder = proxy_events.clone();
         let watching = proxy::Watching {
@@ -423,7 +426,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         tasks.spawn(async move { health.follow(status, health_token).await });
         let proxy_token = token.clone();
         tasks.spawn(async move {
-            if let Err(error) = proxy::run(proxy_config, proxy_feed, proxy_status, proxy_token).await {
+            let ended = proxy::run_switchable(proxy_config, proxy_feed, proxy_status, requests, proxy_token).await;
+            if let Err(error) = ended {
                 warn!(%error, "the proxy ended");
             }
         });
@@ -554,7 +558,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // The local socket.
     let state = Arc::new(Local {
         name: name.clone(),
-        mode,
+        first_mode: mode,
+        switch: switchable.0,
+        events: switchable.1,
         feed: feed.clone(),
         view: view_seen,
         hooks,
@@ -665,14 +671,39 @@ fn authorize() -> kubelet::Authorize {
 /// What local commands may ask.
 struct Local {
     name: String,
-    /// `None`: Services are another process's affair.
-    mode: Option<Mode>,
+    /// The mode that the agent was started in. `None`: Services are another process's affair.
+    first_mode: Option<Mode>,
+    switch: Option<proxy::Switch>,
+    events: Option<Recorder>,
     feed: ServiceFeed,
     view: watch::Receiver<Arc<NodeView>>,
     hooks: proxy::Hooks,
     proxy: watch::Receiver<proxy::Status>,
     images: Arc<Builtin>,
     store: runtime::image::ImageStore,
+}
+
+impl Local {
+    fn mode(&self) -> Option<Mode> {
+        self.proxy.borrow().mode.or(self.first_mode)
+    }
+
+    /// Returns when the node is in the mode, or says why it stays in its own.
+    async fn change_mode(&self, mode: Mode) -> anyhow::Result<()> {
+        let from = self.mode().context(NO_PROXY)?;
+        let (switch, events) = (self.switch.as_ref().context(NO_PROXY)?, self.events.as_ref().context(NO_PROXY)?);
+        let node = ObjectRef::new("v1", "Node", "", &self.name, "");
+        let outcome = switch.to(mode).await;
+        match &outcome {
+            Ok(()) if from == mode => {}
+            Ok(()) => {
+                let message = format!("Services of this node have changed from {from} to {mode} mode");
+                events.event(&node, reconcile::EventKind::Normal, "ProxyModeChanged", message);
+            }
+            Err(error) => events.event(&node, reconcile::EventKind::Warning, "ProxyModeNotChanged", error.to_string()),
+        }
+        Ok(outcome?)
+    }
 }
 
 fn bind_local(path: &std::path::Path) -> anyhow::Result<tokio::net::UnixListener> {
@@ -725,7 +756,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             let proxy = state.proxy.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
             Ok(json!({
-                "node": state.name, "proxyMode": state.mode.map_or("none".to_owned(), |mode| mode.to_string()),
+                "node": state.name, "proxyMode": state.mode().map_or("none".to_owned(), |mode| mode.to_string()),
                 "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
                     "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
                     "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
@@ -733,13 +764,17 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
             })
             .to_string())
         }
+        (&Method::POST, "/mode") => {
+            state.change_mode(std::str::from_utf8(&body)?.parse()?).await?;
+            Ok(String::new())
+        }
         (&Method::GET, "/plan") => {
             let view = state.view.borrow().clone();
             let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(proxy::dump(state.mode.context(NO_PROXY)?, &table, &view))
+            Ok(proxy::dump(state.mode().context(NO_PROXY)?, &table, &view))
         }
         (&Method::GET, "/traffic") => {
-            let mode = state.mode.context(NO_PROXY)?;
+            let mode = state.mode().context(NO_PROXY)?;
             if matches!(mode, Mode::Userspace | Mode::Ebpf | Mode::Ipvs) {
                 bail!("the {mode} mode does not count what goes through each Service; nftables and iptables do");
             }
@@ -755,7 +790,7 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::POST, "/explain") => {
             let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let mode = state.mode.context(NO_PROXY)?;
+            let mode = state.mode().context(NO_PROXY)?;
             let table = state.feed.table.clone();
             let mut view = NodeView::clone(&state.view.borrow());
             let pending = {

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// `DIR/cluster.json`
@@ -10,6 +11,9 @@ pub struct ClusterConfig {
     /// Where the API server listens on the host's loopback.
     pub api_port: u16,
     pub proxy_mode: String,
+    /// Nodes that `node mode` has given another one.
+    #[serde(default)]
+    pub node_proxy_modes: BTreeMap<String, String>,
     pub overlay: String,
     pub store: String,
     pub publish: Vec<String>,
@@ -23,6 +27,11 @@ fn path(dir: &Path) -> PathBuf {
 }
 
 impl ClusterConfig {
+    /// The mode of one node's proxy.
+    pub fn proxy_mode_of(&self, node: &str) -> &str {
+        self.node_proxy_modes.get(node).unwrap_or(&self.proxy_mode)
+    }
+
     pub fn load(dir: &Path) -> anyhow::Result<Option<ClusterConfig>> {
         let path = path(dir);
         match std::fs::read(&path) {
@@ -34,6 +43,13 @@ impl ClusterConfig {
 
     pub fn save(&self, dir: &Path) -> anyhow::Result<()> {
         crate::pki::write_private(&path(dir), &serde_json::to_vec_pretty(self)?)
+    }
+
+    /// Whoever starts the node's agent again starts it in this mode.
+    pub fn keep_proxy_mode(dir: &Path, node: &str, mode: proxy::Mode) -> anyhow::Result<()> {
+        let mut config = ClusterConfig::load(dir)?.context("this data directory has no cluster; run `fairlead up`")?;
+        config.node_proxy_modes.insert(node.into(), mode.to_string());
+        config.save(dir)
     }
 }
 

@@ -1,6 +1,7 @@
-//! `node exec|stop|kill|start`.
+//! `node exec|stop|kill|start|mode`.
 
-use crate::{cli, up};
+use crate::config::ClusterConfig;
+use crate::{cli, local, up};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use lab::{Lab, Process};
@@ -44,6 +45,15 @@ enum NodeCommand {
         #[command(flatten)]
         data: cli::DataDir,
         node: String,
+    },
+    /// Change how Services reach a node's kernel, without losing a connection.
+    Mode {
+        #[command(flatten)]
+        data: cli::DataDir,
+        node: String,
+        /// nftables, iptables or userspace; the node keeps it when its agent is started again.
+        #[arg(value_parser = crate::agent::parse_mode)]
+        mode: proxy::Mode,
     },
 }
 
@@ -91,6 +101,20 @@ pub fn run(args: NodeArgs) -> anyhow::Result<ExitCode> {
                 bail!("{node} is running already");
             }
             up::start_node(&lab, &node)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        NodeCommand::Mode { data, node, mode } => {
+            let lab = open(&data)?;
+            let socket = lab.node(&node)?.dir.join("agent.sock");
+            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(local::ask(
+                &socket,
+                "POST",
+                "/mode",
+                mode.to_string().into_bytes(),
+            ))?;
+            ClusterConfig::keep_proxy_mode(&data.data_dir, &node, mode)
+                .with_context(|| format!("{node} is in {mode} mode now, but only until its agent ends"))?;
+            println!("{node} is in {mode} mode");
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use ipnet::IpNet;
 use lab::{Lab, LabConfig};
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -84,6 +85,11 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         api_port: match &held {
             Some(held) => held.api_port,
             None => free_port()?,
+        },
+        // Another mode for the cluster is meant for all of its nodes.
+        node_proxy_modes: match &held {
+            Some(held) if held.proxy_mode == args.proxy_mode => held.node_proxy_modes.clone(),
+            _ => BTreeMap::new(),
         },
         proxy_mode: args.proxy_mode.clone(),
         overlay: if args.overlay == Overlay::Vxlan { "vxlan" } else { "host-gw" }.into(),
@@ -213,7 +219,7 @@ fn start_agent(
         "--node-ip".into(),
         ips,
         "--proxy-mode".into(),
-        config.proxy_mode.clone(),
+        config.proxy_mode_of(name).into(),
         "--overlay".into(),
         config.overlay.clone(),
         "--pod-cidr".into(),

@@ -99,5 +99,8 @@ pub fn cleanup(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Resu
     clear_watch(namespace)?;
     clear_ebpf(hooks, namespace)?;
     clear_ipvs(namespace)?;
-    clear_iptables(namespace)
+    clear_iptables(namespace)?;
+    // Last: while it was there, what the others had translated went on.
+    crate::keeper::remove(&mut Socket::open(namespace)?)?;
+    Ok(())
 }

@@ -21,6 +21,14 @@ impl Mode {
     pub(crate) fn is_watched(self) -> bool {
         matches!(self, Mode::Nftables | Mode::Iptables)
     }
+
+    /// Whether connections that it makes are translated by netfilter for as long as they live.
+    pub(crate) fn is_translated_by_netfilter(self) -> bool {
+        match self {
+            Mode::Nftables | Mode::Iptables | Mode::Ipvs | Mode::Userspace => true,
+            Mode::Ebpf => false,
+        }
+    }
 }
 
 impl FromStr for Mode {

@@ -15,6 +15,7 @@ use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, Seed, ServiceTable};
 use tokio::runtime::Handle;
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -24,12 +25,12 @@ use crate::dataplane::iptables::Iptables;
 use crate::dataplane::ipvs::Ipvs;
 use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
-use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::dataplane::{Answerers, Change, Dataplane, Kept};
 use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{self as eyes, Alternatives, Target, WatchTable, Watcher, Watching};
-use crate::{Error, Metrics, Mode, NodeView, leftovers};
+use crate::{Error, Metrics, Mode, NodeView, keeper, leftovers};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -52,6 +53,15 @@ pub struct Config {
     pub watching: Watching,
 }
 
+impl Config {
+    /// The same in another mode.
+    pub(crate) fn in_mode(&self, mode: Mode) -> Result<Config, Error> {
+        let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
+        let (node, hooks, watching) = (self.node.clone(), self.hooks.clone(), self.watching.clone());
+        Ok(Config { mode, node, namespace, hooks, metrics: self.metrics.clone(), watching })
+    }
+}
+
 /// The service table and what happens to it. Subscribe before the table's first list is complete.
 pub struct Feed {
     pub table: Arc<RwLock<ServiceTable>>,
@@ -63,6 +73,8 @@ pub struct Feed {
 pub struct Status {
     /// The kernel has held a whole plan since the start.
     pub synced: bool,
+    /// The mode whose whole plan the kernel holds, without other modes' leftovers; `None` before the first.
+    pub mode: Option<Mode>,
     pub commits: u64,
     /// Frontends whose last change is not in the kernel yet.
     pub pending: usize,
@@ -121,7 +133,7 @@ pub async fn run(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let localhost = localhost(&config, &feed, &token)?;
-    let result = run_mode(config, feed, status, token).await;
+    let result = hold(config, feed, status, token).await.map(drop);
     if let Some(task) = localhost {
         // It ends with the token; without the mode it is of no use.
         task.abort();
@@ -132,11 +144,11 @@ pub async fn run(
 
 /// Relays for node ports on 127.0.0.1 and ::1 beside another mode, if they are asked for: the userspace mode as it is
 /// without privileges, over the same table.
-fn localhost(
+pub(crate) fn localhost(
     config: &Config,
     feed: &Feed,
     token: &CancellationToken,
-) -> Result<Option<tokio::task::JoinHandle<Result<(), Error>>>, Error> {
+) -> Result<Option<JoinHandle<Result<Kept, Error>>>, Error> {
     if config.mode == Mode::Userspace || !config.node.borrow().relay_localhost {
         return Ok(None);
     }
@@ -165,12 +177,13 @@ fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
     })
 }
 
-async fn run_mode(
+/// One mode, and what must outlive it while connections that it took are on their way to it.
+pub(crate) async fn hold(
     config: Config,
     feed: Feed,
     status: watch::Sender<Status>,
     token: CancellationToken,
-) -> Result<(), Error> {
+) -> Result<Kept, Error> {
     let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
     let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
         Ok(socket) => Some(Box::new(socket)),
@@ -178,6 +191,13 @@ async fn run_mode(
         Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
         Err(error) => return Err(error.into()),
     };
+    if config.mode.is_translated_by_netfilter() {
+        match Socket::open(namespace()).and_then(|mut nft| keeper::keep(&mut nft)) {
+            // Without privileges nothing is translated.
+            Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => {}
+            kept => kept?,
+        }
+    }
     let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
     let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
     let clear: Option<Clear> = Some(Box::new(move || {
@@ -288,7 +308,7 @@ impl<D: Dataplane> Loop<D> {
         Loop { watcher, ..self }
     }
 
-    async fn run(mut self, token: CancellationToken) -> Result<(), Error> {
+    async fn run(mut self, token: CancellationToken) -> Result<Kept, Error> {
         let result = self.follow(&token).await;
         self.end.finish().await;
         if let Some(watcher) = self.watcher.take() {
@@ -296,7 +316,7 @@ impl<D: Dataplane> Loop<D> {
             watcher.task.abort();
             drop(watcher.task.await);
         }
-        result
+        result.map(|()| self.kernel.and_then(|kernel| kernel.dataplane.retire()))
     }
 
     async fn follow(&mut self, token: &CancellationToken) -> Result<(), Error> {
@@ -556,7 +576,7 @@ impl<D: Dataplane> Loop<D> {
                 None => drop(self.committed.remove(&id)),
             }
         }
-        let ejected = node.ejected.clone();
+        let (ejected, mode) = (node.ejected.clone(), self.config.mode);
         self.node = Some(node);
         if let Some(slices) = slices {
             self.applied.restart(slices);
@@ -565,6 +585,7 @@ impl<D: Dataplane> Loop<D> {
         self.status.send_modify(|status| {
             status.ejected = ejected;
             status.synced = true;
+            status.mode = Some(mode);
             status.commits += 1;
             status.pending = pending;
             status.applied = applied;

@@ -1,6 +1,7 @@
 //! What a proxy mode provides. A new one is a folder here and an arm in `run`; the case files, the packet tracer and the
 //! namespace tests then run for it too.
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -18,6 +19,9 @@ pub mod userspace;
 
 /// For each address that clients use: who may answer.
 pub type Answerers = HashMap<SocketAddr, HashSet<SocketAddr>>;
+
+/// What a mode leaves behind in this process; dropping it ends it.
+pub type Kept = Option<Box<dyn Any + Send>>;
 
 /// The entries of one frontend before and after.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,6 +67,15 @@ pub trait Dataplane: Send + 'static {
 
     /// Commits all or nothing. With a base, the changes are the whole plan: what none of them mentions goes.
     fn commit(&mut self, base: Option<&Self::Base>, changes: &[Change<Self::Entries>]) -> Result<(), Error>;
+
+    /// The last of it that this process must hold on to for a while, when another mode takes over: connections that were
+    /// sent to it may not have arrived. Its rules stay in the kernel until then anyway.
+    fn retire(self) -> Kept
+    where
+        Self: Sized,
+    {
+        None
+    }
 
     /// Does what only time brings, such as forgetting an endpoint whose last connection has closed. Called after each
     /// commit, and again after the time it returns.

@@ -18,11 +18,12 @@ pub struct Running {
     pub table: Arc<RwLock<ServiceTable>>,
     changes: broadcast::Sender<Arc<Changes>>,
     pub status: watch::Receiver<Status>,
+    pub switch: proxy::Switch,
     token: CancellationToken,
     pub runtime: tokio::runtime::Runtime,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
-    _node: watch::Sender<Arc<proxy::NodeView>>,
+    pub node: watch::Sender<Arc<proxy::NodeView>>,
 }
 
 impl Running {
@@ -63,8 +64,9 @@ impl Running {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
         let config = Config { mode, node: node_receiver, namespace, hooks, metrics: Arc::default(), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
-        let task = runtime.spawn(proxy::run(config, feed, sender, token.clone()));
-        Running { table, changes, status, token, runtime, task, _node: node }
+        let (switch, requests) = proxy::switch();
+        let task = runtime.spawn(proxy::run_switchable(config, feed, sender, requests, token.clone()));
+        Running { table, changes, status, switch, token, runtime, task, node }
     }
 
     /// Changes the table and waits until the kernel has it.
@@ -202,7 +204,7 @@ fn modes_are_swapped_without_cleaning() {
     let tables = || {
         let text = world.node.command("nft", "list tables inet");
         // The world's own.
-        let is_ours = |line: &&str| *line != "table inet pods";
+        let is_ours = |line: &&str| *line != "table inet pods" && !line.contains("keeper");
         text.lines().filter(is_ours).map(str::to_owned).collect::<BTreeSet<_>>()
     };
     let pins = world.hooks().expect("hooks").pins;

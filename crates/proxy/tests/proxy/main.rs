@@ -12,6 +12,7 @@ mod end;
 mod explain;
 mod guard;
 mod guest;
+mod handover;
 mod history;
 mod kill;
 mod live;

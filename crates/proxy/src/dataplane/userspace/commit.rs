@@ -15,7 +15,7 @@ use super::layout::{Base, FAMILY, Map, TABLE};
 use super::picker::Picker;
 use super::plan::{Entries, Reach, Slot, entries};
 use super::relay::{Door, Inside, Open, Relays};
-use crate::dataplane::{Answerers, Change, Dataplane, OwnTable};
+use crate::dataplane::{Answerers, Change, Dataplane, Kept, OwnTable};
 use crate::{Error, NodeView};
 
 /// Names a relay. The port of `bind` is 0 where any will do.
@@ -345,6 +345,11 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         }
         self.open.extend(doors.opened);
         Ok(())
+    }
+
+    /// Relays go on listening.
+    fn retire(self) -> Kept {
+        Some(Box::new(self.open))
     }
 
     /// A relay answers, not an endpoint.

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use linux::splice::{self, Pool};
 use services::Protocol;
 use tokio::io::Interest;
@@ -37,7 +38,7 @@ pub async fn serve(listener: TcpListener, relay: Arc<Relay>, closed: Cancellatio
     loop {
         let accepted = tokio::select! {
             biased;
-            () = closed.cancelled() => return,
+            () = closed.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -50,6 +51,10 @@ pub async fn serve(listener: TcpListener, relay: Arc<Relay>, closed: Cancellatio
                 tokio::time::sleep(PAUSE).await;
             }
         }
+    }
+    // Whoever stands in the queue is connected as far as its client knows.
+    while let Some(Ok((client, from))) = listener.accept().now_or_never() {
+        tokio::spawn(carry(client, from.ip(), relay.clone()));
     }
 }
 

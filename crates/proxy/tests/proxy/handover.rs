@@ -1,0 +1,297 @@
+//! A node changes its mode under load: no connection is lost, whatever mode made it, and no new one fails.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use linux::nft::Socket;
+use proxy::Mode;
+use serde_json::json;
+
+use crate::live::Running;
+use crate::net::{Namespace, World, tcp};
+use crate::objects::{service, slice};
+
+const MODES: [Mode; 4] = [Mode::Nftables, Mode::Iptables, Mode::Userspace, Mode::Ebpf];
+const PODS: [(&str, &str); 2] = [("10.244.0.11", "node-1"), ("10.244.0.12", "node-1")];
+const PODS6: [(&str, &str); 2] = [("fd00:10:244::11", "node-1"), ("fd00:10:244::12", "node-1")];
+const ECHO: u16 = 9090;
+/// Longer than a client waits before it repeats a first packet: that alone is no loss, but it is told.
+const SLOW: Duration = Duration::from_millis(900);
+const LOST: Duration = Duration::from_secs(8);
+
+/// Every ordered pair of modes once, from the first and back to it.
+fn circuit(modes: &[Mode]) -> Vec<Mode> {
+    let mut walk = vec![modes[0]];
+    for (count, new) in modes.iter().enumerate().skip(1) {
+        walk.push(*new);
+        for old in modes[1..count].iter().chain(&modes[..1]) {
+            walk.push(*old);
+            if *old != modes[0] {
+                walk.push(*new);
+            }
+        }
+    }
+    walk
+}
+
+#[test]
+fn a_circuit_has_every_pair_once() {
+    let walk = circuit(&MODES);
+    let mut pairs: Vec<_> = walk.windows(2).map(|pair| (pair[0], pair[1])).collect();
+    pairs.sort();
+    let all = MODES.iter().flat_map(|from| MODES.iter().map(move |to| (*from, *to)));
+    let mut all: Vec<_> = all.filter(|(from, to)| from != to).collect();
+    all.sort();
+    assert_eq!(pairs, all);
+}
+
+/// Sends back whatever comes, to any number of clients.
+fn echo(pod: &Namespace) {
+    let listener = pod.run(|| TcpListener::bind(("::", ECHO)).expect("bind"));
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let (mut reader, mut writer) = (&stream, &stream);
+                drop(std::io::copy(&mut reader, &mut writer));
+            });
+        }
+    });
+}
+
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&to, LOST)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(LOST))?;
+    Ok(stream)
+}
+
+fn ping(mut stream: &TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0])
+}
+
+/// What clients saw.
+#[derive(Default)]
+struct Seen {
+    requests: usize,
+    slow: usize,
+    lost: Vec<String>,
+}
+
+impl Seen {
+    fn note(&mut self, what: &str, begun: Instant, result: std::io::Result<()>) -> bool {
+        self.requests += 1;
+        self.slow += usize::from(begun.elapsed() > SLOW);
+        match &result {
+            Ok(()) => {}
+            Err(error) => self.lost.push(format!("{what}: {error}, after {:?}", begun.elapsed())),
+        }
+        result.is_ok()
+    }
+
+    fn add(&mut self, other: Seen) {
+        self.requests += other.requests;
+        self.slow += other.slow;
+        self.lost.extend(other.lost);
+    }
+}
+
+/// Clients, until they are told to stop.
+struct Load {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<Seen>>,
+}
+
+impl Load {
+    fn new() -> Self {
+        Load { stop: Arc::default(), clients: Vec::new() }
+    }
+
+    /// A byte each 10 ms on a connection that stays.
+    fn stays(&mut self, from: &Namespace, to: &str, opened_in: Mode) {
+        let address: SocketAddr = to.parse().expect("address");
+        let stream = from.run(move || connect(address)).unwrap_or_else(|error| panic!("{opened_in}, {to}: {error}"));
+        let what = format!("connection to {to} from {} mode", opened_in);
+        let stop = self.stop.clone();
+        self.clients.push(std::thread::spawn(move || {
+            let mut seen = Seen::default();
+            while !stop.load(Ordering::Relaxed) {
+                if !seen.note(&what, Instant::now(), ping(&stream)) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            seen
+        }));
+    }
+
+    /// A connection per request, about a hundred a second.
+    fn comes_and_goes(&mut self, from: &Namespace, to: &str) {
+        let address: SocketAddr = to.parse().expect("address");
+        let (what, stop) = (format!("request to {to}"), self.stop.clone());
+        let requests = move || {
+            let mut seen = Seen::default();
+            while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                seen.note(&what, begun, connect(address).and_then(|stream| ping(&stream)));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            seen
+        };
+        // A thread is where the thread is that starts it: network namespace and cgroup.
+        self.clients.push(from.run(|| std::thread::spawn(requests)));
+    }
+
+    fn end(self) -> Seen {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Seen::default();
+        for client in self.clients {
+            all.add(client.join().expect("client"));
+        }
+        all
+    }
+}
+
+fn serving(world: &World, mode: Mode) -> Running {
+    let mut running = Running::start(world, mode);
+    {
+        let mut table = running.table.write().expect("table");
+        let port = |port: u16| json!([{"port": 80, "nodePort": port, "protocol": "TCP"}]);
+        table.upsert_service(&service("web", json!({"type": "NodePort", "ports": port(30007)}))).expect("service");
+        let six = json!({"clusterIPs": ["fd00:10:96::17"], "type": "NodePort", "ports": port(30017)});
+        table.upsert_service(&service("six", six)).expect("service");
+        let near = json!({"clusterIPs": ["10.96.0.14"], "type": "NodePort", "ports": port(30014),
+            "externalTrafficPolicy": "Local"});
+        table.upsert_service(&service("near", near)).expect("service");
+        table.upsert_slice(&slice("web", ECHO, "TCP", &PODS)).expect("slice");
+        table.upsert_slice(&slice("near", ECHO, "TCP", &PODS)).expect("slice");
+        table.upsert_slice(&slice("six", ECHO, "TCP", &PODS6)).expect("slice");
+    }
+    running.change(|table| table.set_synced());
+    running
+}
+
+fn roads(world: &World) -> [(&Namespace, &'static str); 8] {
+    [
+        (&world.client, "192.168.49.2:30007"),
+        (&world.client, "192.168.49.2:30014"),
+        (&world.client, "10.96.0.10:80"),
+        (&world.client, "[fd00:c0a8:31::2]:30017"),
+        (&world.node, "10.96.0.10:80"),
+        // One of two goes back to itself.
+        (&world.pods[0], "10.96.0.10:80"),
+        (&world.pods[1], "192.168.49.2:30007"),
+        (&world.pods[0], "[fd00:10:96::17]:80"),
+    ]
+}
+
+#[test]
+fn no_connection_is_lost_between_any_two_modes() {
+    let world = World::with_ebpf(true);
+    world.pods.iter().for_each(echo);
+    let walk = circuit(&MODES);
+    let running = serving(&world, walk[0]);
+    let mut load = Load::new();
+    for (from, to) in roads(&world) {
+        load.comes_and_goes(from, to);
+        load.stays(from, to, walk[0]);
+    }
+    let mut seen_modes = vec![walk[0]];
+    for mode in &walk[1..] {
+        std::thread::sleep(Duration::from_millis(200));
+        let begun = Instant::now();
+        running.runtime.block_on(running.switch.to(*mode)).expect("handed over");
+        println!("to {mode} in {:?}", begun.elapsed());
+        assert_eq!(running.status.borrow().mode, Some(*mode));
+        if !seen_modes.contains(mode) {
+            seen_modes.push(*mode);
+            roads(&world).into_iter().for_each(|(from, to)| load.stays(from, to, *mode));
+        }
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let seen = load.end();
+    println!("{} requests, {} of them slow", seen.requests, seen.slow);
+    assert!(seen.lost.is_empty(), "{:#?}", seen.lost);
+    running.stop();
+}
+
+/// Another process comes with another mode.
+#[test]
+fn no_connection_is_lost_when_a_restart_changes_the_mode() {
+    let world = World::new();
+    world.pods.iter().for_each(echo);
+    let mut running = serving(&world, Mode::Nftables);
+    let mut load = Load::new();
+    for (from, to) in roads(&world) {
+        load.comes_and_goes(from, to);
+        load.stays(from, to, Mode::Nftables);
+    }
+    for mode in [Mode::Iptables, Mode::Nftables] {
+        std::thread::sleep(Duration::from_millis(100));
+        running.stop();
+        running = serving(&world, mode);
+        assert_eq!(running.status.borrow().mode, Some(mode));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let seen = load.end();
+    println!("{} requests, {} of them slow", seen.requests, seen.slow);
+    assert!(seen.lost.is_empty(), "{:#?}", seen.lost);
+    running.stop();
+}
+
+/// A mode that cannot serve this node says so at its first commit. The old one goes on, and follows what changes.
+#[test]
+fn a_mode_that_cannot_take_over_changes_nothing() {
+    let world = World::new();
+    world.pods.iter().for_each(echo);
+    let mut running = serving(&world, Mode::Nftables);
+    running.node.send_modify(|view| {
+        let mut next = proxy::NodeView::clone(view);
+        let proxy::Pods::Cidrs(cidrs) = &mut next.pods else { panic!("pods are known by their networks here") };
+        cidrs.push("10.245.0.0/16".parse().expect("cidr"));
+        *view = next.into();
+    });
+    let mut load = Load::new();
+    for (from, to) in roads(&world) {
+        load.comes_and_goes(from, to);
+        load.stays(from, to, Mode::Nftables);
+    }
+    let error = running.runtime.block_on(running.switch.to(Mode::Iptables)).expect_err("two networks").to_string();
+    assert!(error.starts_with("Services stay in nftables mode") && error.contains("--proxy-mode=nftables"), "{error}");
+    running.change(|table| {
+        table.upsert_service(&service("more", json!({"clusterIPs": ["10.96.0.20"]}))).expect("service");
+        table.upsert_slice(&slice("more", 8080, "TCP", &PODS)).expect("slice")
+    });
+    assert!(tcp(&world.pods[1], "10.96.0.20:80").is_ok());
+    assert_eq!((running.status.borrow().mode, running.status.borrow().error.clone()), (Some(Mode::Nftables), None));
+    assert!(!world.node.command("iptables-save", "").contains("KUBE-S"));
+    let seen = load.end();
+    assert!(seen.lost.is_empty(), "{:#?}", seen.lost);
+    running.stop();
+}
+
+/// The keeper is what keeps a translated connection when the last rule that made it goes, and nothing else is.
+#[test]
+fn translated_connections_live_as_long_as_the_keeper() {
+    let world = World::new();
+    world.pods.iter().for_each(echo);
+    serving(&world, Mode::Nftables).stop();
+    let stream = world.client.run(|| connect("192.168.49.2:30007".parse().expect("address"))).expect("connected");
+    stream.set_read_timeout(Some(Duration::from_secs(1))).expect("timeout");
+    for table in ["fairlead", "fairlead-watch"] {
+        world.node.command("nft", &format!("delete table inet {table}"));
+    }
+    ping(&stream).expect("still translated");
+    let text = world.node.command("nft", "list ruleset");
+    assert!(text.contains("table inet fairlead-keeper") && text.matches("table").count() == 1, "{text}");
+    let namespace = std::fs::File::open(&world.node.path).expect("namespace");
+    let mut nft = Socket::open(Some(namespace.as_fd())).expect("socket");
+    assert!(proxy::keeper::remove(&mut nft).expect("removed"));
+    assert!(!proxy::keeper::remove(&mut nft).expect("nothing to remove"));
+    ping(&stream).expect_err("nobody translates");
+}

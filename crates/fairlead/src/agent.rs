@@ -98,7 +98,7 @@ pub struct AgentArgs {
     #[arg(long, hide = true, default_value = "fairlead-agent/pods")]
     pub cgroup: PathBuf,
     /// Holds every process of the node, in the cgroup2 hierarchy: a host is all of it.
-    #[arg(long, hide = true, default_value = "")]
+    #[arg(long, hide = true, default_value = "/")]
     pub node_cgroup: PathBuf,
     /// Image store, shared by the nodes of one machine.
     #[arg(long, hide = true)]

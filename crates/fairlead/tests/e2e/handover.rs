@@ -38,7 +38,7 @@ fn a_node_changes_its_mode_under_load() {
     };
     goes_on();
     let in_mode = |mode: &str| {
-        let status = expect(&cluster, "fairlead status");
+        let status = crate::death::status(&cluster).join("\n");
         assert!(status.contains(&format!("proxy {mode} (synced true")), "{status}");
     };
     for mode in ["iptables", "userspace", "iptables"] {

@@ -3,6 +3,7 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod addresses;
 mod applied;
 mod commit;
 pub mod configuration;

@@ -51,6 +51,7 @@ pub fn main() -> ExitCode {
         }
         _ => {}
     }
+    linux::memory::keep_large_apart();
     let cli = cli::Cli::parse();
     match cli.run() {
         Ok(code) => code,

@@ -1,35 +1,35 @@
 //! A node: kubelet, runtime, pod network, proxy and DNS, in one process, each with its own identity.
 
+mod cluster;
+mod outer;
+mod socket;
+
+use crate::node_object::Node;
 use crate::proxy as standalone;
-use crate::{barrier, cli, explain, join, local, serve, server, top, warnings};
+use crate::{barrier, cli, join, local, serve, server, warnings};
 use anyhow::{Context, bail};
-use api::kinds::{CONFIG_MAPS, NODES};
-use api::{ObjectExt, object::Metadata};
+use api::kinds::NODES;
 use apiserver::Identity;
 use apiserver::auth::authenticate;
 use clap::{Args, ValueEnum};
-use dns::{DnsConfig, Listen, SocketMaker, Upstreams};
-use futures::future::BoxFuture;
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use cluster::{cluster, register};
+use dns::{DnsConfig, Listen, Upstreams};
 use ipnet::IpNet;
-use kubelet::{ClusterDns, KubeletConfig};
-use linux::cgroup_v1v2::Hierarchies;
+use kubelet::KubeletConfig;
 use linux::netns::Netns;
+use outer::OuterSockets;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
 use proxy::configuration::{HEALTHZ_PORT, METRICS_PORT};
 use proxy::{Mode, NodeView};
-use reconcile::{Api, Cache, Named, ObjectRef, Recorder, Scope, ServiceFeed};
+use reconcile::{Cache, ObjectRef, Recorder, Scope, ServiceFeed};
 use runtime::image::PullConfig;
-use runtime::{Builtin, BuiltinConfig, ImageService};
-use serde::Deserialize;
+use runtime::{Builtin, BuiltinConfig};
 use serde_json::{Value, json};
 use services::{Place, Seed};
+use socket::{Local, Socket};
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -70,7 +70,7 @@ pub struct AgentArgs {
     #[arg(long, default_value = "nftables")]
     pub proxy_mode: NodeProxy,
     /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
-    #[arg(long, default_value = "rr", value_parser = parse_scheduler)]
+    #[arg(long, default_value = "rr")]
     pub ipvs_scheduler: proxy::Scheduler,
     /// In the ipvs mode, answer ARP only for addresses of the interface that was asked.
     #[arg(long)]
@@ -107,14 +107,6 @@ pub struct AgentArgs {
     pub announce: bool,
 }
 
-fn parse_scheduler(text: &str) -> Result<proxy::Scheduler, String> {
-    text.parse().map_err(|error: linux::ipvs::Error| error.to_string())
-}
-
-pub fn parse_mode(text: &str) -> Result<Mode, String> {
-    text.parse().map_err(|e: proxy::Error| e.to_string())
-}
-
 /// Who serves Services on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeProxy {
@@ -147,151 +139,6 @@ pub fn run(args: AgentArgs) -> anyhow::Result<ExitCode> {
         nix::unistd::setsid().ok();
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(start(args))
-}
-
-/// Where the node's own sockets are, and a place for what outlives the agent.
-fn proxy_hooks(args: &AgentArgs, dir: &Path) -> anyhow::Result<proxy::Hooks> {
-    let mounted = Hierarchies::mounted().context("look for the cgroup2 mount")?.v2;
-    let root = mounted.unwrap_or_else(|| "/sys/fs/cgroup".into());
-    let cgroup = root.join(args.node_cgroup.strip_prefix("/").unwrap_or(&args.node_cgroup));
-    Ok(proxy::Hooks { cgroup, pins: dir.join("bpf") })
-}
-
-/// What an agent keeps of a Node.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Node {
-    metadata: Metadata,
-    spec: NodeSpec,
-    status: NodeStatus,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct NodeSpec {
-    #[serde(rename = "podCIDRs")]
-    pod_cidrs: Vec<IpNet>,
-    taints: Vec<Taint>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Taint {
-    key: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct NodeStatus {
-    addresses: Vec<NodeAddress>,
-    conditions: Vec<NodeCondition>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct NodeCondition {
-    r#type: String,
-    status: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct NodeAddress {
-    r#type: String,
-    address: String,
-}
-
-impl Named for Node {
-    fn metadata(&self) -> &Metadata {
-        &self.metadata
-    }
-}
-
-impl Node {
-    fn peer(&self) -> PeerNode {
-        let internal = self.status.addresses.iter().filter(|a| a.r#type == "InternalIP");
-        PeerNode {
-            name: self.metadata.name.clone(),
-            addresses: internal.filter_map(|a| a.address.parse().ok()).collect(),
-            pod_cidrs: self.spec.pod_cidrs.clone(),
-        }
-    }
-
-    fn is_ready(&self) -> bool {
-        self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "True")
-    }
-
-    /// The node lifecycle controller waits for its Lease in vain.
-    fn has_no_heartbeat(&self) -> bool {
-        self.status.conditions.iter().any(|c| c.r#type == "Ready" && c.status == "Unknown")
-    }
-
-    fn zone(&self) -> Option<Arc<str>> {
-        self.metadata.labels.get("topology.kubernetes.io/zone").map(|z| z.as_str().into())
-    }
-}
-
-/// Sockets to upstream name servers, made where the cluster was started.
-struct OuterSockets(Netns);
-
-impl SocketMaker for OuterSockets {
-    fn udp(&self, server: SocketAddr) -> std::io::Result<std::net::UdpSocket> {
-        let any: IpAddr = if server.is_ipv4() { IpAddr::from([0u8; 4]) } else { IpAddr::from([0u8; 16]) };
-        self.0.udp_bind(SocketAddr::new(any, 0)).map_err(std::io::Error::other)
-    }
-
-    fn tcp(&self, server: SocketAddr) -> std::io::Result<tokio::net::TcpSocket> {
-        Ok(tokio::net::TcpSocket::from_std_stream(self.0.tcp_socket(server).map_err(std::io::Error::other)?))
-    }
-}
-
-/// What the server tells every agent: the cluster's ranges and its DNS.
-struct Cluster {
-    pod_cidrs: Vec<IpNet>,
-    service_cidrs: Vec<IpNet>,
-    dns: ClusterDns,
-}
-
-async fn cluster(node: &kube::Client) -> anyhow::Result<Cluster> {
-    let settings =
-        Api::new(node, &CONFIG_MAPS).get("kube-system", "fairlead").await.context("read the cluster's settings")?;
-    let list = |key: &str| {
-        settings
-            .text(&format!("/data/{key}"))
-            .split(',')
-            .filter(|t| !t.is_empty())
-            .map(str::to_string)
-            .collect::<Vec<_>>()
-    };
-    let nets = |key: &str| list(key).iter().map(|t| t.parse::<IpNet>()).collect::<Result<Vec<_>, _>>();
-    Ok(Cluster {
-        pod_cidrs: nets("podCIDRs")?,
-        service_cidrs: nets("serviceCIDRs")?,
-        dns: ClusterDns {
-            servers: list("clusterDNS").iter().map(|t| t.parse()).collect::<Result<Vec<_>, _>>()?,
-            domain: settings.text("/data/clusterDomain").to_string(),
-        },
-    })
-}
-
-/// Makes sure the Node exists, and returns its share of the pod ranges.
-async fn register(node: &kube::Client, name: &str, wanted: &[IpNet], labels: &Value) -> anyhow::Result<Vec<IpNet>> {
-    let nodes = Api::new(node, &NODES);
-    let mut object =
-        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": {}});
-    if let Some(first) = wanted.first() {
-        object["spec"] = json!({"podCIDR": first, "podCIDRs": wanted});
-    }
-    let live = match nodes.create("", &object).await {
-        Ok(created) => created,
-        Err(error) if error.is_already_exists() => nodes.get("", name).await?,
-        Err(error) => return Err(error).context("register this node"),
-    };
-    let node: Node = serde_json::from_value(live).context("read this node")?;
-    if node.spec.pod_cidrs.is_empty() {
-        bail!("node {name} has no pod range; start the server with --pod-cidr");
-    }
-    Ok(node.spec.pod_cidrs)
 }
 
 async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
@@ -347,7 +194,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
     let mode = args.proxy_mode.mode();
-    let hooks = proxy_hooks(&args, &dir)?;
+    let hooks = standalone::hooks(&args.node_cgroup, &dir)?;
     let seed = match mode {
         Some(mode) => {
             let hooks = hooks.clone();
@@ -442,16 +289,16 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             &token,
             move |before: Option<&Arc<Node>>, after: Option<&Arc<Node>>| {
                 if let Some(node) = before.or(after) {
-                    let name = node.metadata.name.as_str();
+                    let name = node.name();
                     let is_lost = after.is_some_and(|node| node.has_no_heartbeat());
                     lost_nodes.send_if_modified(|lost: &mut BTreeSet<Arc<str>>| match is_lost {
                         true => lost.insert(name.into()),
                         false => lost.remove(name),
                     });
                 }
-                if let Some(node) = after.filter(|n| n.metadata.name == own) {
+                if let Some(node) = after.filter(|node| node.name() == own) {
                     ready.send_replace(node.is_ready());
-                    health.set_taints(node.spec.taints.iter().map(|taint| taint.key.as_str()));
+                    health.set_taints(node.taints());
                     views.send_if_modified(|view| {
                         let zone = node.zone();
                         let changed = view.place.zone != zone;
@@ -494,7 +341,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
 
     // Runtime and kubelet.
     let dialer = match &outer {
-        Some(outer) => outer_dialer(outer.clone()),
+        Some(outer) => outer::dialer(outer.clone()),
         None => runtime::image::tcp_dialer(),
     };
     let images_dir = args.images.clone().unwrap_or_else(|| dir.join("images"));
@@ -568,8 +415,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         images: runtime.clone(),
         store: runtime.images().clone(),
     });
-    let socket = dir.join("agent.sock");
-    tasks.spawn(serve_local(bind_local(&socket)?, state, token.clone()));
+    tasks.spawn(Socket::bind(&dir.join("agent.sock"))?.serve(state, token.clone()));
     let mut network_tasks = network.tasks;
     tasks.spawn(async move { while network_tasks.join_next().await.is_some() {} });
     tasks.spawn(async move {
@@ -595,8 +441,6 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if drained.await.is_err() {
         warn!("some tasks did not end in time");
     }
-    // Another agent may have taken the path meanwhile; then it is not ours to remove.
-    std::fs::remove_file(&socket).ok();
     Ok(ExitCode::SUCCESS)
 }
 
@@ -612,7 +456,7 @@ async fn follow_peers(
 ) {
     nodes.synced().await;
     loop {
-        let list: Vec<PeerNode> = nodes.list().iter().map(|n| n.peer()).collect();
+        let list: Vec<PeerNode> = nodes.list().iter().map(|node| peer(node)).collect();
         peers.send_if_modified(|known| {
             let changed = *known != list;
             *known = list;
@@ -625,30 +469,9 @@ async fn follow_peers(
     }
 }
 
-fn outer_dialer(outer: Netns) -> runtime::image::Dialer {
-    Arc::new(move |host, port| {
-        let outer = outer.clone();
-        Box::pin(async move {
-            // Names are looked up with the host's resolv.conf, in the host's namespace.
-            let place = outer.clone();
-            let found = tokio::task::spawn_blocking(move || {
-                place.run(|| {
-                    std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), port)).map(Iterator::collect::<Vec<_>>)
-                })
-            })
-            .await
-            .map_err(std::io::Error::other)?
-            .map_err(std::io::Error::other)??;
-            let mut last = std::io::Error::other("the registry's name has no address");
-            for address in found {
-                match outer.tcp_connect(address).await {
-                    Ok(stream) => return Ok(stream),
-                    Err(error) => last = std::io::Error::other(error),
-                }
-            }
-            Err(last)
-        }) as BoxFuture<'static, _>
-    })
+/// A node as the pod network sees it.
+fn peer(node: &Node) -> PeerNode {
+    PeerNode { name: node.name().to_owned(), addresses: node.internal_addresses(), pod_cidrs: node.pod_cidrs() }
 }
 
 /// Only the API server, and administrators with a certificate, may ask a kubelet; the API server has authorized its own
@@ -666,177 +489,4 @@ fn authorize() -> kubelet::Authorize {
             }
         })
     })
-}
-
-/// What local commands may ask.
-struct Local {
-    name: String,
-    /// The mode that the agent was started in. `None`: Services are another process's affair.
-    first_mode: Option<Mode>,
-    switch: Option<proxy::Switch>,
-    events: Option<Recorder>,
-    feed: ServiceFeed,
-    view: watch::Receiver<Arc<NodeView>>,
-    hooks: proxy::Hooks,
-    proxy: watch::Receiver<proxy::Status>,
-    images: Arc<Builtin>,
-    store: runtime::image::ImageStore,
-}
-
-impl Local {
-    fn mode(&self) -> Option<Mode> {
-        self.proxy.borrow().mode.or(self.first_mode)
-    }
-
-    /// Returns when the node is in the mode, or says why it stays in its own.
-    async fn change_mode(&self, mode: Mode) -> anyhow::Result<()> {
-        let from = self.mode().context(NO_PROXY)?;
-        let (switch, events) = (self.switch.as_ref().context(NO_PROXY)?, self.events.as_ref().context(NO_PROXY)?);
-        let node = ObjectRef::new("v1", "Node", "", &self.name, "");
-        let outcome = switch.to(mode).await;
-        match &outcome {
-            Ok(()) if from == mode => {}
-            Ok(()) => {
-                let message = format!("Services of this node have changed from {from} to {mode} mode");
-                events.event(&node, reconcile::EventKind::Normal, "ProxyModeChanged", message);
-            }
-            Err(error) => events.event(&node, reconcile::EventKind::Warning, "ProxyModeNotChanged", error.to_string()),
-        }
-        Ok(outcome?)
-    }
-}
-
-fn bind_local(path: &std::path::Path) -> anyhow::Result<tokio::net::UnixListener> {
-    // A socket file outlives its process; nobody answers on an old one.
-    std::fs::remove_file(path).ok();
-    let listener = tokio::net::UnixListener::bind(path).with_context(|| {
-        format!("listen on {}; a socket's path has at most 107 bytes, choose a shorter --data-dir", path.display())
-    })?;
-    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    Ok(listener)
-}
-
-async fn serve_local(listener: tokio::net::UnixListener, state: Arc<Local>, token: CancellationToken) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = token.cancelled() => return,
-        };
-        let Ok((stream, _)) = accepted else { continue };
-        let state = state.clone();
-        tokio::spawn(async move {
-            let service = hyper::service::service_fn(move |request| {
-                let state = state.clone();
-                async move { Ok::<_, Infallible>(answer(&state, request).await) }
-            });
-            // A local command that goes away early is no fault of ours.
-            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await.ok();
-        });
-    }
-}
-
-async fn answer(state: &Local, request: Request<hyper::body::Incoming>) -> Response<Full<bytes::Bytes>> {
-    let result = local_request(state, request).await;
-    let (code, text) = match result {
-        Ok(text) => (StatusCode::OK, text),
-        Err(error) => (StatusCode::BAD_REQUEST, format!("{error:#}")),
-    };
-    let mut response = Response::new(Full::new(text.into()));
-    *response.status_mut() = code;
-    response
-}
-
-const NO_PROXY: &str = "Services are another process's affair on this node (--proxy-mode none)";
-
-async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -> anyhow::Result<String> {
-    let (method, path) = (request.method().clone(), request.uri().path().to_string());
-    let body = request.into_body().collect().await?.to_bytes();
-    match (&method, path.as_str()) {
-        (&Method::GET, "/status") => {
-            let proxy = state.proxy.borrow().clone();
-            let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(json!({
-                "node": state.name, "proxyMode": state.mode().map_or("none".to_owned(), |mode| mode.to_string()),
-                "proxy": {"synced": proxy.synced, "commits": proxy.commits, "pending": proxy.pending, "error": proxy.error, "about": proxy.about,
-                    "ejections": proxy.ejections, "retries": proxy.retries, "watchError": proxy.watch_error,
-                    "ejected": proxy.ejected.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>()},
-                "services": table.services().count(), "synced": table.is_synced(),
-            })
-            .to_string())
-        }
-        (&Method::POST, "/mode") => {
-            state.change_mode(std::str::from_utf8(&body)?.parse()?).await?;
-            Ok(String::new())
-        }
-        (&Method::GET, "/plan") => {
-            let view = state.view.borrow().clone();
-            let table = state.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(proxy::dump(state.mode().context(NO_PROXY)?, &table, &view))
-        }
-        (&Method::GET, "/traffic") => {
-            let mode = state.mode().context(NO_PROXY)?;
-            if matches!(mode, Mode::Userspace | Mode::Ebpf | Mode::Ipvs) {
-                bail!("the {mode} mode does not count what goes through each Service; nftables and iptables do");
-            }
-            let table = state.feed.table.clone();
-            let mut view = NodeView::clone(&state.view.borrow());
-            view.ejected.extend(&state.proxy.borrow().ejected);
-            let traffic = tokio::task::spawn_blocking(move || {
-                let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                proxy::traffic(None, &table, &view)
-            })
-            .await??;
-            Ok(serde_json::to_string(&top::Traffic::from(traffic))?)
-        }
-        (&Method::POST, "/explain") => {
-            let question: explain::Question = serde_json::from_slice(&body).context("read the question")?;
-            let mode = state.mode().context(NO_PROXY)?;
-            let table = state.feed.table.clone();
-            let mut view = NodeView::clone(&state.view.borrow());
-            let pending = {
-                let proxy = state.proxy.borrow();
-                view.ejected.extend(&proxy.ejected);
-                proxy.pending
-            };
-            let hooks = state.hooks.clone();
-            let report = tokio::task::spawn_blocking(move || {
-                let (mut report, frontends) = {
-                    let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    let frontends: Vec<_> = table.frontends().cloned().collect();
-                    (proxy::explain::report(mode, &table, &view, &question.packet())?, frontends)
-                };
-                // The kernel is asked without holding up those who follow the table.
-                let mut drift = proxy::explain::drift(mode, &frontends, &view, None, Some(&hooks))?;
-                if pending > 0 {
-                    drift.push(format!("{pending} changed ports of Services are being committed"));
-                }
-                report.drift = Some(drift);
-                anyhow::Ok(report)
-            })
-            .await??;
-            Ok(serde_json::to_string(&report)?)
-        }
-        (&Method::GET, "/images") => {
-            let images = state.images.list_images().await?;
-            Ok(json!(
-                images.iter().map(|i| json!({"id": i.id, "names": i.repo_tags, "size": i.size})).collect::<Vec<_>>()
-            )
-            .to_string())
-        }
-        (&Method::POST, "/images") => {
-            let archive = PathBuf::from(String::from_utf8(body.to_vec())?);
-            let store = state.store.clone();
-            let imported = tokio::task::spawn_blocking(move || {
-                let file = std::fs::File::open(&archive).with_context(|| format!("open {}", archive.display()))?;
-                Ok::<_, anyhow::Error>(store.import(file, None)?)
-            })
-            .await??;
-            Ok(json!(imported.iter().map(|i| i.status().repo_tags).collect::<Vec<_>>()).to_string())
-        }
-        (&Method::DELETE, "/images") => {
-            state.images.remove_image(std::str::from_utf8(&body)?).await?;
-            Ok(String::new())
-        }
-        _ => bail!("the agent has no {method} {path}"),
-    }
 }

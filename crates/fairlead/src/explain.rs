@@ -18,7 +18,7 @@ use serde_json::Value;
 use services::{Place, Protocol, ServiceTable};
 
 use crate::client::session::{Connection, JSON, Session, complain, complaint, encode, fail, say};
-use crate::{agent, local};
+use crate::local;
 
 #[derive(Args, Debug)]
 pub struct ExplainArgs {
@@ -37,7 +37,7 @@ pub struct ExplainArgs {
     #[arg(long)]
     live: bool,
     /// Without --live: the mode of the node's proxy.
-    #[arg(long, default_value = "nftables", value_parser = agent::parse_mode, conflicts_with = "live")]
+    #[arg(long, default_value = "nftables", conflicts_with = "live")]
     proxy_mode: Mode,
     #[arg(short, long, value_enum, default_value = "text")]
     output: Output,

@@ -18,6 +18,7 @@ mod join;
 mod kubeconfig;
 mod local;
 mod node;
+mod node_object;
 mod pki;
 mod proxy;
 mod publish;

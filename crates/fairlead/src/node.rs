@@ -52,7 +52,6 @@ enum NodeCommand {
         data: cli::DataDir,
         node: String,
         /// nftables, iptables or userspace; the node keeps it when its agent is started again.
-        #[arg(value_parser = crate::agent::parse_mode)]
         mode: proxy::Mode,
     },
 }

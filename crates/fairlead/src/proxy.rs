@@ -8,6 +8,7 @@ mod node;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -33,9 +34,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::node_object::Node;
 use crate::{barrier, cli, local, warnings};
 pub use flags::ProxyArgs;
-use node::{Inputs, Node};
+use node::Inputs;
 
 const SERVICE_CIDRS: Resource = Resource {
     group: "networking.k8s.io",
@@ -51,7 +53,7 @@ const OOM_SCORE: i32 = -999;
 pub fn run(args: ProxyArgs) -> anyhow::Result<ExitCode> {
     if args.cleanup {
         cli::start_logging();
-        proxy::cleanup(Some(&hooks(&args)?), None)?;
+        proxy::cleanup(Some(&hooks(&args.node_cgroup, &args.state_dir)?), None)?;
         println!("no rule of the proxy is left");
         return Ok(ExitCode::SUCCESS);
     }
@@ -105,12 +107,12 @@ fn prepare(settings: &Settings) -> anyhow::Result<()> {
     )
 }
 
-/// Where the ebpf mode attaches, and what it keeps.
-fn hooks(args: &ProxyArgs) -> anyhow::Result<proxy::Hooks> {
+/// Where the node's own sockets are in the cgroup2 hierarchy, and a place for what outlives this process.
+pub fn hooks(node_cgroup: &Path, dir: &Path) -> anyhow::Result<proxy::Hooks> {
     let mounted = Hierarchies::mounted().context("look for the cgroup2 mount")?.v2;
     let root = mounted.unwrap_or_else(|| "/sys/fs/cgroup".into());
-    let cgroup = root.join(args.node_cgroup.strip_prefix("/").unwrap_or(&args.node_cgroup));
-    Ok(proxy::Hooks { cgroup, pins: args.state_dir.join("bpf") })
+    let cgroup = root.join(node_cgroup.strip_prefix("/").unwrap_or(node_cgroup));
+    Ok(proxy::Hooks { cgroup, pins: dir.join("bpf") })
 }
 
 async fn client(args: &ProxyArgs, settings: &Settings, metrics: Arc<Metrics>) -> anyhow::Result<kube::Client> {
@@ -187,7 +189,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     check_rights(&client).await?;
 
     let mode = settings.mode;
-    let hooks = hooks(&args)?;
+    let hooks = hooks(&args.node_cgroup, &args.state_dir)?;
     let seed = {
         let hooks = hooks.clone();
         tokio::task::spawn_blocking(move || {

@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use linux::link::{Address, Item, Links, Mac, Route, Veth};
 use linux::netns::Netns;
-use linux::nft::{Chain, ChainKind, Datum, Family, Hook, Nft, Op, Rule, Socket, Statement, Transaction, Value};
+use linux::nft::{Chain, ChainKind, Family, Hook, Nft, Op, Rule, Socket, Statement, Transaction, Value};
 
 use crate::LabError;
 
@@ -107,10 +107,7 @@ pub(crate) fn disconnect(id: &str, host: &Netns) -> Result<(), LabError> {
         return Ok(());
     }
     let table = on_host_table(id);
-    let mut transaction = Transaction::new(Family::Inet, &table);
-    // Added first: only what is there can be deleted.
-    transaction.ops.extend([Op::AddTable { comment: None }, Op::DeleteTable]);
-    commit(host, &transaction)?;
+    host.run(|| Socket::open(None).and_then(|mut socket| socket.remove_table(Family::Inet, &table)))??;
     Ok(links.remove_link(&on_host(id))?)
 }
 
@@ -151,7 +148,7 @@ fn free(links: &Links, id: &str, number: u32) -> Result<Ends, LabError> {
 /// What comes from the range and leaves for none of these gets the address of the link it leaves by.
 fn masquerade(from: IpNet, not_to: &[IpNet]) -> Rule {
     let v6 = from.addr().is_ipv6();
-    let family = Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }));
+    let family = Statement::of_family(v6);
     let mut statements = vec![family, Statement::InNet(Value::SourceIp { v6 }, from)];
     for range in not_to.iter().filter(|range| range.addr().is_ipv6() == v6) {
         statements.push(Statement::NotInNet(Value::DestinationIp { v6 }, *range));
@@ -161,9 +158,8 @@ fn masquerade(from: IpNet, not_to: &[IpNet]) -> Rule {
 }
 
 fn lay(namespace: &Netns, table: &str, comment: &str, rules: Vec<Rule>) -> Result<(), LabError> {
-    let add = || Op::AddTable { comment: Some(comment.into()) };
     let mut transaction = Transaction::new(Family::Inet, table);
-    transaction.ops.extend([add(), Op::DeleteTable, add()]);
+    transaction.replace_table(comment);
     transaction.push(Op::AddChain(Chain::base("postrouting", ChainKind::Nat, Hook::Postrouting, 100)));
     transaction.ops.extend(rules.into_iter().map(|rule| Op::AddRule { chain: "postrouting".into(), rule }));
     commit(namespace, &transaction)

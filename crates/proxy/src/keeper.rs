@@ -18,10 +18,7 @@ pub fn keep(nft: &mut impl Nft) -> Result<(), Error> {
         return Ok(());
     }
     let mut transaction = Transaction::new(FAMILY, TABLE);
-    let table = || Op::AddTable { comment: Some(COMMENT.into()) };
-    transaction.push(table());
-    transaction.push(Op::DeleteTable);
-    transaction.push(table());
+    transaction.replace_table(COMMENT);
     for (name, hook, priority) in [("prerouting", Hook::Prerouting, -100), ("postrouting", Hook::Postrouting, 100)] {
         transaction.push(Op::AddChain(Chain::base(name, ChainKind::Nat, hook, priority)));
     }
@@ -34,9 +31,5 @@ pub fn keep(nft: &mut impl Nft) -> Result<(), Error> {
 
 /// Takes the table out; whether it was there. Connections that nobody else keeps break.
 pub fn remove(nft: &mut impl Nft) -> Result<bool, Error> {
-    if nft.table_comment(FAMILY, TABLE)?.is_none() {
-        return Ok(false);
-    }
-    nft.commit(&Transaction { family: FAMILY, table: TABLE.into(), ops: vec![Op::DeleteTable] })?;
-    Ok(true)
+    nft.remove_table(FAMILY, TABLE)
 }

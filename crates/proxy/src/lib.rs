@@ -3,12 +3,15 @@
 //! A data path renders each [`services::Frontend`] for this node ([`NodeView`]) into entries, which are values; [`run`]
 //! commits what changed. See [`dataplane`] for what a mode must provide, and its modules for the modes.
 
+mod addresses;
 mod applied;
+mod commit;
 pub mod configuration;
 pub mod dataplane;
 mod end;
 mod error;
 pub mod explain;
+mod follow;
 mod guard;
 mod handover;
 mod health;
@@ -22,6 +25,7 @@ mod node;
 mod run;
 mod scope;
 mod stale;
+mod status;
 mod traffic;
 mod watch;
 
@@ -38,6 +42,7 @@ pub use linux::nft::Packet;
 pub use metrics::Metrics;
 pub use mode::Mode;
 pub use node::{IpvsSettings, NodeView, Pods};
-pub use run::{Config, Feed, Status, StatusHandle, found, prepare, run};
+pub use run::{Config, Feed, found, prepare, run};
+pub use status::{Status, StatusHandle};
 pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

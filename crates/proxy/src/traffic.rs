@@ -8,7 +8,7 @@ use linux::conntrack::{self, Fill};
 use linux::nft::Socket;
 use services::{PortName, Protocol, ServiceTable};
 
-use crate::{Error, NodeView, stale, watch};
+use crate::{Error, Mode, NodeView, stale, watch};
 
 /// All Service ports, and how full the connection table is.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -59,8 +59,21 @@ impl ServiceTraffic {
     }
 }
 
-/// Reads the traffic of a node: of the modes in which the kernel translates addresses. It blocks for milliseconds.
-pub fn traffic(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &NodeView) -> Result<Traffic, Error> {
+/// Reads the traffic of a node that is in this mode. It blocks for milliseconds.
+pub fn traffic(
+    mode: Mode,
+    namespace: Option<BorrowedFd<'_>>,
+    table: &ServiceTable,
+    node: &NodeView,
+) -> Result<Traffic, Error> {
+    match mode {
+        Mode::Nftables | Mode::Iptables => translated(namespace, table, node),
+        Mode::Ipvs | Mode::Ebpf | Mode::Userspace => Err(Error::NotCounted(mode)),
+    }
+}
+
+/// Of the modes in which netfilter translates addresses: the watch's table counts, and conntrack knows what is open.
+fn translated(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &NodeView) -> Result<Traffic, Error> {
     let connections = watch::connections(&mut Socket::open(namespace)?)?;
     let mut conntrack = conntrack::Socket::open(namespace)?;
     let flows = conntrack.translated()?;

@@ -1,92 +1,14 @@
-//! What a stand-alone proxy reads of its Node object, and the view of the node that follows.
+//! The view of the node that a stand-alone proxy makes of its Node object, its settings and its interfaces.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use api::object::Metadata;
 use ipnet::IpNet;
 use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
 use proxy::{Mode, NodeView, Pods};
-use serde::Deserialize;
 use services::Place;
 
-/// The fields of a Node that a proxy reads.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-pub struct Node {
-    metadata: Metadata,
-    spec: Spec,
-    status: NodeStatus,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Spec {
-    #[serde(rename = "podCIDR")]
-    pod_cidr: Option<IpNet>,
-    #[serde(rename = "podCIDRs")]
-    pod_cidrs: Vec<IpNet>,
-    taints: Vec<Taint>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Taint {
-    key: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct NodeStatus {
-    addresses: Vec<Address>,
-    conditions: Vec<Condition>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Condition {
-    r#type: String,
-    status: String,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct Address {
-    r#type: String,
-    address: String,
-}
-
-impl Node {
-    pub fn name(&self) -> &str {
-        &self.metadata.name
-    }
-
-    /// Its kubelet has fallen silent, as the node controller sees it.
-    pub fn has_no_heartbeat(&self) -> bool {
-        self.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "Unknown")
-    }
-
-    pub fn taints(&self) -> impl Iterator<Item = &str> {
-        self.spec.taints.iter().map(|taint| taint.key.as_str())
-    }
-
-    /// Internal addresses, or the external ones of a node that has no others.
-    fn addresses(&self) -> Vec<IpAddr> {
-        let of = |wanted: &str| -> Vec<IpAddr> {
-            let all = self.status.addresses.iter().filter(|address| address.r#type == wanted);
-            all.filter_map(|address| address.address.parse().ok()).collect()
-        };
-        let internal = of("InternalIP");
-        if internal.is_empty() { of("ExternalIP") } else { internal }
-    }
-
-    fn pod_cidrs(&self) -> Vec<IpNet> {
-        match self.spec.pod_cidrs.is_empty() {
-            true => self.spec.pod_cidr.into_iter().collect(),
-            false => self.spec.pod_cidrs.clone(),
-        }
-    }
-}
+use crate::node_object::Node;
 
 /// Addresses of the ipvs mode's own device belong to Services, not to the node.
 pub fn is_node_port_link(link: &str) -> bool {
@@ -129,10 +51,7 @@ impl Inputs {
         if let Pods::Cidrs(nets) = &mut pods {
             nets.dedup();
         }
-        let place = Place {
-            node: node.metadata.name.as_str().into(),
-            zone: node.metadata.labels.get("topology.kubernetes.io/zone").map(|zone| zone.as_str().into()),
-        };
+        let place = Place { node: node.name().into(), zone: node.zone() };
         let mut service_cidrs: Vec<IpNet> = self.service_cidrs.values().flatten().map(IpNet::trunc).collect();
         service_cidrs.sort();
         service_cidrs.dedup();

@@ -6,14 +6,16 @@
 //!
 //! - `value`: keys, elements, sets, chains, transactions
 //! - `rule`: what a rule may say
-//! - `encode`: values to netlink attributes (linux/netfilter/nf_tables.h)
+//! - `encode`, `expression`, `decode`: values to netlink attributes and back (linux/netfilter/nf_tables.h)
 //! - `socket`: one batch out, the verdict of the kernel back
 //! - `events`: what others change
 //! - `fake`: the same in memory, and the packet tracer
 
+mod decode;
 mod display;
 mod encode;
 mod events;
+mod expression;
 mod fake;
 pub(crate) mod netlink;
 mod rule;
@@ -73,6 +75,14 @@ pub trait Nft: Send {
     fn sets(&mut self, family: Family, table: &str) -> Result<Vec<String>, Error>;
     /// What a set or map holds now.
     fn elements(&mut self, family: Family, table: &str, set: &Set) -> Result<Vec<Element>, Error>;
+    /// Takes the table out; whether it was there.
+    fn remove_table(&mut self, family: Family, table: &str) -> Result<bool, Error> {
+        if self.table_comment(family, table)?.is_none() {
+            return Ok(false);
+        }
+        self.commit(&Transaction { family, table: table.into(), ops: vec![Op::DeleteTable] })?;
+        Ok(true)
+    }
     /// How [`Events`] names this socket; `None` where there are none.
     fn port(&self) -> Option<u32> {
         None

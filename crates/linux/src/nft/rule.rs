@@ -59,6 +59,16 @@ impl Value {
     pub fn lookup(key: impl IntoIterator<Item = Value>, map: &str) -> Self {
         Value::Lookup { key: key.into_iter().collect(), map: map.into() }
     }
+
+    /// `ip daddr . meta l4proto . th dport`
+    pub fn destination(v6: bool) -> [Value; 3] {
+        [Value::DestinationIp { v6 }, Value::L4Proto, Value::DestinationPort]
+    }
+
+    /// The same before translation.
+    pub fn original_destination(v6: bool) -> [Value; 3] {
+        [Value::OriginalDestinationIp { v6 }, Value::L4Proto, Value::OriginalDestinationPort]
+    }
 }
 
 /// How a packet is refused.
@@ -184,6 +194,11 @@ pub const TCP_RST: u32 = 4;
 pub const ADDRESS_LOCAL: u32 = 2;
 
 impl Statement {
+    /// `meta nfproto ipv4` or `ipv6`
+    pub fn of_family(v6: bool) -> Self {
+        Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }))
+    }
+
     pub fn is_in(key: impl IntoIterator<Item = Value>, set: &str) -> Self {
         Statement::In { key: key.into_iter().collect(), set: set.into() }
     }
@@ -202,6 +217,10 @@ impl Statement {
 
     pub fn jump(chain: &str) -> Self {
         Statement::Verdict(Verdict::Jump(chain.into()))
+    }
+
+    pub fn returns() -> Self {
+        Statement::Verdict(Verdict::Return)
     }
 
     pub fn drop() -> Self {

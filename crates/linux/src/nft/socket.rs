@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::decode;
 use super::encode::{self, Batch};
 use super::netlink::{NLM_F_DUMP, Raw, Reply, Writer, errno};
 use super::value::{Element, Family, Key, Op, Set, Transaction};
@@ -27,7 +28,7 @@ impl Socket {
         let mut found = Vec::new();
         let names = [(encode::SET_TABLE, table), (encode::SET_NAME, &*set.name)];
         self.dump(encode::MSG_GETSETELEM, family, &names, |attributes| {
-            encode::decode_counters(attributes, set, &mut found).ok_or(Error::Malformed("a counter"))
+            decode::decode_counters(attributes, set, &mut found).ok_or(Error::Malformed("a counter"))
         })?;
         Ok(found)
     }
@@ -106,7 +107,7 @@ impl Nft for Socket {
         let mut found = None;
         self.dump(encode::MSG_GETTABLE, family, &[], |attributes| {
             if attributes.string(encode::TABLE_NAME) == Some(table) {
-                let comment = attributes.get(encode::TABLE_USERDATA).and_then(encode::comment_of);
+                let comment = attributes.get(encode::TABLE_USERDATA).and_then(decode::comment_of);
                 found = Some(comment.unwrap_or_default());
             }
             Ok(())
@@ -138,7 +139,7 @@ impl Nft for Socket {
         let mut found = Vec::new();
         let names = [(encode::SET_TABLE, table), (encode::SET_NAME, &*set.name)];
         self.dump(encode::MSG_GETSETELEM, family, &names, |attributes| {
-            encode::decode_elements(attributes, set, &mut found).ok_or(Error::Malformed("an element"))
+            decode::decode_elements(attributes, set, &mut found).ok_or(Error::Malformed("an element"))
         })?;
         Ok(found)
     }

@@ -292,4 +292,11 @@ impl Transaction {
     pub fn push(&mut self, op: Op) {
         self.ops.push(op);
     }
+
+    /// Begins the table anew, empty, whatever was there under its name.
+    pub fn replace_table(&mut self, comment: &str) {
+        let table = || Op::AddTable { comment: Some(comment.to_owned()) };
+        // Added first: only what is there can be deleted.
+        self.ops.extend([table(), Op::DeleteTable, table()]);
+    }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use linux::nft::{
     ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Rule, Set, Statement, Transaction, Value,
-    Verdict, ct_status,
+    ct_status,
 };
 
 use crate::plan::hash;
@@ -69,10 +69,8 @@ impl Place {
 
 /// Makes the whole table, whatever was there under its name, without elements.
 pub fn lay() -> Transaction {
-    let table = || Op::AddTable { comment: Some("host ports and pods' way out, by fairlead: changes are lost".into()) };
     let mut transaction = Transaction::new(FAMILY, TABLE);
-    // Added first: only what is there can be deleted.
-    transaction.ops.extend([table(), Op::DeleteTable, table()]);
+    transaction.replace_table("host ports and pods' way out, by fairlead: changes are lost");
     transaction.ops.extend(constant());
     transaction.push(Op::AddChain(Chain::regular(&mark())));
     transaction
@@ -125,11 +123,11 @@ fn host_ports(v6: bool) -> Vec<Rule> {
     let port = || [Value::L4Proto, Value::DestinationPort];
     let translate = |key: Vec<Value>, map| {
         let pod = Statement::Choose(Value::lookup(key, &Place { map, v6 }.name()));
-        Rule::new([of_family(v6), pod, Statement::Dnat { v6 }])
+        Rule::new([Statement::of_family(v6), pod, Statement::Dnat { v6 }])
     };
     vec![
         // The kernel does not let packets from loopback addresses out of the node, not even to its own pods.
-        Rule::new([of_family(v6), Statement::InNet(address(), loopback), Statement::Verdict(Verdict::Return)]),
+        Rule::new([Statement::of_family(v6), Statement::InNet(address(), loopback), Statement::returns()]),
         translate([address()].into_iter().chain(port()).collect(), Map::HostPorts),
         translate(port().into(), Map::AnyHostPorts),
     ]
@@ -143,12 +141,8 @@ fn leave(v6: bool) -> Vec<Rule> {
     let is_translated = Statement::HasBits(Value::CtStatus, ct_status::DNAT);
     vec![
         // A pod that sees its own address as the source answers itself, and nobody translates the answer back.
-        Rule::new([of_family(v6), is_translated, is_in(Map::Hairpin), masquerade()]),
-        Rule::new([of_family(v6), is_in(Map::Direct), Statement::Verdict(Verdict::Return)]),
-        Rule::new([of_family(v6), is_in(Map::Outside), masquerade()]),
+        Rule::new([Statement::of_family(v6), is_translated, is_in(Map::Hairpin), masquerade()]),
+        Rule::new([Statement::of_family(v6), is_in(Map::Direct), Statement::returns()]),
+        Rule::new([Statement::of_family(v6), is_in(Map::Outside), masquerade()]),
     ]
-}
-
-fn of_family(v6: bool) -> Statement {
-    Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }))
 }

@@ -12,6 +12,7 @@ use services::{Frontend, FrontendId, Seed};
 use crate::{Error, NodeView, Pods};
 
 pub mod ebpf;
+pub(crate) mod frame;
 pub mod iptables;
 pub mod ipvs;
 pub mod nftables;

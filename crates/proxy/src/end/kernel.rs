@@ -174,7 +174,7 @@ impl Sockets {
             if let Err(error) = self.nft.commit(&transaction) {
                 // Perhaps somebody removed the table under our feet: the next time begins with none.
                 self.held.clear();
-                clear_with(&mut self.nft)?;
+                self.nft.remove_table(Family::Inet, TABLE)?;
                 return Err(error.into());
             }
         }
@@ -248,7 +248,7 @@ fn declare(transaction: &mut Transaction) {
                 Statement::HasBits(Value::CtStatus, ct_status::DNAT),
                 // A client that comes back with the same port begins a new connection.
                 Statement::HasBits(Value::CtState, ct_state::ESTABLISHED),
-                Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 })),
+                Statement::of_family(v6),
                 Statement::Equal(Value::L4Proto, Datum::Proto(Protocol::Tcp.number())),
                 Statement::is_in(key, set_name(v6)),
                 Statement::Reject(Reject::TcpReset),
@@ -260,14 +260,6 @@ fn declare(transaction: &mut Transaction) {
 
 /// Removes what a proxy left that did not come to its end.
 pub(crate) fn clear(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-    clear_with(&mut Socket::open(namespace)?)
-}
-
-fn clear_with(nft: &mut Socket) -> Result<(), Error> {
-    if nft.table_comment(Family::Inet, TABLE)?.is_some() {
-        let mut transaction = Transaction::new(Family::Inet, TABLE);
-        transaction.push(Op::DeleteTable);
-        nft.commit(&transaction)?;
-    }
+    Socket::open(namespace)?.remove_table(Family::Inet, TABLE)?;
     Ok(())
 }

@@ -37,7 +37,7 @@ pub fn drift(
             plan(&mut wanted, frontends, node)?;
             let base = Nftables::<nft::Fake>::base(node);
             let held = &mut nft::Socket::open(namespace)?;
-            let mut lines = compare(wanted.nft(), held, nftables::FAMILY, nftables::TABLE, &base.sets, &[])?;
+            let mut lines = compare(wanted.nft(), held, nftables::FAMILY, nftables::TABLE, &base.frame.sets, &[])?;
             // A chain that nothing leads to stays for whoever needs it next.
             let is_idle = |line: &String| {
                 let kinds = ["chain pick", "chain external_", "classes4 ", "classes6 "];
@@ -57,7 +57,7 @@ pub fn drift(
             let Some(mut held) = userspace::open(namespace)? else { return Ok(Vec::new()) };
             let mut wanted = Userspace::new(Some(nft::Fake::default()), FakeRelays::default());
             plan(&mut wanted, frontends, node)?;
-            let sets = userspace::Base::new(node).sets;
+            let sets = userspace::Base::new(node).frame.sets;
             let Some(wanted) = wanted.kernel() else { return Ok(Vec::new()) };
             let relays = |set: &Set| set.name.starts_with("relays");
             let sets: Vec<Set> = sets.into_iter().filter(|set| !relays(set)).collect();

@@ -14,6 +14,8 @@
 
 mod backlog;
 mod evidence;
+mod layout;
+mod members;
 mod queues;
 pub(crate) mod relayed;
 mod suspects;
@@ -21,7 +23,9 @@ mod table;
 mod task;
 
 pub use evidence::{Evidence, Target};
-pub(crate) use table::{Alternatives, WatchTable, connections, remove};
+pub(crate) use layout::connections;
+pub(crate) use members::Alternatives;
+pub(crate) use table::{WatchTable, remove};
 pub(crate) use task::Watcher;
 use task::start;
 

@@ -21,8 +21,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::backlog::Backlog;
 use super::evidence::{Evidence, Ledger, Step, Target};
+use super::layout::{BEGUN, REFUSED};
 use super::suspects::Suspects;
-use super::table::{BEGUN, Destinations, REFUSED, WatchTable};
+use super::table::{Destinations, WatchTable};
 use super::{Watching, tell};
 use crate::{Config, Error, NodeView, Status};
 

@@ -398,7 +398,8 @@ fn traffic_is_counted_per_endpoint() {
         let file = std::fs::File::open(&stage.node.path).expect("namespace");
         let read = || {
             let table = running.table.read().expect("table");
-            proxy::traffic(Some(std::os::fd::AsFd::as_fd(&file)), &table, &crate::net::node_view()).expect("traffic")
+            proxy::traffic(mode, Some(std::os::fd::AsFd::as_fd(&file)), &table, &crate::net::node_view())
+                .expect("traffic")
         };
         assert_eq!(read().services[0].connections(), 0);
         let mut answers = std::collections::BTreeMap::<String, u64>::new();

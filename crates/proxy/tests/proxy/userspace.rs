@@ -149,7 +149,7 @@ fn relays(world: &World) -> std::collections::BTreeSet<SocketAddr> {
     let namespace = std::fs::File::open(&world.node.path).expect("namespace");
     let mut socket = nft::Socket::open(Some(namespace.as_fd())).expect("socket");
     let mut found = std::collections::BTreeSet::new();
-    for set in Base::new(&node_view()).sets.iter().filter(|set| set.name.starts_with("redirect")) {
+    for set in Base::new(&node_view()).frame.sets.iter().filter(|set| set.name.starts_with("redirect")) {
         for element in socket.elements(FAMILY, TABLE, set).expect("elements") {
             let ElementData::Value(value) = element.data else { panic!("no relay") };
             let [address, nft::Datum::Port(port)] = value.0[..] else { panic!("no relay: {value}") };

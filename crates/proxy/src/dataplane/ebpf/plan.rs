@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
 use services::{Endpoint, Frontend, Protocol, TrafficPolicy};
 
 use super::layout::{Key, Line, List, Target, Value, flag};
 use crate::NodeView;
+use crate::addresses::{Addresses, of_family};
 use crate::scope::{Scopes, scopes};
 
 /// All entries of one frontend.
@@ -57,27 +57,22 @@ impl<'a> Plan<'a> {
             name,
             app_protocol: _,
             port,
-            cluster_ips,
-            external_ips,
-            load_balancer_ips,
+            cluster_ips: _,
+            external_ips: _,
+            load_balancer_ips: _,
             node_port,
             internal_policy,
             external_policy,
             affinity,
-            source_ranges,
+            source_ranges: _,
             health_check_node_port: _,
             // The loop ends connections, whatever the mode (`crate::end`).
             end_policy: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;
-        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-        let inside: Vec<IpAddr> = cluster_ips.iter().filter(of_family).copied().collect();
-        // A Service has node ports and external addresses only in the families it has a cluster IP of.
-        if inside.is_empty() {
-            return;
-        }
-        for address in &inside {
+        let Some(addresses) = Addresses::of(self.frontend, node, v6) else { return };
+        for address in &addresses.cluster {
             let nobody = self.target(TrafficPolicy::Cluster, TrafficPolicy::Cluster, 0);
             let nobody =
                 Target { inside: (nobody.inside.0, 0), outside: (nobody.outside.0, 0), flags: flag::REFUSED, ..nobody };
@@ -87,7 +82,7 @@ impl<'a> Plan<'a> {
             return;
         }
         let masquerade = if node.masquerade_all { flag::MASQUERADE } else { flag::MASQUERADE_OUTSIDE };
-        for address in &inside {
+        for address in &addresses.cluster {
             let target = self.target(*internal_policy, *internal_policy, masquerade);
             self.frontend(*address, *port, target);
         }
@@ -95,32 +90,28 @@ impl<'a> Plan<'a> {
         // talks to.
         let masquerade = if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 };
         let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade);
-        let mut is_outside = false;
-        for address in external_ips.iter().filter(of_family) {
+        for address in &addresses.external {
             self.frontend(*address, *port, outside);
-            is_outside = true;
         }
+        let mut is_outside = addresses.outside().next().is_some();
         if let Some(node_port) = node_port {
             let primary = node.primary_addresses();
-            let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
-            for address in addresses.iter().filter(of_family) {
-                self.frontend(*address, node_port.get(), outside);
+            for address in of_family(node.node_port_addresses.as_ref().unwrap_or(&primary), v6) {
+                self.frontend(address, node_port.get(), outside);
                 is_outside = true;
             }
         }
-        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
-        for address in load_balancer_ips.iter().filter(of_family) {
-            is_outside = true;
+        for address in &addresses.load_balancer {
             let mut guarded = outside;
             // Where nobody answers, everybody is told so.
-            if !ranges.is_empty() && guarded.flags & flag::REFUSED == 0 {
+            if !addresses.sources.is_empty() && guarded.flags & flag::REFUSED == 0 {
                 guarded.flags |= flag::FIREWALL;
                 // A node in the ranges may use the address, too, and its packets may come back from the load balancer.
-                if node.addresses.iter().any(|own| ranges.iter().any(|net| net.contains(own))) {
+                if addresses.node_may {
                     guarded.flags |= flag::NODE_ALLOWED;
                     self.entries.insert(Key::Source { id: *id, network: (*address).into() }, Value::Present);
                 }
-                for network in &ranges {
+                for network in &addresses.sources {
                     self.entries.insert(Key::Source { id: *id, network: network.trunc() }, Value::Present);
                 }
             }

@@ -9,6 +9,7 @@ use linux::iptables::{Part, Rule, Target};
 use services::{Endpoint, Frontend, TrafficPolicy};
 
 use super::names::{EXTERNAL_SERVICES, MARK_MASQ, NODE_PORTS, Names, PROXY_FIREWALL, SERVICES};
+use crate::addresses::Addresses;
 use crate::scope::{Scopes, scopes};
 use crate::{NodeView, Pods};
 
@@ -107,28 +108,23 @@ impl Plan<'_> {
             name: _,
             app_protocol: _,
             port,
-            cluster_ips,
-            external_ips,
-            load_balancer_ips,
+            cluster_ips: _,
+            external_ips: _,
+            load_balancer_ips: _,
             node_port,
             internal_policy,
             external_policy,
             affinity: _,
-            source_ranges,
+            source_ranges: _,
             // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
             end_policy: _,
             health_check_node_port,
             endpoints: _,
         } = self.frontend;
-        let v6 = self.v6;
-        let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
-            addresses.iter().filter(|address| address.is_ipv6() == v6).copied().collect()
-        };
+        let Some(addresses) = Addresses::of(self.frontend, node, self.v6) else { return self.entries };
         let (port, external_policy) = (*port, *external_policy);
-        let Some(cluster_ip) = of_family(cluster_ips).first().copied() else { return self.entries };
-        let (external_ips, balancer_ips) = (of_family(external_ips), of_family(load_balancer_ips));
-        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
-        let is_external = node_port.is_some() || !external_ips.is_empty() || !balancer_ips.is_empty();
+        let (cluster_ip, balancer_ips) = (addresses.cluster[0], &addresses.load_balancer);
+        let is_external = node_port.is_some() || addresses.outside().next().is_some();
         let any = self.scopes.any;
         let reachable = |policy| any && (policy == TrafficPolicy::Cluster || !self.scopes.local.is_empty());
         let (inside, outside) = (reachable(*internal_policy), reachable(external_policy));
@@ -137,20 +133,20 @@ impl Plan<'_> {
             TrafficPolicy::Local => self.names.local.clone(),
         };
         let external_chain = self.names.external.clone();
-        let has_firewall = any && !balancer_ips.is_empty() && !ranges.is_empty();
+        let has_firewall = any && !balancer_ips.is_empty() && !addresses.sources.is_empty();
         let balancer_chain = if has_firewall { self.names.firewall.clone() } else { external_chain.clone() };
 
         self.capture(inside, SERVICES, (cluster_ip, port), "cluster IP", &internal_chain);
         if !inside {
             self.refuse(SERVICES, self.to(cluster_ip, port));
         }
-        for address in &external_ips {
+        for address in &addresses.external {
             self.capture(any, SERVICES, (*address, port), "external IP", &external_chain);
             if !outside {
                 self.refuse(EXTERNAL_SERVICES, self.to(*address, port));
             }
         }
-        for address in &balancer_ips {
+        for address in balancer_ips {
             self.capture(any, SERVICES, (*address, port), "loadbalancer IP", &balancer_chain);
             if has_firewall {
                 let text = format!("{} traffic not accepted by {}", self.name, self.names.firewall);
@@ -159,7 +155,7 @@ impl Plan<'_> {
             }
         }
         if !outside {
-            for address in &balancer_ips {
+            for address in balancer_ips {
                 self.refuse(EXTERNAL_SERVICES, self.to(*address, port));
             }
         }
@@ -200,7 +196,7 @@ impl Plan<'_> {
             self.external(external_policy, outside);
         }
         if has_firewall {
-            self.firewall(&ranges, &balancer_ips, node);
+            self.firewall(&addresses);
         }
         let uses_cluster = *internal_policy == TrafficPolicy::Cluster || is_external;
         let uses_local =
@@ -282,13 +278,13 @@ impl Plan<'_> {
         self.entries.chains.push((self.names.external.clone(), rules));
     }
 
-    fn firewall(&mut self, ranges: &[IpNet], balancer_ips: &[IpAddr], node: &NodeView) {
+    fn firewall(&mut self, addresses: &Addresses) {
         let comment = || Part::Comment(format!("{} loadbalancer IP", self.name));
         let from = |net: IpNet| jump([comment(), Part::Source { net, not: false }], &self.names.external);
-        let mut rules: Vec<Rule> = ranges.iter().map(|net| from(*net)).collect();
+        let mut rules: Vec<Rule> = addresses.sources.iter().map(|net| from(*net)).collect();
         // A node in the ranges may loop its own packets through the load balancer's address.
-        if node.addresses.iter().any(|address| ranges.iter().any(|net| net.contains(address))) {
-            rules.extend(balancer_ips.iter().map(|address| from((*address).into())));
+        if addresses.node_may {
+            rules.extend(addresses.load_balancer.iter().map(|address| from((*address).into())));
         }
         let text = format!("other traffic to {} will be dropped by KUBE-PROXY-FIREWALL", self.name);
         rules.push(Rule { parts: vec![Part::Comment(text)], target: Target::None });

@@ -4,7 +4,7 @@ use linux::nft::{ADDRESS_LOCAL, Datum, Rule, Statement, Value};
 
 use sha2::{Digest, Sha256};
 
-use super::layout::{Map, destination, from_pods, of_family};
+use super::layout::{Map, from_pods};
 use crate::Pods;
 
 /// Which map says where a destination's endpoints are listed.
@@ -71,7 +71,7 @@ impl Pick {
             Ids::Main => Map::Ids,
             Ids::Local => Map::LocalIds,
         };
-        let list = || Value::lookup(destination(v6), &name(ids));
+        let list = || Value::lookup(Value::destination(v6), &name(ids));
         let zero = || Value::Const(Datum::Mark(0));
         let number = || match self.count {
             1 => zero(),
@@ -90,14 +90,14 @@ impl Pick {
             let refresh = Statement::Update { map: map(), key: client(), data: vec![zero(), zero()], timeout_seconds };
             // Holds only while the endpoint of that number lives.
             let same = endpoint(&[Value::Chosen { words: 2 }]);
-            rules.push(Rule::new([of_family(v6), remembered, refresh, same, Statement::Dnat { v6 }]));
+            rules.push(Rule::new([Statement::of_family(v6), remembered, refresh, same, Statement::Dnat { v6 }]));
             let chosen = || vec![zero(), Value::Chosen { words: 1 }];
             // An update does not replace what a client whose endpoint died still has.
             let forget = Statement::Forget { map: map(), key: client(), data: chosen() };
             let remember = Statement::Update { map: map(), key: client(), data: chosen(), timeout_seconds };
             let another = slot(number(), Map::Numbers);
             rules.push(Rule::new([
-                of_family(v6),
+                Statement::of_family(v6),
                 another,
                 forget,
                 remember,
@@ -105,10 +105,10 @@ impl Pick {
                 Statement::Dnat { v6 },
             ]));
         }
-        rules.push(Rule::new([of_family(v6), slot(number(), Map::Slots), Statement::Dnat { v6 }]));
+        rules.push(Rule::new([Statement::of_family(v6), slot(number(), Map::Slots), Statement::Dnat { v6 }]));
         // A packet that took the count of one commit earlier may ask for a slot that has gone: the first is never empty.
         if self.count > 1 {
-            rules.push(Rule::new([of_family(v6), slot(zero(), Map::Slots), Statement::Dnat { v6 }]));
+            rules.push(Rule::new([Statement::of_family(v6), slot(zero(), Map::Slots), Statement::Dnat { v6 }]));
         }
         rules
     }
@@ -166,7 +166,8 @@ impl Class {
         let v6 = anywhere.v6;
         let short_circuit = || Statement::goto(&anywhere.name());
         let pods = from_pods(pods, v6).into_iter();
-        let mut rules: Vec<Rule> = pods.map(|from_pod| Rule::new([of_family(v6), from_pod, short_circuit()])).collect();
+        let mut rules: Vec<Rule> =
+            pods.map(|from_pod| Rule::new([Statement::of_family(v6), from_pod, short_circuit()])).collect();
         rules.push(Rule::new([Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL)), short_circuit()]));
         rules.push(Rule::new([match here {
             Some(here) => Statement::goto(&here.name()),

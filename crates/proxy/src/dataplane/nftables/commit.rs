@@ -442,10 +442,7 @@ impl<N: Nft> Nftables<N> {
             Some(held) if held == mark => false,
             // The same sets: only rules are replaced, in place, so that translated connections live on.
             Some(held) if held.starts_with(&base.mark_of_sets()) => {
-                for (chain, _) in &base.chains {
-                    transaction.push(Op::FlushChain(chain.name.clone()));
-                }
-                base.fill(transaction);
+                base.frame.refill(transaction);
                 for class in self.classes.keys() {
                     transaction.push(Op::FlushChain(class.name().into()));
                     for rule in class.rules(&base.pods) {
@@ -457,12 +454,9 @@ impl<N: Nft> Nftables<N> {
                 false
             }
             _ => {
-                let table = || Op::AddTable { comment: Some("Services, by fairlead: changes here are lost".into()) };
-                transaction.push(table());
-                transaction.push(Op::DeleteTable);
-                transaction.push(table());
-                base.declare(transaction);
-                base.fill(transaction);
+                transaction.replace_table("Services, by fairlead: changes here are lost");
+                base.frame.declare(transaction);
+                base.frame.fill(transaction);
                 transaction.push(Op::AddChain(Chain::regular(&mark)));
                 true
             }
@@ -472,11 +466,7 @@ impl<N: Nft> Nftables<N> {
 
 /// Takes the table out, when another mode has taken over; whether it was there.
 pub fn remove(nft: &mut impl Nft) -> Result<bool, Error> {
-    if nft.table_comment(FAMILY, TABLE)?.is_none() {
-        return Ok(false);
-    }
-    nft.commit(&Transaction { family: FAMILY, table: TABLE.into(), ops: vec![Op::DeleteTable] })?;
-    Ok(true)
+    Ok(nft.remove_table(FAMILY, TABLE)?)
 }
 
 /// Ids by address and endpoints by slot.

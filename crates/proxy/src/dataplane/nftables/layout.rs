@@ -3,11 +3,10 @@
 use std::fmt::{Display, Formatter};
 
 use linux::nft::{
-    ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Reject, Rule, Set, Statement, Transaction,
-    Value, ct_state, ct_status,
+    Chain, ChainKind, DataType, Datum, Family, Hook, Rule, Set, Statement, Transaction, Value, ct_state, ct_status,
 };
-use sha2::{Digest, Sha256};
 
+use crate::dataplane::frame::{self, Frame, from_host, is_in, masquerade, named};
 use crate::{NodeView, Pods};
 
 pub const FAMILY: Family = Family::Inet;
@@ -92,13 +91,13 @@ impl Map {
             Map::MasqueradeOutside => "masquerade_outside",
             Map::MasqueradeHost => "masquerade_host",
             Map::Hairpin => "hairpin",
-            Map::Refused => "refused",
-            Map::Silent => "silent",
-            Map::ClusterIps => "cluster_ips",
-            Map::Firewalled => "firewalled",
-            Map::Allowed => "allowed",
+            Map::Refused => frame::REFUSED,
+            Map::Silent => frame::SILENT,
+            Map::ClusterIps => frame::CLUSTER_IPS,
+            Map::Firewalled => frame::FIREWALLED,
+            Map::Allowed => frame::ALLOWED,
         };
-        format!("{stem}{}", suffix(v6))
+        named(stem, v6)
     }
 
     pub fn set(self, v6: bool) -> Set {
@@ -124,24 +123,9 @@ impl Map {
     }
 }
 
-fn suffix(v6: bool) -> char {
-    if v6 { '6' } else { '4' }
-}
-
-const REFUSE: &str = "refuse";
-
 /// Masquerades what does not come from a pod.
 fn masquerade_outside(v6: bool) -> String {
-    format!("from_outside{}", suffix(v6))
-}
-
-/// `ip daddr . meta l4proto . th dport`
-pub fn destination(v6: bool) -> [Value; 3] {
-    [Value::DestinationIp { v6 }, Value::L4Proto, Value::DestinationPort]
-}
-
-pub fn of_family(v6: bool) -> Statement {
-    Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }))
+    named("from_outside", v6)
 }
 
 /// The ways to tell that a packet comes from a pod, one of which holds.
@@ -156,39 +140,22 @@ pub fn from_pods(pods: &Pods, v6: bool) -> Vec<Statement> {
 /// Everything but the Services.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base {
-    pub sets: Vec<Set>,
-    pub chains: Vec<(Chain, Vec<Rule>)>,
+    pub frame: Frame,
     pub pods: Pods,
 }
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
         let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
-        Base { sets, chains: chains(node), pods: node.pods.clone() }
-    }
-
-    /// Adds the sets, chains and rules; chains first, since rules and elements name them.
-    pub fn declare(&self, transaction: &mut Transaction) {
-        for set in &self.sets {
-            transaction.push(Op::AddSet(set.clone()));
-        }
-        for (chain, _) in &self.chains {
-            transaction.push(Op::AddChain(chain.clone()));
-        }
-    }
-
-    pub fn fill(&self, transaction: &mut Transaction) {
-        for (chain, rules) in &self.chains {
-            for rule in rules {
-                transaction.push(Op::AddRule { chain: chain.name.clone(), rule: rule.clone() });
-            }
-        }
+        Base { frame: Frame { sets, chains: chains(node) }, pods: node.pods.clone() }
     }
 
     /// The name of an empty chain that says which layout a table has: sets first, then rules. The comment of a table
     /// would say it more plainly, but cannot be changed.
     pub fn mark(&self) -> String {
-        let sets: String = self.sets.iter().map(|set| set.to_string()).collect();
+        let sets: String = self.frame.sets.iter().map(|set| set.to_string()).collect();
+        // Chains that pick are part of the layout too, but not of its text: their version is.
+        let digest = |text: &str| frame::digest(&format!("1 {text}"));
         format!("{}{}_{}", Self::MARK, digest(&sets), digest(&self.to_string()))
     }
 
@@ -201,17 +168,11 @@ impl Base {
     pub const MARK: &str = "layout_";
 }
 
-fn digest(text: &str) -> String {
-    // Chains that pick are part of the layout too, but not of its text: their version is.
-    let hash = Sha256::digest(format!("1 {text}"));
-    hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect()
-}
-
 impl Display for Base {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         let mut transaction = Transaction::new(FAMILY, TABLE);
-        self.declare(&mut transaction);
-        self.fill(&mut transaction);
+        self.frame.declare(&mut transaction);
+        self.frame.fill(&mut transaction);
         write!(f, "{transaction}")?;
         // One line for each network, so that the picks, which name them too, are part of the text.
         write!(f, "{}", self.pods)
@@ -223,45 +184,31 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     let new = || Statement::HasBits(Value::CtState, ct_state::NEW);
     let pick = || {
         both(&|v6| {
-            let class = Value::lookup(destination(v6), &Map::Frontends.name(v6));
+            let class = Value::lookup(Value::destination(v6), &Map::Frontends.name(v6));
             let class = [Value::Const(Datum::Mark(0)), class];
-            Rule::new([of_family(v6), Statement::verdict_map(class, &Map::Classes.name(v6))])
+            Rule::new([Statement::of_family(v6), Statement::verdict_map(class, &Map::Classes.name(v6))])
         })
     };
     let check = || vec![Rule::new([new(), Statement::goto("unserved")])];
     let guard = || {
         both(&|v6| {
-            let firewall = Statement::goto(&format!("firewall{}", suffix(v6)));
-            Rule::new([of_family(v6), new(), is_in(destination(v6), Map::Firewalled, v6), firewall])
+            let firewall = Statement::goto(&named("firewall", v6));
+            Rule::new([Statement::of_family(v6), new(), is_in(Value::destination(v6), frame::FIREWALLED, v6), firewall])
         })
     };
-    let mut chains = vec![
-        // Regular chains first: base chains name them.
-        (
-            Chain::regular(REFUSE),
-            vec![
-                Rule::new([Statement::Equal(Value::L4Proto, Datum::Proto(6)), Statement::Reject(Reject::TcpReset)]),
-                Rule::new([Statement::Reject(Reject::PortUnreachable)]),
-            ],
-        ),
-        (Chain::regular("unserved"), unserved(node)),
-    ];
+    // Regular chains first: base chains name them.
+    let mut chains = vec![frame::refuse(), frame::unserved(node)];
     for v6 in [false, true] {
         let pods = from_pods(&node.pods, v6)
             .into_iter()
-            .map(|from| Rule::new([of_family(v6), from, Statement::Verdict(linux::nft::Verdict::Return)]));
+            .map(|from| Rule::new([Statement::of_family(v6), from, Statement::returns()]));
         let mut rules: Vec<Rule> = pods.collect();
         // Without the pods' network nobody can tell who is outside: then nothing is.
         if !rules.is_empty() {
             rules.push(Rule::new([masquerade()]));
         }
         chains.push((Chain::regular(&masquerade_outside(v6)), rules));
-        let source = destination(v6).into_iter().chain([Value::SourceIp { v6 }]);
-        let allowed = Statement::is_in(source, &Map::Allowed.name(v6));
-        chains.push((
-            Chain::regular(&format!("firewall{}", suffix(v6))),
-            vec![Rule::new([allowed, Statement::Verdict(linux::nft::Verdict::Return)]), Rule::new([Statement::drop()])],
-        ));
+        chains.push(frame::firewall(v6));
     }
     let base = Chain::base;
     chains.extend([
@@ -282,42 +229,17 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     chains
 }
 
-fn masquerade() -> Statement {
-    Statement::Masquerade { fully_random: true }
-}
-
-fn is_in(key: impl IntoIterator<Item = Value>, map: Map, v6: bool) -> Statement {
-    Statement::is_in(key, &map.name(v6))
-}
-
-fn unserved(node: &NodeView) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for v6 in [false, true] {
-        let address = || Value::DestinationIp { v6 };
-        rules.push(Rule::new([of_family(v6), is_in(destination(v6), Map::Refused, v6), Statement::goto(REFUSE)]));
-        rules.push(Rule::new([of_family(v6), is_in(destination(v6), Map::Silent, v6), Statement::drop()]));
-        let undefined_port = is_in([address()], Map::ClusterIps, v6);
-        rules.push(Rule::new([of_family(v6), undefined_port, Statement::goto(REFUSE)]));
-    }
-    for cidr in &node.service_cidrs {
-        let v6 = cidr.addr().is_ipv6();
-        let nobodys = Statement::InNet(Value::DestinationIp { v6 }, *cidr);
-        rules.push(Rule::new([of_family(v6), nobodys, Statement::drop()]));
-    }
-    rules
-}
-
 fn translated() -> Vec<Rule> {
     let mut rules = Vec::new();
     for v6 in [false, true] {
-        let itself = is_in([Value::SourceIp { v6 }, Value::DestinationIp { v6 }], Map::Hairpin, v6);
-        rules.push(Rule::new([of_family(v6), itself, masquerade()]));
-        let original = || [Value::OriginalDestinationIp { v6 }, Value::L4Proto, Value::OriginalDestinationPort];
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::Masquerade, v6), masquerade()]));
+        let itself = [Value::SourceIp { v6 }, Value::DestinationIp { v6 }];
+        let itself = Statement::is_in(itself, &Map::Hairpin.name(v6));
+        rules.push(Rule::new([Statement::of_family(v6), itself, masquerade()]));
+        let masquerades = |map: Map| Statement::is_in(Value::original_destination(v6), &map.name(v6));
+        rules.push(Rule::new([Statement::of_family(v6), masquerades(Map::Masquerade), masquerade()]));
         let outside = Statement::goto(&masquerade_outside(v6));
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeOutside, v6), outside]));
-        let from_host = Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL));
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeHost, v6), from_host, masquerade()]));
+        rules.push(Rule::new([Statement::of_family(v6), masquerades(Map::MasqueradeOutside), outside]));
+        rules.push(Rule::new([Statement::of_family(v6), masquerades(Map::MasqueradeHost), from_host(), masquerade()]));
     }
     rules
 }

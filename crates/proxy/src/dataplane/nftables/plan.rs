@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, SocketAddr};
 
-use ipnet::IpNet;
 use linux::nft::{Datum, ElementData, Key};
 use services::{Endpoint, Frontend, TrafficPolicy};
 use sha2::{Digest, Sha256};
@@ -12,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::class::{Class, Ids, Pick};
 use super::layout::Map;
 use crate::NodeView;
+use crate::addresses::{Addresses, of_family};
 use crate::scope::{Scopes, scopes};
 
 /// Where an element lies.
@@ -84,36 +84,28 @@ impl<'a> Plan<'a> {
             name: _,
             app_protocol: _,
             port,
-            cluster_ips,
-            external_ips,
-            load_balancer_ips,
+            cluster_ips: _,
+            external_ips: _,
+            load_balancer_ips: _,
             node_port,
             internal_policy,
             external_policy,
             affinity: _,
-            source_ranges,
+            source_ranges: _,
             // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
             end_policy: _,
             health_check_node_port: _,
             endpoints: _,
         } = self.frontend;
-        let v6 = self.v6;
-        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-        let inside: Vec<IpAddr> = cluster_ips.iter().filter(of_family).copied().collect();
-        let mut outside: Vec<(IpAddr, u16)> =
-            external_ips.iter().chain(load_balancer_ips).filter(of_family).map(|address| (*address, *port)).collect();
+        let Some(addresses) = Addresses::of(self.frontend, node, self.v6) else { return };
+        let mut outside: Vec<(IpAddr, u16)> = addresses.outside().map(|address| (address, *port)).collect();
         if let Some(node_port) = node_port {
             let primary = node.primary_addresses();
-            let addresses = node.node_port_addresses.as_ref().unwrap_or(&primary);
-            outside.extend(addresses.iter().filter(of_family).map(|address| (*address, node_port.get())));
+            let own = of_family(node.node_port_addresses.as_ref().unwrap_or(&primary), self.v6);
             // A packet from 127.0.0.1 may not leave the node, so it needs a relay.
-            outside.retain(|(address, _)| !address.is_loopback());
+            outside.extend(own.filter(|own| !own.is_loopback()).map(|own| (own, node_port.get())));
         }
-        // A Service has node ports and external addresses only in the families it has a cluster IP of.
-        if inside.is_empty() {
-            return;
-        }
-        for address in &inside {
+        for address in &addresses.cluster {
             self.element(Map::ClusterIps, [(*address).into()], ElementData::None);
             self.inside((*address, *port), *internal_policy, node.masquerade_all);
         }
@@ -129,13 +121,10 @@ impl<'a> Plan<'a> {
                 self.list(policy, node);
             }
         }
-        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
         // Where nobody serves, everybody is refused.
-        if !ranges.is_empty() && self.scopes.any {
-            let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
-            let node_may = node.addresses.iter().any(mine);
-            for address in load_balancer_ips.iter().filter(of_family) {
-                self.firewall((*address, *port), &ranges, node_may);
+        if !addresses.sources.is_empty() && self.scopes.any {
+            for address in &addresses.load_balancer {
+                self.firewall((*address, *port), &addresses);
             }
         }
     }
@@ -238,18 +227,11 @@ impl<'a> Plan<'a> {
         }
     }
 
-    fn firewall(&mut self, at: (IpAddr, u16), ranges: &[IpNet], node_may: bool) {
+    fn firewall(&mut self, at: (IpAddr, u16), addresses: &Addresses) {
         let key = self.destination(at);
         self.element(Map::Firewalled, key, ElementData::None);
-        let mut ranges = ranges.to_vec();
-        // A node in the ranges may loop its own packets through the load balancer, which then come from that address.
-        if node_may {
-            ranges.push(at.0.into());
-        }
-        // The kernel refuses ranges that overlap.
-        for net in IpNet::aggregate(&ranges) {
+        for (first, last) in addresses.ranges(at.0) {
             let whole = |source: IpAddr| Key::new(key.into_iter().chain([source.into()]));
-            let (first, last) = (net.network(), net.broadcast());
             let slot = Slot { map: Map::Allowed, v6: self.v6, key: whole(first), end: Some(whole(last)) };
             self.entries.elements.insert(slot, ElementData::None);
         }

@@ -293,11 +293,9 @@ impl<N: Nft + 'static, R: Relays> Dataplane for Userspace<N, R> {
         let wanted = self.wanted(whole && fits, &after, &doors);
         let mut transaction = Transaction::new(FAMILY, TABLE);
         if let (Some(base), Some(comment), false) = (base, &layout, fits) {
-            let table = || Op::AddTable { comment: Some(comment.clone()) };
-            transaction.push(table());
-            transaction.push(Op::DeleteTable);
-            transaction.push(table());
-            base.declare(&mut transaction);
+            transaction.replace_table(comment);
+            base.frame.declare(&mut transaction);
+            base.frame.fill(&mut transaction);
         }
         let held = if fits { &self.held } else { &BTreeMap::new() };
         push_elements(&mut transaction, held, &wanted);
@@ -477,9 +475,5 @@ pub fn open(namespace: Option<BorrowedFd<'_>>) -> Result<Option<nft::Socket>, Er
 
 /// Takes the table out, when another mode has taken over; whether it was there.
 pub fn remove(nft: &mut impl Nft) -> Result<bool, Error> {
-    if nft.table_comment(FAMILY, TABLE)?.is_none() {
-        return Ok(false);
-    }
-    nft.commit(&Transaction { family: FAMILY, table: TABLE.into(), ops: vec![Op::DeleteTable] })?;
-    Ok(true)
+    Ok(nft.remove_table(FAMILY, TABLE)?)
 }

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use ipnet::IpNet;
 use linux::nft::{Datum, Key};
 use services::{Frontend, PortName, Protocol, TrafficPolicy};
 
 use super::layout::{Map, relay_address};
 use super::picker::Targets;
 use crate::NodeView;
+use crate::addresses::{Addresses, of_family};
 use crate::scope::{Scopes, scopes};
 
 /// Which endpoints a relay may use. There is one relay for each reach that a Service port needs.
@@ -136,58 +136,53 @@ impl Plan<'_> {
             name: _,
             app_protocol: _,
             port,
-            cluster_ips,
-            external_ips,
-            load_balancer_ips,
+            cluster_ips: _,
+            external_ips: _,
+            load_balancer_ips: _,
             node_port,
             internal_policy,
             external_policy,
             affinity,
-            source_ranges,
+            source_ranges: _,
             health_check_node_port: _,
             // The relays are ours, and end with either side.
             end_policy: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;
-        let of_family = |address: &&IpAddr| address.is_ipv6() == v6;
-        let at = |address: &IpAddr| SocketAddr::new(*address, *port);
-        // A Service has node ports and external addresses only in the families it has a cluster IP of.
-        let inside: Vec<IpAddr> = cluster_ips.iter().filter(of_family).copied().collect();
-        if inside.is_empty() || self.entries.relay_addresses[usize::from(v6)].is_none() {
+        if self.entries.relay_addresses[usize::from(v6)].is_none() {
             return;
         }
+        let Some(addresses) = Addresses::of(self.frontend, node, v6) else { return };
+        let at = |address: &IpAddr| SocketAddr::new(*address, *port);
         let targets = &mut self.entries.targets;
         targets.cluster[usize::from(v6)] = self.scopes.cluster.iter().map(|endpoint| endpoint.address).collect();
         targets.local[usize::from(v6)] = self.scopes.local.iter().map(|endpoint| endpoint.address).collect();
         targets.affinity = affinity.map(|affinity| affinity.timeout_seconds);
         let serving = endpoints.iter().filter(|endpoint| endpoint.ready || endpoint.serving);
         targets.serving.extend(serving.map(|endpoint| endpoint.address).filter(|address| address.is_ipv6() == v6));
-        for address in &inside {
+        for address in &addresses.cluster {
             self.member(Slot { map: Map::ClusterIps, v6, key: Key::new([(*address).into()]), end: None });
             self.inside(at(address), *internal_policy);
         }
-        for address in external_ips.iter().chain(load_balancer_ips).filter(of_family) {
-            self.outside(at(address), *external_policy);
+        for address in addresses.outside() {
+            self.outside(at(&address), *external_policy);
         }
         if let Some(node_port) = node_port {
             let loopback = if v6 { IpAddr::V6(Ipv6Addr::LOCALHOST) } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
             let all = || node.addresses.iter().copied().chain([loopback]).collect();
-            let mut addresses: Vec<IpAddr> = node.node_port_addresses.clone().unwrap_or_else(all);
+            let mut own: Vec<IpAddr> = node.node_port_addresses.clone().unwrap_or_else(all);
             if node.relay_localhost {
-                addresses.push(loopback);
+                own.push(loopback);
             }
-            for address in addresses.iter().filter(of_family) {
-                self.outside(SocketAddr::new(*address, node_port.get()), *external_policy);
+            for address in of_family(&own, v6) {
+                self.outside(SocketAddr::new(address, node_port.get()), *external_policy);
             }
         }
-        let ranges: Vec<IpNet> = source_ranges.iter().filter(|net| net.addr().is_ipv6() == v6).copied().collect();
         // Where nobody serves, everybody is refused.
-        if !ranges.is_empty() && self.scopes.any {
-            let mine = |address: &IpAddr| ranges.iter().any(|net| net.contains(address));
-            let node_may = node.addresses.iter().any(mine);
-            for address in load_balancer_ips.iter().filter(of_family) {
-                self.firewall(at(address), &ranges, node_may);
+        if !addresses.sources.is_empty() && self.scopes.any {
+            for address in &addresses.load_balancer {
+                self.firewall(at(address), &addresses);
             }
         }
     }
@@ -235,18 +230,11 @@ impl Plan<'_> {
         }
     }
 
-    fn firewall(&mut self, at: SocketAddr, ranges: &[IpNet], node_may: bool) {
+    fn firewall(&mut self, at: SocketAddr, addresses: &Addresses) {
         self.destination(Map::Firewalled, at);
         let to = Slot::destination(Map::Allowed, at, self.frontend.name.protocol).key;
-        let mut ranges = ranges.to_vec();
-        // A node in the ranges may loop its own packets through the load balancer, which then come from that address.
-        if node_may {
-            ranges.push(at.ip().into());
-        }
-        // The kernel refuses ranges that overlap.
-        for net in IpNet::aggregate(&ranges) {
+        for (first, last) in addresses.ranges(at.ip()) {
             let whole = |source: IpAddr| Key::new(to.0.iter().copied().chain([source.into()]));
-            let (first, last) = (net.network(), net.broadcast());
             self.member(Slot { map: Map::Allowed, v6: self.v6, key: whole(first), end: Some(whole(last)) });
         }
     }

@@ -157,7 +157,11 @@ impl Load {
         let (before, begun): (Vec<usize>, _) = (count().collect(), Instant::now());
         // The first answer may be to what was asked before.
         while count().zip(&before).any(|(now, before)| now < before + 2) {
-            let waits = self.staying.iter().zip(&before).filter(|((_, now), before)| now.load(Ordering::Relaxed) < **before + 2);
+            let waits = self
+                .staying
+                .iter()
+                .zip(&before)
+                .filter(|((_, now), before)| now.load(Ordering::Relaxed) < **before + 2);
             let waits: Vec<&String> = waits.map(|((what, _), _)| what).collect();
             assert!(begun.elapsed() < LOST, "{waits:#?}");
             std::thread::sleep(Duration::from_millis(5));

@@ -195,7 +195,8 @@ impl Ring {
         node.ip("addr add 10.244.255.254/16 dev pods noprefixroute");
         node.ip("addr add fd00:10:244:ff::fe/56 dev pods nodad noprefixroute");
         node.ip("addr add fe80::1/64 dev pods nodad");
-        let mut ring = Ring { node, own: Vec::new(), beyond, hosts: BTreeMap::new(), listeners: BTreeSet::new(), attached };
+        let mut ring =
+            Ring { node, own: Vec::new(), beyond, hosts: BTreeMap::new(), listeners: BTreeSet::new(), attached };
         for address in ["192.168.49.2", "fd00:c0a8:31::2", "192.168.50.2", "fd00:c0a8:32::2"] {
             let address: IpAddr = address.parse().expect("address");
             let nodad = if address.is_ipv6() { "nodad" } else { "" };
@@ -205,7 +206,8 @@ impl Ring {
         // Sockets that are sent to pods straight have the address that the cases call the node's; what is masqueraded or
         // relayed has another, and can be told from it.
         let of_node = ring.attached.is_some();
-        let sources = if of_node { ["192.168.49.2", "fd00:c0a8:31::2"] } else { ["10.244.255.254", "fd00:10:244:ff::fe"] };
+        let sources =
+            if of_node { ["192.168.49.2", "fd00:c0a8:31::2"] } else { ["10.244.255.254", "fd00:10:244:ff::fe"] };
         ring.node.ip(&format!("route add 10.244.0.0/16 dev pods src {}", sources[0]));
         ring.node.ip(&format!("route add fd00:10:244::/56 dev pods src {}", sources[1]));
         ring.link("far", &ring.beyond);

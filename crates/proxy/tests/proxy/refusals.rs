@@ -19,7 +19,7 @@ fn a_service_that_asks_for_what_a_mode_cannot_do_is_named() {
     let lines = ["service s 10.96.0.10 53/SCTP", "service t 10.96.0.11 53/TCP", "endpoint t 10.244.1.5:53 node-2"];
     for (mode, expected) in [(Mode::Nftables, None), (Mode::Iptables, None), (Mode::Userspace, Some("default/s: SCTP"))]
     {
-        let mut proxy = Proxy::start(&namespace.path, mode, &Objects::parse(&lines));
+        let mut proxy = Proxy::start(&namespace.path, mode, &Objects::parse(&lines), None);
         let told: Vec<String> = proxy.status.borrow().unsupported.values().cloned().collect();
         assert_eq!(told.len(), usize::from(expected.is_some()), "{mode}: {told:?}");
         assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{mode}: {told:?}");

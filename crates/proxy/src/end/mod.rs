@@ -39,7 +39,7 @@ struct Worker {
 impl End {
     /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
     pub fn new(namespace: Option<OwnedFd>, mode: Mode) -> Result<Self, Error> {
-        let is_able = mode.is_watched();
+        let is_able = matches!(mode, Mode::Nftables | Mode::Iptables);
         if is_able {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }

@@ -3,6 +3,7 @@
 //!
 //! - `*.h`, `proxy.c`: the programs and the maps, compiled by `build.rs`
 //! - `layout`: the same maps as values
+//! - `contacts`: those in which the programs of `watch.h` count
 //! - `plan`: a frontend's entries
 //! - `commit`: entries that frontends share, what the kernel held before, the order of changes
 //! - `retire`: what is left when another mode takes over
@@ -13,6 +14,7 @@
 //! by address. A refusal is the error of `connect`. SCTP, fragments and IPv6 extension headers are not translated.
 
 mod commit;
+pub(crate) mod contacts;
 mod layout;
 mod plan;
 mod retire;

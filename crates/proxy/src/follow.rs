@@ -84,7 +84,7 @@ impl<D: Dataplane> Loop<D> {
             self.status.send_modify(|status| status.about = about);
         }
         let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-        self.end = End::new(namespace, self.config.mode)?;
+        self.end = End::new(namespace, self.config.hooks.clone(), self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;

@@ -133,6 +133,11 @@ impl Pinned {
         Ok(())
     }
 
+    /// The map of that name, for whoever is to look into it; it is there once the programs have been attached.
+    pub fn descriptor(&self, map: &str) -> Result<OwnedFd, Error> {
+        call::get(&self.dir.join(map)).map_err(|cause| Error::Map { map: map.into(), cause })
+    }
+
     /// The ring of that name; it is there once the programs have been attached.
     pub fn ring(&self, name: &str) -> Result<Ring, Error> {
         Ring::open(&self.dir.join(name)).map_err(|cause| Error::Map { map: name.into(), cause })

@@ -4,6 +4,7 @@
 //! - `*.h`, `proxy.c`: the programs and the maps, compiled by `build.rs`
 //! - `layout`: the same maps as values
 //! - `contacts`: those in which the programs of `watch.h` count
+//! - `ended`: what becomes of connections whose time is over
 //! - `plan`: a frontend's entries
 //! - `commit`: entries that frontends share, what the kernel held before, the order of changes
 //! - `retire`: what is left when another mode takes over
@@ -15,6 +16,7 @@
 
 mod commit;
 pub(crate) mod contacts;
+pub(crate) mod ended;
 mod layout;
 mod plan;
 mod retire;

@@ -38,7 +38,7 @@ pub struct ServiceTraffic {
 pub struct EndpointTraffic {
     pub address: SocketAddr,
     /// Connections that were sent to it, answered or not (for UDP: flows). Counted in the kernel from the first; starts
-    /// again after an hour without any.
+    /// again after an hour without any, in the ebpf mode when 65,536 other pairs of address and endpoint were used since.
     pub connections: u64,
     /// Flows that the kernel knows now.
     pub open: u64,

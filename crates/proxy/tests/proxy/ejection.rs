@@ -75,6 +75,13 @@ impl Pod {
         );
     }
 
+    /// Whoever connects to the pod is told that it cannot be reached.
+    fn bar(&self) {
+        self.namespace.command("nft", "add table inet cut");
+        self.namespace.command("nft", "add chain inet cut bar { type filter hook input priority 0; }");
+        self.namespace.command("nft", "add rule inet cut bar tcp dport 8080 reject with icmpx type host-unreachable");
+    }
+
     fn mend(&self) {
         self.namespace.command("nft", "delete table inet cut");
     }
@@ -173,10 +180,14 @@ impl Stage {
     /// Asks until the endpoint in question is out; each request must be answered, and at most `slow` of them may have been
     /// repeated by the client's kernel, which takes a second. Then nobody is slow.
     fn ask_until_out(&self, running: &mut Running, pod: &Pod, slow: usize) {
+        Self::ask_until_out_from(&self.client, running, pod, slow);
+    }
+
+    fn ask_until_out_from(place: &Namespace, running: &mut Running, pod: &Pod, slow: usize) {
         let mut repeated = 0;
         for round in 0.. {
             assert!(round < 200, "{} is still in the pick", pod.address);
-            let (answer, took) = self.request();
+            let (answer, took) = Self::request_from(place);
             let answer = answer.unwrap_or_else(|error| panic!("{error} after {took:?}"));
             assert_ne!(answer, pod.address, "it is dead");
             assert!(took < Duration::from_millis(2500), "{took:?}");
@@ -186,18 +197,23 @@ impl Stage {
             }
         }
         assert!((1..=slow).contains(&repeated), "{repeated} requests had to be repeated");
+        Self::is_out_for(place, pod);
+    }
+
+    fn is_out_for(place: &Namespace, pod: &Pod) {
         for _ in 0..20 {
-            let (answer, took) = self.request();
+            let (answer, took) = Self::request_from(place);
             assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
         }
     }
 
     fn wait(running: &mut Running, what: &str, done: impl FnMut(&Status) -> bool) {
         let status = &mut running.status;
-        running.runtime.block_on(async {
+        let done = running.runtime.block_on(async {
             let waited = tokio::time::timeout(Duration::from_secs(20), status.wait_for(done)).await;
-            drop(waited.unwrap_or_else(|_| panic!("{what}")).expect("alive"));
+            waited.is_ok_and(|status| status.is_ok())
         });
+        assert!(done, "{what}: {:?}", running.status.borrow());
     }
 }
 
@@ -298,6 +314,60 @@ fn a_crashed_endpoint_is_hidden_while_there_is_another() {
             let answers = |_| stage.request().0.is_ok_and(|answer| answer == stage.pods[index].address);
             assert!((0..200).any(answers), "{mode}: pod {index} is not asked");
         }
+        running.stop();
+    }
+}
+
+/// The word of a router, or of a firewall, is a refusal like any other.
+#[test]
+fn ebpf_hides_an_unreachable_endpoint_while_there_is_another() {
+    let stage = Stage::new(Mode::Ebpf);
+    let told = Told::default();
+    let mut running = stage.serve(2, telling(&told));
+    stage.pods[1].bar();
+    stage.ask_until_out(&mut running, &stage.pods[1], 2);
+    assert_eq!(*told.lock().expect("list"), [notice(&stage.pods[1], Some(Evidence::Refused))]);
+    running.stop();
+}
+
+/// Packets whose sockets no program has seen are watched on their way. Pods are not in the cgroup here.
+#[test]
+fn ebpf_watches_packets_from_outside() {
+    for (way, evidence) in
+        [("cut", Evidence::Unanswered), ("crashed", Evidence::Refused), ("unreachable", Evidence::Refused)]
+    {
+        let mut stage = Stage::new(Mode::Ebpf);
+        let told = Told::default();
+        let mut running = stage.serve(2, telling(&told));
+        match way {
+            "cut" => stage.pods[1].cut(),
+            "crashed" => stage.pods[1].close(),
+            _ => stage.pods[1].bar(),
+        }
+        Stage::ask_until_out_from(&stage.pods[2].namespace, &mut running, &stage.pods[1], 2);
+        assert_eq!(*told.lock().expect("list"), [notice(&stage.pods[1], Some(evidence))], "{way}");
+        Stage::wait(&mut running, way, |status| status.retries >= 1);
+        running.stop();
+    }
+}
+
+/// Nothing of ours sees the packets of the node's own processes before they are sent: a connection to an endpoint that has
+/// died fails. But the endpoint leaves the pick.
+#[test]
+fn ebpf_ejects_for_processes_of_the_node() {
+    for crashed in [false, true] {
+        let mut stage = Stage::new(Mode::Ebpf);
+        let mut running = stage.serve(2, Watching::default());
+        if crashed {
+            stage.pods[1].close();
+        } else {
+            stage.pods[1].cut();
+        }
+        // On one processor it may take a while until somebody hears of a refusal.
+        let asked = (0..200).take_while(|_| Stage::request_from(&stage.node).0.is_ok()).count();
+        assert!(asked < 200, "the endpoint was never asked");
+        Stage::wait(&mut running, "an ejection", |status| status.ejected.contains(&stage.pods[1].target()));
+        Stage::is_out_for(&stage.node, &stage.pods[1]);
         running.stop();
     }
 }

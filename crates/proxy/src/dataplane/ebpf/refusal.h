@@ -119,7 +119,8 @@ separate int note_start(const struct packet *packet, const struct endpoint *endp
 	asked.port = packet->key.destination_port;
 	if (!contact_in(&key, &asked, endpoint, packet->key.protocol))
 		return 0;
-	note_begun(&key, others ? OTHERS : 0);
+	// There were others when it asked first.
+	note_begun(&key, others || tried ? OTHERS : 0);
 	if (!tried || (tried->port == endpoint->port && same_address(&tried->address, &endpoint->address)))
 		return 0;
 	name_contact(&key, &asked, tried, packet->key.protocol);

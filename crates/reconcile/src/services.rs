@@ -7,7 +7,7 @@ use api::kinds::{ENDPOINT_SLICES, SERVICES};
 use api::object::Metadata;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use services::{Changes, Seed, ServiceTable};
+use services::{Changes, Refused, Seed, ServiceTable};
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::broadcast;
@@ -118,8 +118,15 @@ impl ServiceFeed {
                 Kind::Slice => table.upsert_slice(bytes),
             };
             result.unwrap_or_else(|error| {
-                warn!(%error, "an object is left out of the service table");
-                Changes::default()
+                warn!(%error, "an object is not taken into the service table, which holds what it said before");
+                let metadata = head(item).map(|head| head.metadata).unwrap_or_default();
+                let Metadata { namespace, name, uid, .. } = metadata;
+                let kind = match kind {
+                    Kind::Service => SERVICES.kind,
+                    Kind::Slice => ENDPOINT_SLICES.kind,
+                };
+                let refused = Refused { kind, namespace, name, uid, why: error.to_string() };
+                Changes { refused: Some(Box::new(refused)), ..Changes::default() }
             })
         });
     }

@@ -11,11 +11,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use services::Frontend;
+use services::{EndPolicy, Frontend};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::{Error, Mode, NodeView};
+use crate::{Error, Metrics, Mode, NodeView};
 use kernel::Kernel;
 use plan::{Change, Endings, changes};
 
@@ -27,7 +27,9 @@ pub(crate) struct End {
     namespace: Option<OwnedFd>,
     /// Whether conntrack knows the mode's connections.
     is_able: bool,
-    said: bool,
+    /// The switch.
+    is_on: bool,
+    metrics: Arc<Metrics>,
     worker: Option<Worker>,
 }
 
@@ -38,26 +40,29 @@ struct Worker {
 
 impl End {
     /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
-    pub fn new(namespace: Option<OwnedFd>, mode: Mode) -> Result<Self, Error> {
+    pub fn new(namespace: Option<OwnedFd>, mode: Mode, is_on: bool, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let is_able = mode.is_watched();
         if is_able {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
-        Ok(End { namespace, is_able, ..End::default() })
+        Ok(End { namespace, is_able, is_on, metrics, worker: None })
+    }
+
+    /// What of the Service's end policy is not done.
+    pub fn unsupported(&self, frontend: &Frontend) -> Option<&'static str> {
+        let is_asked = self.is_on && !self.is_able && frontend.end_policy != EndPolicy::default();
+        is_asked.then_some(
+            "the end policy is not followed in this mode, connections are kept; nftables and iptables end them, use one of these",
+        )
     }
 
     /// One frontend as the kernel had it and has it now.
     pub fn notice(&mut self, before: Option<&Arc<Frontend>>, after: Option<&Arc<Frontend>>, node: &NodeView) {
-        let found = changes(before.map(|f| &**f), after.map(|f| &**f), node);
-        if found.is_empty() {
+        if !self.is_on || !self.is_able {
             return;
         }
-        if !self.is_able {
-            if !std::mem::replace(&mut self.said, true) {
-                tracing::warn!(
-                    "proxy: this mode keeps connections, whatever end policies say; nftables and iptables end them"
-                );
-            }
+        let found = changes(before.map(|f| &**f), after.map(|f| &**f), node);
+        if found.is_empty() {
             return;
         }
         if self.worker.is_none() {
@@ -65,7 +70,8 @@ impl End {
             match namespace.map_err(Error::Namespace).and_then(Kernel::open) {
                 Ok(kernel) => {
                     let (changes, received) = mpsc::unbounded_channel();
-                    self.worker = Some(Worker { changes, task: tokio::spawn(work(kernel, received)) });
+                    self.worker =
+                        Some(Worker { changes, task: tokio::spawn(work(kernel, received, self.metrics.clone())) });
                 }
                 Err(error) => tracing::warn!("proxy: connections are kept, whatever end policies say: {error}"),
             }
@@ -86,7 +92,7 @@ impl End {
     }
 }
 
-async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Change>>) {
+async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Change>>, metrics: Arc<Metrics>) {
     let mut endings = Endings::default();
     loop {
         let next = endings.next();
@@ -113,9 +119,12 @@ async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Chan
         }
         let now = Instant::now();
         let due = endings.due(now);
-        if let Err(error) = kernel.act(&due).await {
-            tracing::warn!("proxy: connections to endpoints that have gone are not ended yet: {error}");
-            endings.retry(due, now + RETRY);
+        match kernel.act(&due).await {
+            Ok(ended) => metrics.ended(ended),
+            Err(error) => {
+                tracing::warn!("proxy: connections to endpoints that have gone are not ended yet: {error}");
+                endings.retry(due, now + RETRY);
+            }
         }
     }
     if let Err(error) = kernel.close().await {

@@ -37,7 +37,7 @@ use services::{ServiceKey, ServiceTable};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, Error, Feed, Mode, Status, leftovers};
+use crate::{Config, Error, Feature, Features, Feed, Mode, Status, leftovers};
 
 /// What is done for requests whose endpoint does not answer. All of it is on by default.
 #[derive(Clone)]
@@ -48,6 +48,8 @@ pub struct Watching {
     pub retry: bool,
     /// Connections are counted, for whoever asks ([`crate::traffic`]).
     pub traffic: bool,
+    /// Connections to an endpoint that goes away end as their Service's end policy says; otherwise they are kept.
+    pub end_policy: bool,
     /// Nodes that have stopped sending their heartbeat: whatever is on them is out.
     pub lost_nodes: Option<watch::Receiver<BTreeSet<Arc<str>>>>,
     /// Called when an endpoint leaves the pick and when it is back for good. It must not block.
@@ -56,7 +58,20 @@ pub struct Watching {
 
 impl Default for Watching {
     fn default() -> Self {
-        Watching { ejection: true, retry: true, traffic: true, lost_nodes: None, notices: None }
+        Watching { ejection: true, retry: true, traffic: true, end_policy: true, lost_nodes: None, notices: None }
+    }
+}
+
+impl Watching {
+    /// As the switches say.
+    pub fn by(features: &Features) -> Self {
+        Watching {
+            ejection: features.is_on(Feature::Ejection),
+            retry: features.is_on(Feature::Retry),
+            traffic: features.is_on(Feature::Traffic),
+            end_policy: features.is_on(Feature::EndPolicy),
+            ..Watching::default()
+        }
     }
 }
 

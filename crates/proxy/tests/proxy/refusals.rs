@@ -20,7 +20,7 @@ fn a_service_that_asks_for_what_a_mode_cannot_do_is_named() {
     for (mode, expected) in [(Mode::Nftables, None), (Mode::Iptables, None), (Mode::Userspace, Some("default/s: SCTP"))]
     {
         let mut proxy = Proxy::start(&namespace.path, mode, &Objects::parse(&lines));
-        let told: Vec<String> = proxy.status.borrow().unsupported.values().cloned().collect();
+        let told: Vec<String> = proxy.status.borrow().unsupported.values().map(ToString::to_string).collect();
         assert_eq!(told.len(), usize::from(expected.is_some()), "{mode}: {told:?}");
         assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{mode}: {told:?}");
         proxy.apply(&Objects::parse(&lines[1..]));

@@ -6,9 +6,9 @@ mod socket;
 
 use crate::node_object::Node;
 use crate::proxy as standalone;
-use crate::{barrier, cli, join, local, serve, server, warnings};
+use crate::{barrier, cli, join, local, serve, server, service_cidrs, warnings};
 use anyhow::{Context, bail};
-use api::kinds::NODES;
+use api::kinds::{NODES, SERVICE_CIDRS};
 use apiserver::Identity;
 use apiserver::auth::authenticate;
 use clap::{Args, ValueEnum};
@@ -277,6 +277,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             };
             tasks.spawn(proxy::http::serve(listener, scraped.respond(), token.clone()));
         }
+        let ranges = reconcile::watch(&proxy_client, &SERVICE_CIDRS, Scope::all());
+        tasks.spawn(service_cidrs::follow(ranges, views.clone(), token.clone()));
         tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), proxy_events.clone(), token.clone()));
         if args.feature_gates.is_on(Feature::Barrier) {
             tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));

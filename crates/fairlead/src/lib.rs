@@ -24,6 +24,7 @@ mod proxy;
 mod publish;
 mod serve;
 mod server;
+mod service_cidrs;
 mod signer;
 mod status;
 mod top;
@@ -51,6 +52,7 @@ pub fn main() -> ExitCode {
         }
         _ => {}
     }
+    linux::memory::keep_large_apart();
     let cli = cli::Cli::parse();
     match cli.run() {
         Ok(code) => code,

@@ -26,7 +26,6 @@ use proxy::configuration::{Configuration, Settings};
 use proxy::http::{Answer, Respond};
 use proxy::{Feature, Features, Feed, Health, HealthChecks, Metrics, Mode, NodeView, Status};
 use reconcile::{ApiError, Change, EventKind, ObjectRef, Recorder, Scope, ServiceFeed};
-use serde::Deserialize;
 use serde_json::Value;
 use services::ServiceTable;
 use tokio::net::TcpListener;
@@ -36,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::node_object::Node;
+use crate::service_cidrs::ServiceCidr;
 use crate::{barrier, cli, local, warnings};
 pub use flags::ProxyArgs;
 use node::Inputs;
@@ -328,19 +328,6 @@ struct Sources {
     addresses: Option<AddressWatch>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct ServiceCidr {
-    metadata: api::object::Metadata,
-    spec: ServiceCidrSpec,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct ServiceCidrSpec {
-    cidrs: Vec<ipnet::IpNet>,
-}
-
 impl Sources {
     /// Waits for one event and takes it in.
     async fn next(&mut self, inputs: &mut Inputs, health: &Health) -> anyhow::Result<()> {
@@ -382,13 +369,9 @@ impl Sources {
                     health.set_taints(node.taints());
                 }
             }
-            change = cidrs => match change.context("the watch on ServiceCIDRs has ended")? {
-                Change::Reset(all) => {
-                    inputs.service_cidrs = all.into_iter().map(|one| (one.metadata.name, one.spec.cidrs)).collect();
-                }
-                Change::Apply(one) => drop(inputs.service_cidrs.insert(one.metadata.name, one.spec.cidrs)),
-                Change::Delete(one) => drop(inputs.service_cidrs.remove(&one.metadata.name)),
-            },
+            change = cidrs => {
+                inputs.service_cidrs.take(change.context("the watch on ServiceCIDRs has ended")?);
+            }
             changed = addresses => {
                 changed?;
                 inputs.held = held_addresses()?;

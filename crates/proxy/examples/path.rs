@@ -42,6 +42,7 @@ fn main() -> Result<(), Failure> {
     if what == "serve" {
         return answer(arguments.next().unwrap_or_default().parse()?);
     }
+    linux::memory::keep_large_apart();
     let mut flags = BTreeMap::new();
     while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
         flags.insert(name.trim_start_matches("--").to_owned(), value);

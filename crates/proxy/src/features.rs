@@ -103,4 +103,11 @@ mod tests {
             assert!(error.contains(wrong) && error.contains("EndpointEjection, FirstPacketRetry"), "{error}");
         }
     }
+    #[test]
+    fn the_docs_name_every_gate() {
+        let text = include_str!("../../../docs/features.md");
+        for feature in Feature::ALL {
+            assert!(text.contains(&format!("`{}`", feature.gate())), "{}", feature.gate());
+        }
+    }
 }

@@ -46,7 +46,6 @@ fn eject<'a>(all: Vec<&'a Endpoint>, protocol: Protocol, node: &NodeView) -> (Ve
 mod tests {
     use std::collections::BTreeSet;
     use std::net::SocketAddr;
-    use std::sync::Arc;
 
     use super::*;
 
@@ -58,8 +57,7 @@ mod tests {
             ready: true,
             serving: true,
             terminating: false,
-            for_zones: Arc::new([]),
-            for_nodes: Arc::new([]),
+            hints: None,
         }
     }
 

@@ -194,7 +194,7 @@ mod tests {
             conntrack: Fill { entries: 12, limit: 262_144, dropped: 3 },
         };
         let text = traffic.metrics();
-        let labels = r#"namespace="shop",service="web",port="http",protocol="TCP",endpoint="10.244.0.7:8080""#;
+        let labels = r#"namespace="shop",service="web",port="http",protocol="tcp",endpoint="10.244.0.7:8080""#;
         for line in [
             format!("fairlead_service_connections_total{{{labels}}} 7"),
             format!("fairlead_service_open_connections{{{labels}}} 2"),

@@ -135,3 +135,26 @@ impl ServiceFeed {
 fn head(item: &RawValue) -> Option<Head> {
     serde_json::from_str(item.get()).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Such an object comes from an API server that checks less than ours.
+    #[test]
+    fn an_object_that_makes_no_sense_is_told_of() {
+        let feed =
+            ServiceFeed { table: Arc::new(RwLock::new(ServiceTable::new())), changes: broadcast::Sender::new(4) };
+        let mut changes = feed.subscribe();
+        let slice = r#"{"metadata": {"namespace": "shop", "name": "web-1", "uid": "u"}, "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.244.0.1"]}], "ports": [{"port": 70000}]}"#;
+        feed.upsert(Kind::Slice, &RawValue::from_string(slice.into()).expect("JSON"));
+        let told = changes.try_recv().expect("a change");
+        let refused = told.refused.as_deref().expect("what was refused");
+        assert_eq!(
+            (refused.kind, refused.namespace.as_str(), refused.name.as_str()),
+            ("EndpointSlice", "shop", "web-1")
+        );
+        assert!(refused.uid == "u" && refused.why.contains("ports.port is \"70000\""), "{refused:?}");
+    }
+}

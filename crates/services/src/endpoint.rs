@@ -16,9 +16,15 @@ pub struct Endpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    /// Zones and nodes that should use it (`hints.forZones`, `hints.forNodes`); empty: no hint.
-    pub for_zones: Arc<[Arc<str>]>,
-    pub for_nodes: Arc<[Arc<str>]>,
+    /// Few endpoints have one, and there are many endpoints.
+    pub hints: Option<Arc<Hints>>,
+}
+
+/// Zones and nodes that should use an endpoint (`hints.forZones`, `hints.forNodes`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
+    pub zones: Vec<Arc<str>>,
+    pub nodes: Vec<Arc<str>>,
 }
 
 /// Where the deciding node stands.
@@ -44,6 +50,16 @@ impl Endpoint {
         self.serving && self.terminating
     }
 
+    /// Empty: no hint.
+    pub fn for_zones(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
+
+    /// Empty: no hint.
+    pub fn for_nodes(&self) -> &[Arc<str>] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
+
     fn is_local(&self, place: &Place) -> bool {
         self.node.as_ref() == Some(&place.node)
     }
@@ -58,15 +74,15 @@ enum Topology {
 /// Hints count only if every ready endpoint has one and somebody means us: a half-written slice must not starve a node.
 fn topology(endpoints: &[&Endpoint], place: &Place) -> Topology {
     let ready = || endpoints.iter().filter(|endpoint| endpoint.ready);
-    if ready().all(|endpoint| !endpoint.for_nodes.is_empty())
-        && ready().any(|endpoint| endpoint.for_nodes.contains(&place.node))
+    if ready().all(|endpoint| !endpoint.for_nodes().is_empty())
+        && ready().any(|endpoint| endpoint.for_nodes().contains(&place.node))
     {
         return Topology::Node;
     }
     match &place.zone {
         Some(zone)
-            if ready().all(|endpoint| !endpoint.for_zones.is_empty())
-                && ready().any(|endpoint| endpoint.for_zones.contains(zone)) =>
+            if ready().all(|endpoint| !endpoint.for_zones().is_empty())
+                && ready().any(|endpoint| endpoint.for_zones().contains(zone)) =>
         {
             Topology::Zone
         }
@@ -91,8 +107,8 @@ pub fn categorize_endpoints<'a>(frontend: &'a Frontend, place: &Place, v6: bool)
         endpoint.ready
             && match topology {
                 Topology::All => true,
-                Topology::Node => endpoint.for_nodes.contains(&place.node),
-                Topology::Zone => place.zone.as_ref().is_some_and(|zone| endpoint.for_zones.contains(zone)),
+                Topology::Node => endpoint.for_nodes().contains(&place.node),
+                Topology::Zone => place.zone.as_ref().is_some_and(|zone| endpoint.for_zones().contains(zone)),
             }
     });
     let local = filter(&|endpoint| endpoint.ready && endpoint.is_local(place));

@@ -9,7 +9,7 @@ mod frontend;
 mod object;
 mod table;
 
-pub use endpoint::{Categories, Endpoint, Place, categorize_endpoints};
+pub use endpoint::{Categories, Endpoint, Hints, Place, categorize_endpoints};
 pub use frontend::{Affinity, EndPolicy, Frontend, FrontendId, PortName, Protocol, TrafficPolicy};
 pub use object::{Service, ServiceKind, ServicePort, Slice, SliceEndpoint, SlicePort, SliceVersion, Warnings};
 pub use table::{Changes, FrontendChange, Owner, Refused, Seed, ServiceKey, ServiceTable, SliceChange};

@@ -2,12 +2,12 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroU16;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{Affinity, EndPolicy, Error, Protocol, TrafficPolicy};
+use crate::{Affinity, EndPolicy, Error, Hints, Protocol, TrafficPolicy};
 
 /// A Service, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,8 +100,7 @@ pub struct SliceEndpoint {
     pub ready: bool,
     pub serving: bool,
     pub terminating: bool,
-    pub for_zones: Arc<[Arc<str>]>,
-    pub for_nodes: Arc<[Arc<str>]>,
+    pub hints: Option<Arc<Hints>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -275,9 +274,6 @@ struct RawName {
     name: Arc<str>,
 }
 
-/// Most endpoints have no hints: they share the memory of that.
-static NO_NAMES: LazyLock<Arc<[Arc<str>]>> = LazyLock::new(|| Arc::from([]));
-
 /// Names the object in errors.
 struct Checker<'a> {
     kind: &'static str,
@@ -439,11 +435,9 @@ impl Slice {
             let Some(first) = endpoint.addresses.iter().flatten().next() else { continue };
             let conditions = endpoint.conditions.as_ref();
             let ready = conditions.and_then(|conditions| conditions.ready).unwrap_or(true);
+            let names = |list: &Option<Vec<RawName>>| list.iter().flatten().map(|one| one.name.clone()).collect();
             let hints = endpoint.hints.as_ref();
-            let names = |list: Option<&Vec<RawName>>| match list {
-                Some(list) if !list.is_empty() => list.iter().map(|one| one.name.clone()).collect(),
-                _ => NO_NAMES.clone(),
-            };
+            let hints = hints.map(|raw| Hints { zones: names(&raw.for_zones), nodes: names(&raw.for_nodes) });
             let address = check.address("endpoints.addresses", first)?;
             let family = if address.is_ipv6() { "IPv6" } else { "IPv4" };
             if raw.address_type != family {
@@ -457,8 +451,7 @@ impl Slice {
                 ready,
                 serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
                 terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
-                for_zones: names(hints.and_then(|hints| hints.for_zones.as_ref())),
-                for_nodes: names(hints.and_then(|hints| hints.for_nodes.as_ref())),
+                hints: hints.filter(|hints| *hints != Hints::default()).map(Arc::new),
             });
         }
         endpoints.shrink_to_fit();

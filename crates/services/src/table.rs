@@ -542,8 +542,7 @@ fn endpoints(slices: &[Slice], name: &PortName) -> BTreeMap<SocketAddr, Endpoint
                     ready: endpoint.ready,
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
-                    for_zones: endpoint.for_zones.clone(),
-                    for_nodes: endpoint.for_nodes.clone(),
+                    hints: endpoint.hints.clone(),
                 };
                 let rank = |endpoint: &Endpoint| (endpoint.ready, endpoint.serving, !endpoint.terminating);
                 if found.get(&address).is_none_or(|held| rank(held) < rank(&candidate)) {

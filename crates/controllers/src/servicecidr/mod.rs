@@ -97,7 +97,7 @@ async fn run(context: Context) {
         }
         if let Some(before) = before {
             let gone = before.addresses().filter(|ip| !after.is_some_and(|after| after.addresses().any(|a| a == *ip)));
-            gone.for_each(|ip| adds.add_after(Work::Address(Key::new("", &ip.to_string())), ORPHANED));
+            gone.for_each(|ip| adds.add_after(Work::Address(Key::new("", ip.to_string())), ORPHANED));
         }
     });
     services.synced().await;
@@ -136,7 +136,7 @@ impl Controller {
     async fn service(&self, key: &Key) -> Result<Outcome, Error> {
         let Some(service) = self.services.get(key) else { return Ok(Outcome::Done) };
         for ip in service.addresses() {
-            let is_there = || self.addresses.get(&Key::new("", &ip.to_string())).is_some();
+            let is_there = || self.addresses.get(&Key::new("", ip.to_string())).is_some();
             // The API server writes both at once; the caches see one before the other.
             if is_there() || !self.holds(key, ip).await? {
                 continue;

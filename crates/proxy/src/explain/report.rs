@@ -276,10 +276,10 @@ fn why(
     }
     let list = |names: &[Arc<str>]| names.join(", ");
     match &node.place.zone {
-        _ if !endpoint.for_nodes.is_empty() && !endpoint.for_nodes.contains(&node.place.node) => {
-            format!("its hint is for {}, and another endpoint's for {}", list(&endpoint.for_nodes), node.place.node)
+        _ if !endpoint.for_nodes().is_empty() && !endpoint.for_nodes().contains(&node.place.node) => {
+            format!("its hint is for {}, and another endpoint's for {}", list(endpoint.for_nodes()), node.place.node)
         }
-        Some(zone) => format!("its hint is for zone {}, and this node is in zone {zone}", list(&endpoint.for_zones)),
+        Some(zone) => format!("its hint is for zone {}, and this node is in zone {zone}", list(endpoint.for_zones())),
         None => "its hint is for others".into(),
     }
 }

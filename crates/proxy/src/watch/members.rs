@@ -1,6 +1,5 @@
 //! What the watch's sets hold: where there is another endpoint to go to, and who is out.
 
-use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use linux::nft::{DataType, Datum, Element, ElementData, Key, Op, Set, Transaction};
@@ -11,9 +10,9 @@ use crate::NodeView;
 use crate::dataplane::frame::named;
 use crate::scope::{Scopes, scopes};
 
-/// What one frontend adds to the sets.
+/// What one frontend adds to the sets, in order and each once. One for each of many frontends, mostly of one member.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Alternatives(pub BTreeSet<Member>);
+pub(crate) struct Alternatives(Box<[Member]>);
 
 /// An element of a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -30,9 +29,9 @@ pub(crate) enum Member {
 
 impl Alternatives {
     pub fn new(frontend: &Frontend, node: &NodeView) -> Self {
-        let mut members = BTreeSet::new();
+        let mut members = Vec::new();
         if frontend.name.protocol != Protocol::Tcp || frontend.endpoints.len() < 2 {
-            return Alternatives(members);
+            return Alternatives::default();
         }
         let here = frontend.endpoints.iter().filter(|endpoint| match &endpoint.node {
             Some(name) => *name == node.place.node,
@@ -46,11 +45,29 @@ impl Alternatives {
                 match picks(frontend, &scopes, address) {
                     0 => {}
                     1 => members.extend(scopes.out.iter().map(|out| Member::Out(address, out.address))),
-                    _ => drop(members.insert(Member::Alternative(address))),
+                    _ => members.push(Member::Alternative(address)),
                 }
             }
         }
-        Alternatives(members)
+        members.into_iter().collect()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Member> {
+        self.0.iter()
+    }
+
+    /// What the other does not have.
+    pub fn without<'a>(&'a self, other: &'a Alternatives) -> impl Iterator<Item = &'a Member> {
+        self.iter().filter(|member| other.0.binary_search(member).is_err())
+    }
+}
+
+impl FromIterator<Member> for Alternatives {
+    fn from_iter<I: IntoIterator<Item = Member>>(members: I) -> Self {
+        let mut members: Vec<Member> = members.into_iter().collect();
+        members.sort_unstable();
+        members.dedup();
+        Alternatives(members.into())
     }
 }
 

@@ -82,12 +82,12 @@ impl<N: Nft> WatchTable<N> {
         let mut touched: BTreeSet<Member> = BTreeSet::new();
         if whole {
             held.clear();
-            for member in changes.iter().flat_map(|(_, after)| &after.0) {
+            for member in changes.iter().flat_map(|(_, after)| after.iter()) {
                 *held.entry(*member).or_default() += 1;
             }
         } else {
             for (member, more) in changes.iter().flat_map(|(before, after)| {
-                let (gone, new) = (before.0.difference(&after.0), after.0.difference(&before.0));
+                let (gone, new) = (before.without(after), after.without(before));
                 gone.map(|member| (member, false)).chain(new.map(|member| (member, true)))
             }) {
                 if touched.insert(*member) && held.contains_key(member) {
@@ -162,7 +162,7 @@ mod tests {
 
     fn members(ports: &[u16]) -> Alternatives {
         let address = |port: &u16| Member::Alternative(SocketAddr::from(([10, 96, 0, 10], *port)));
-        Alternatives(ports.iter().map(address).collect())
+        ports.iter().map(address).collect()
     }
 
     fn held(table: &mut WatchTable<Fake>) -> Vec<u16> {

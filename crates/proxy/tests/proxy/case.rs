@@ -138,6 +138,16 @@ impl Trace {
         }
     }
 
+    /// As it is seen where the packet arrives.
+    pub fn outcome_on(&self, mode: Mode, node: &NodeView) -> Outcome {
+        match self.outcome(mode) {
+            Outcome::To { places, .. } if CONNECTED.contains(&mode) && is_own(&self.packet, node) => {
+                Outcome::To { places, masqueraded: false }
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Whether it is another packet where sockets are sent to their endpoints.
     pub fn is_otherwise_if_connected(&self) -> bool {
         matches!(self.outcome, Outcome::To { masqueraded: true, .. }) && is_own(&self.packet, &node())

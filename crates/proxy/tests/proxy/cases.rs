@@ -50,14 +50,7 @@ pub fn expected(outcome: &Outcome, packet: &Packet) -> Vec<Fate> {
 fn check(trace: &Trace, subject: &mut dyn Subject, node: &proxy::NodeView) -> Option<String> {
     let mode = subject.mode();
     let found = fates(|draw| subject.trace(trace.packet.clone(), node, draw));
-    let mut outcome = trace.outcome(mode);
-    if let Outcome::To { masqueraded, .. } = &mut outcome
-        && case::CONNECTED.contains(&mode)
-        && case::is_own(&trace.packet, node)
-    {
-        *masqueraded = false;
-    }
-    let expected = expected(&outcome, &trace.packet);
+    let expected = expected(&trace.outcome_on(mode, node), &trace.packet);
     let share = 1_000_000 / expected.len() as u64;
     let even = found.values().all(|weight| weight.abs_diff(share) <= 2);
     let same = found.len() == expected.len() && expected.iter().all(|fate| found.contains_key(fate));

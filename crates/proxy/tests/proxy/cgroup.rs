@@ -1,4 +1,5 @@
-//! cgroups for threads: the namespaces of a test are threads of one process, and eBPF programs belong to a cgroup.
+//! What a node of a test needs for eBPF programs. They belong to a cgroup, and the namespaces of a test are threads of one
+//! process: so each node has a cgroup for threads, and a directory for its pins.
 
 use std::fs;
 use std::io;
@@ -7,6 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use linux::cgroup_v1v2::Hierarchies;
+use proxy::Hooks;
 
 const NAME: &str = "fairlead-proxy-test-";
 
@@ -15,8 +17,49 @@ static MOVED: Mutex<(Option<PathBuf>, u32)> = Mutex::new((None, 0));
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A cgroup for some threads of this process; the rest of it stays beside.
-pub struct ThreadCgroup {
-    pub path: PathBuf,
+struct ThreadCgroup {
+    path: PathBuf,
+}
+
+/// A node's cgroup and pins. Nothing is left of them when this goes.
+pub struct Attached {
+    // Programs go before the cgroup does.
+    pins: Pins,
+    cgroup: ThreadCgroup,
+}
+
+struct Pins(PathBuf);
+
+impl Attached {
+    /// From here on the calling thread, and threads and processes it starts, see mounts that nobody else sees.
+    pub fn new() -> Self {
+        linux::mount::unshare_mounts().expect("mount namespace");
+        let cgroup = ThreadCgroup::new();
+        let name = cgroup.path.file_name().and_then(|name| name.to_str()).expect("a number");
+        let pins = std::env::temp_dir().join(format!("fairlead-bpf-{}-{name}", std::process::id()));
+        Attached { pins: Pins(pins), cgroup }
+    }
+
+    pub fn hooks(&self) -> Hooks {
+        Hooks { cgroup: self.cgroup.path.clone(), pins: self.pins.0.clone() }
+    }
+
+    /// Puts a thread of this process in, and all that it starts from now on.
+    pub fn add(&self, thread: i32) {
+        add(&self.cgroup.path, thread);
+    }
+}
+
+/// Puts a thread of this process into a cgroup for threads.
+pub fn add(cgroup: &Path, thread: i32) {
+    fs::write(cgroup.join("cgroup.threads"), thread.to_string()).expect("moved");
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        drop(linux::bpf::remove(&self.0));
+        drop(fs::remove_dir(&self.0));
+    }
 }
 
 fn root() -> PathBuf {
@@ -51,7 +94,7 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 impl ThreadCgroup {
-    pub fn new() -> Self {
+    fn new() -> Self {
         let root = root();
         let domain = own(&root);
         let mut moved = MOVED.lock().expect("no panic");
@@ -68,11 +111,6 @@ impl ThreadCgroup {
         fs::create_dir(&path).expect("cgroup");
         fs::write(path.join("cgroup.type"), "threaded").expect("threaded");
         ThreadCgroup { path }
-    }
-
-    /// Puts a thread of this process in.
-    pub fn add(&self, thread: i32) {
-        fs::write(self.path.join("cgroup.threads"), thread.to_string()).expect("moved");
     }
 }
 

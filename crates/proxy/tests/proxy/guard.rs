@@ -23,7 +23,7 @@ fn is_repaired(mode: Mode, edits: &[&str]) {
     for address in objects(1).node.addresses {
         node.ip(&format!("addr add {address} dev lo"));
     }
-    let mut proxy = Proxy::start(&node.path, mode, &objects(1));
+    let mut proxy = Proxy::start(&node.path, mode, &objects(1), None);
     // Neither the proxy's own commits nor tables of others are edits.
     for host in 2..6 {
         proxy.apply(&objects(host));

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -105,11 +105,13 @@ impl Seen {
 struct Load {
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Seen>>,
+    /// What each connection that stays is, and how often it has been answered.
+    staying: Vec<(String, Arc<AtomicUsize>)>,
 }
 
 impl Load {
     fn new() -> Self {
-        Load { stop: Arc::default(), clients: Vec::new() }
+        Load { stop: Arc::default(), clients: Vec::new(), staying: Vec::new() }
     }
 
     /// A byte each 10 ms on a connection that stays.
@@ -117,13 +119,15 @@ impl Load {
         let address: SocketAddr = to.parse().expect("address");
         let stream = from.run(move || connect(address)).unwrap_or_else(|error| panic!("{opened_in}, {to}: {error}"));
         let what = format!("connection to {to} from {} mode", opened_in);
-        let stop = self.stop.clone();
+        let (stop, answers) = (self.stop.clone(), Arc::new(AtomicUsize::new(0)));
+        self.staying.push((what.clone(), answers.clone()));
         self.clients.push(std::thread::spawn(move || {
             let mut seen = Seen::default();
             while !stop.load(Ordering::Relaxed) {
                 if !seen.note(&what, Instant::now(), ping(&stream)) {
                     break;
                 }
+                answers.fetch_add(1, Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(10));
             }
             seen
@@ -145,6 +149,23 @@ impl Load {
         };
         // A thread is where the thread is that starts it: network namespace and cgroup.
         self.clients.push(from.run(|| std::thread::spawn(requests)));
+    }
+
+    /// Waits until every connection that stays has been asked and answered since now.
+    fn goes_on(&self) {
+        let count = || self.staying.iter().map(|(_, answers)| answers.load(Ordering::Relaxed));
+        let (before, begun): (Vec<usize>, _) = (count().collect(), Instant::now());
+        // The first answer may be to what was asked before.
+        while count().zip(&before).any(|(now, before)| now < before + 2) {
+            let waits = self
+                .staying
+                .iter()
+                .zip(&before)
+                .filter(|((_, now), before)| now.load(Ordering::Relaxed) < **before + 2);
+            let waits: Vec<&String> = waits.map(|((what, _), _)| what).collect();
+            assert!(begun.elapsed() < LOST, "{waits:#?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn end(self) -> Seen {
@@ -203,7 +224,8 @@ fn no_connection_is_lost_between_any_two_modes() {
     }
     let mut seen_modes = vec![walk[0]];
     for mode in &walk[1..] {
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(100));
+        load.goes_on();
         let begun = Instant::now();
         running.runtime.block_on(running.switch.to(*mode)).expect("handed over");
         println!("to {mode} in {:?}", begun.elapsed());
@@ -213,7 +235,7 @@ fn no_connection_is_lost_between_any_two_modes() {
             roads(&world).into_iter().for_each(|(from, to)| load.stays(from, to, *mode));
         }
     }
-    std::thread::sleep(Duration::from_millis(200));
+    load.goes_on();
     let seen = load.end();
     println!("{} requests, {} of them slow", seen.requests, seen.slow);
     assert!(seen.lost.is_empty(), "{:#?}", seen.lost);
@@ -232,12 +254,12 @@ fn no_connection_is_lost_when_a_restart_changes_the_mode() {
         load.stays(from, to, Mode::Nftables);
     }
     for mode in [Mode::Iptables, Mode::Nftables] {
-        std::thread::sleep(Duration::from_millis(100));
+        load.goes_on();
         running.stop();
         running = serving(&world, mode);
         assert_eq!(running.status.borrow().mode, Some(mode));
     }
-    std::thread::sleep(Duration::from_millis(100));
+    load.goes_on();
     let seen = load.end();
     println!("{} requests, {} of them slow", seen.requests, seen.slow);
     assert!(seen.lost.is_empty(), "{:#?}", seen.lost);

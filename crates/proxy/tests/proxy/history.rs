@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use linux::nft;
 use linux::nft::Packet;
@@ -191,6 +192,8 @@ fn insist<E: std::fmt::Display>(what: &str, mut attempt: impl FnMut() -> Result<
 struct History {
     objects: BTreeMap<String, Vec<String>>,
     node: NodeView,
+    /// What may be sent, given the node.
+    packets: Vec<Packet>,
     table: ServiceTable,
     subjects: Vec<Box<dyn Subject>>,
 }
@@ -204,7 +207,7 @@ impl History {
         for subject in &mut subjects {
             insist("start", || subject.start(&table, &node))?;
         }
-        Ok(History { objects: BTreeMap::new(), node, table, subjects })
+        Ok(History { objects: BTreeMap::new(), packets: packets(&node), node, table, subjects })
     }
 
     fn objects(&self) -> Objects {
@@ -223,6 +226,9 @@ impl History {
             let all = objects.apply(&mut self.table);
             changes.extend(all.into_iter().flat_map(|changes| changes.frontends));
             again = objects.node != self.node;
+            if again {
+                self.packets = packets(&objects.node);
+            }
             self.node = objects.node;
         }
         for subject in &mut self.subjects {
@@ -245,9 +251,8 @@ impl History {
 
     /// Some packets, each in all modes; `others` are the same modes over a table that has other slots.
     fn trace(&mut self, dice: &mut Dice, count: usize, others: &mut [Box<dyn Subject>]) -> Result<(), String> {
-        let packets = packets(&self.node);
         for _ in 0..count {
-            let packet = dice.of(&packets);
+            let packet = dice.of(&self.packets);
             let mut first = None;
             for subject in self.subjects.iter_mut().chain(others.iter_mut()) {
                 let mode = subject.mode();
@@ -306,15 +311,26 @@ fn minimal(mut events: Vec<Event>, seed: u64) -> Vec<Event> {
 
 #[test]
 fn every_history_ends_where_a_fresh_start_does_in_every_mode() {
-    for seed in 0..random_cases(60) {
-        let mut dice = Dice::new(seed);
-        let events: Vec<Event> = (0..1 + dice.below(14)).map(|_| event(&mut dice)).collect();
-        if let Err(what) = play(&events, seed) {
-            let minimal = minimal(events, seed);
-            let what = (0..8).find_map(|more| play(&minimal, seed + more).err()).unwrap_or(what);
-            panic!("history {seed}: {minimal:#?}\n{what}");
+    let (next, last) = (AtomicU64::new(0), random_cases(60));
+    let histories = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= last {
+                break;
+            }
+            let mut dice = Dice::new(seed);
+            let events: Vec<Event> = (0..1 + dice.below(14)).map(|_| event(&mut dice)).collect();
+            if let Err(what) = play(&events, seed) {
+                // The others need not go on.
+                next.store(last, Ordering::Relaxed);
+                let minimal = minimal(events, seed);
+                let what = (0..8).find_map(|more| play(&minimal, seed + more).err()).unwrap_or(what);
+                panic!("history {seed}: {minimal:#?}\n{what}");
+            }
         }
-    }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(histories))));
 }
 
 /// Many events in one life, with a kernel that fails one commit in three.

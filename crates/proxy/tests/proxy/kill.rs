@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use proxy::Mode;
+use proxy::{Hooks, Mode};
 
 use crate::case::Objects;
 use crate::history::{Dice, random_cases};
-use crate::ring::{Proxy, Ring, Seen, ask};
+use crate::ring::{Place, Proxy, Ring, Seen, ask};
 
-/// The child's mode, namespace and seed.
+/// The child's mode, seed and namespace, and the cgroup and pins of its programs if it has any.
 const CHILD: &str = "FAIRLEAD_TEST_KILLED_PROXY";
 
 /// However busy the machine is.
@@ -42,10 +42,12 @@ fn objects(dice: &mut Dice) -> Objects {
     Objects::parse(&lines)
 }
 
-fn spawn(mode: Mode, namespace: &str, seed: u64) -> Child {
+fn spawn(mode: Mode, ring: &Ring, seed: u64) -> Child {
+    let hooks = ring.hooks().map(|hooks| format!(" {} {}", hooks.cgroup.display(), hooks.pins.display()));
+    let task = format!("{mode} {seed} {}{}", ring.node.path, hooks.unwrap_or_default());
     Command::new(std::env::current_exe().expect("this test"))
         .args(["--exact", "kill::changes_until_it_is_killed", "--nocapture"])
-        .env(CHILD, format!("{mode} {seed} {namespace}"))
+        .env(CHILD, task)
         .stdout(Stdio::piped())
         .spawn()
         .expect("spawn")
@@ -56,10 +58,14 @@ fn spawn(mode: Mode, namespace: &str, seed: u64) -> Child {
 fn changes_until_it_is_killed() {
     let Ok(task) = std::env::var(CHILD) else { return };
     let words: Vec<&str> = task.split(' ').collect();
-    let [mode, seed, namespace] = words[..] else { panic!("mode, seed, namespace") };
+    let [mode, seed, namespace, ref hooks @ ..] = words[..] else { panic!("mode, seed, namespace, hooks") };
+    let hooks = match hooks {
+        [cgroup, pins] => Some(Hooks { cgroup: cgroup.into(), pins: pins.into() }),
+        _ => None,
+    };
     let mut dice = Dice::new(seed.parse().expect("a seed"));
     println!("\nstarting");
-    let mut proxy = Proxy::start(namespace, mode.parse().expect("a mode"), &objects(&mut dice));
+    let mut proxy = Proxy::start(namespace, mode.parse().expect("a mode"), &objects(&mut dice), hooks);
     loop {
         proxy.apply(&objects(&mut dice));
     }
@@ -82,14 +88,13 @@ struct Client {
 }
 
 impl Client {
-    fn start(namespace: String, name: String, to: &'static str) -> Self {
+    fn start(place: Place, name: String, to: &'static str) -> Self {
         let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (stop.clone(), asked.clone());
         let thread = std::thread::spawn(move || {
-            let namespace = linux::netns::Netns::open(namespace.as_ref()).expect("namespace");
             let mut lost = Vec::new();
             while !stopped.load(Ordering::Relaxed) {
-                let seen = namespace.run(|| ask(6, to.parse().expect("address"), PATIENCE)).expect("a thread there");
+                let seen = place.run(|| ask(6, to.parse().expect("address"), PATIENCE));
                 if !matches!(seen, Seen::Answer { .. }) {
                     lost.push(format!("{name}: {seen:?}"));
                 }
@@ -98,7 +103,7 @@ impl Client {
                 std::thread::sleep(Duration::from_millis(2));
             }
             // The kernel's own count of lost packets does not depend on how busy the machine is.
-            let repeated = namespace.run(repeated_syns).expect("a thread there");
+            let repeated = place.run(repeated_syns);
             if repeated != 0 {
                 lost.push(format!("{name}: {repeated} SYNs were repeated"));
             }
@@ -116,7 +121,7 @@ impl Client {
 
 fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     let kills = (random_cases(50) / 50).clamp(4, 200);
-    let mut ring = Ring::new(false);
+    let mut ring = Ring::new(mode, false);
     let mut dice = Dice::new(1);
     let namespace = ring.node.path.clone();
     let steady = "endpoint steady 10.244.0.21:80 node-1 over=TCP";
@@ -126,15 +131,14 @@ fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     ring.serve(&Objects::parse(&lines));
     let clients =
         [("10.244.0.7", "10.96.1.1:80"), ("203.0.113.9", "10.96.1.1:80"), ("fd00:10:244::7", "[fd00:10:96::1:1]:80")];
-    let pod = ring.host("10.244.0.8".parse().expect("address")).path.clone();
-    Proxy::start(&namespace, mode, &objects(&mut dice)).stop();
-    let clients = clients.map(|(from, to)| {
-        let path = ring.host(from.parse().expect("address")).path.clone();
-        Client::start(path, format!("{from} -> {to}"), to)
-    });
+    let pod = ring.place("10.244.0.8".parse().expect("address"));
+    // Links that come while no proxy runs have no programs.
+    let clients = clients.map(|(from, to)| (ring.place(from.parse().expect("address")), from, to));
+    Proxy::start(&namespace, mode, &objects(&mut dice), ring.hooks()).stop();
+    let clients = clients.map(|(place, from, to)| Client::start(place, format!("{from} -> {to}"), to));
     for kill in 0..kills {
         let asked = clients.each_ref().map(|client| client.asked.load(Ordering::Relaxed));
-        let mut child = spawn(mode, &namespace, kill + 2);
+        let mut child = spawn(mode, &ring, kill + 2);
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         assert!(lines.any(|line| line.is_ok_and(|line| line == "starting")), "the child starts");
         let micros = dice.below(longest.as_micros() as usize) as u64;
@@ -143,14 +147,14 @@ fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
         child.wait().expect("reaped");
 
         let wanted = objects(&mut dice);
-        let proxy = Proxy::start(&namespace, mode, &wanted);
+        let proxy = Proxy::start(&namespace, mode, &wanted, ring.hooks());
         let frontends: Vec<_> = proxy.table.read().expect("table").frontends().cloned().collect();
         let file = std::fs::File::open(&namespace).expect("namespace");
-        let drift = proxy::explain::drift(mode, &frontends, &wanted.node, Some(file.as_fd()), None).expect("compared");
+        let drift = proxy::explain::drift(mode, &frontends, &wanted.node, Some(file.as_fd()), ring.hooks().as_ref());
+        let drift = drift.expect("compared");
         assert!(drift.is_empty(), "kill {kill} after {micros} µs: {drift:#?}");
         let probe = frontends.iter().find(|frontend| &*frontend.name.service == "probe").expect("there");
-        let answers = linux::netns::Netns::open(pod.as_ref()).expect("namespace");
-        let seen = answers.run(|| ask(6, "10.96.1.2:80".parse().expect("address"), PATIENCE)).expect("a thread there");
+        let seen = pod.run(|| ask(6, "10.96.1.2:80".parse().expect("address"), PATIENCE));
         let by = probe.endpoints[0].address;
         assert!(matches!(seen, Seen::Answer { by: answered, .. } if answered == by), "kill {kill}: {seen:?}, not {by}");
         proxy.stop();
@@ -163,6 +167,8 @@ fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     }
     for client in clients {
         let (asked, lost) = client.stop();
+        // Relays end with their process: their clients are told at once.
+        let lost: Vec<_> = lost.into_iter().filter(|_| mode != Mode::Userspace).collect();
         assert!(lost.is_empty(), "{} of {asked} were lost: {lost:?}", lost.len());
     }
 }
@@ -175,4 +181,14 @@ fn nftables_is_killed_and_starts_again() {
 #[test]
 fn iptables_is_killed_and_starts_again() {
     is_killed_and_starts_again(Mode::Iptables, Duration::from_millis(400));
+}
+
+#[test]
+fn userspace_is_killed_and_starts_again() {
+    is_killed_and_starts_again(Mode::Userspace, Duration::from_millis(40));
+}
+
+#[test]
+fn ebpf_is_killed_and_starts_again() {
+    is_killed_and_starts_again(Mode::Ebpf, Duration::from_millis(400));
 }

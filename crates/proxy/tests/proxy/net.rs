@@ -19,7 +19,7 @@ use proxy::{Hooks, Mode, NodeView};
 use serde_json::json;
 use services::{Place, ServiceTable};
 
-use crate::cgroup::ThreadCgroup;
+use crate::cgroup::Attached;
 use crate::objects::{service, slice};
 
 pub const NODE: &str = "192.168.49.2";
@@ -35,7 +35,7 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Namespace {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    thread_id: i32,
+    pub thread_id: i32,
     pub path: String,
 }
 
@@ -102,14 +102,14 @@ pub struct World {
     pub client: Namespace,
     pub node: Namespace,
     pub pods: Vec<Namespace>,
-    ebpf: Option<(ThreadCgroup, Hooks)>,
+    ebpf: Option<Attached>,
 }
 
 impl World {
     /// A world whose node can have eBPF programs. The calling thread, and threads it starts, see mounts that nobody else
     /// sees.
     pub fn with_ebpf(bridged: bool) -> Self {
-        linux::mount::unshare_mounts().expect("mount namespace");
+        let attached = Attached::new();
         let mut world = World::build(bridged);
         // As podnet does. Connection tracking must not be misled by what is translated before and after it.
         let rules = "add table inet pods; add chain inet pods out { type nat hook postrouting priority 101; }; \
@@ -118,18 +118,15 @@ impl World {
             add rule inet pods out ip6 saddr fd00:10:244::/64 ip6 daddr { fd00:10:244::/56, fd00:c0a8:31::/64 } return; \
             add rule inet pods out ip6 saddr fd00:10:244::/64 masquerade fully-random";
         world.node.command("nft", rules);
-        let cgroup = ThreadCgroup::new();
         for namespace in world.pods.iter().chain([&world.node]) {
-            cgroup.add(namespace.thread_id);
+            attached.add(namespace.thread_id);
         }
-        let pins = std::env::temp_dir().join(format!("fairlead-bpf-{}-{}", std::process::id(), world.node.thread_id));
-        let hooks = Hooks { cgroup: cgroup.path.clone(), pins };
-        world.ebpf = Some((cgroup, hooks));
+        world.ebpf = Some(attached);
         world
     }
 
     pub fn hooks(&self) -> Option<Hooks> {
-        self.ebpf.as_ref().map(|(_, hooks)| hooks.clone())
+        self.ebpf.as_ref().map(Attached::hooks)
     }
 
     pub fn new() -> Self {
@@ -194,15 +191,6 @@ impl World {
             pods.push(pod);
         }
         World { client, node, pods, ebpf: None }
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        if let Some((_, hooks)) = &self.ebpf {
-            drop(linux::bpf::remove(&hooks.pins));
-            drop(std::fs::remove_dir(&hooks.pins));
-        }
     }
 }
 

@@ -10,15 +10,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use proxy::{Config, Feed, Mode, NodeView, Status};
+use linux::netns::Netns;
+use proxy::{Config, Feed, Hooks, Mode, NodeView, Status};
 use services::{Changes, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::case::{self, Objects, Outcome, Step, Trace, node};
+use crate::cgroup::{self, Attached};
 use crate::net::Namespace;
 
 /// How long nothing must come back before a packet counts as dropped.
@@ -39,9 +42,10 @@ pub struct Proxy {
 
 impl Proxy {
     /// In the namespace at this path, over what an earlier run left there, for a cluster that has these objects.
-    pub fn start(namespace: &str, mode: Mode, objects: &Objects) -> Self {
+    pub fn start(namespace: &str, mode: Mode, objects: &Objects, hooks: Option<Hooks>) -> Self {
         let namespace: OwnedFd = std::fs::File::open(namespace).expect("namespace").into();
-        let mut table = ServiceTable::with_seed(proxy::found(mode, Some(namespace.as_fd()), None).expect("read"));
+        let seed = proxy::found(mode, Some(namespace.as_fd()), hooks.as_ref()).expect("read");
+        let mut table = ServiceTable::with_seed(seed);
         objects.apply(&mut table);
         let table = Arc::new(RwLock::new(table));
         let (changes, receiver) = broadcast::channel(256);
@@ -55,7 +59,7 @@ impl Proxy {
             mode,
             node: node_receiver,
             namespace: Some(namespace),
-            hooks: None,
+            hooks,
             metrics: Default::default(),
             watching,
         };
@@ -124,6 +128,31 @@ pub struct Ring {
     beyond: Namespace,
     hosts: BTreeMap<IpAddr, Namespace>,
     listeners: BTreeSet<(u8, SocketAddr)>,
+    /// Where the node's own threads and those of its pods are, if there are eBPF programs.
+    attached: Option<Attached>,
+}
+
+/// Who sends a packet, as far as the kernel can tell.
+pub struct Place {
+    namespace: Netns,
+    cgroup: Option<PathBuf>,
+}
+
+impl Place {
+    /// Does something there, on a thread of its own.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let inside = || {
+            if let Some(cgroup) = &self.cgroup {
+                cgroup::add(cgroup, nix::unistd::gettid().as_raw());
+            }
+            // A thread begins in the cgroup of the one that starts it.
+            self.namespace.run(work).expect("a thread there")
+        };
+        std::thread::scope(|scope| match scope.spawn(inside).join() {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    }
 }
 
 fn is_pod(address: IpAddr) -> bool {
@@ -132,8 +161,18 @@ fn is_pod(address: IpAddr) -> bool {
 }
 
 impl Ring {
-    pub fn new(bridge_netfilter: bool) -> Self {
+    pub fn new(mode: Mode, bridge_netfilter: bool) -> Self {
+        let attached = (mode == Mode::Ebpf).then(Attached::new);
         let (node, beyond) = (Namespace::new(), Namespace::new());
+        if let Some(attached) = &attached {
+            attached.add(node.thread_id);
+            // Connection tracking, as podnet and a node's firewall have it: it must not be misled by what is translated
+            // before and after it.
+            let rules = "add table inet pods; add chain inet pods out { type nat hook postrouting priority 101; }; \
+                add chain inet pods through { type filter hook forward priority 0; }; \
+                add rule inet pods through ct state invalid drop";
+            node.command("nft", rules);
+        }
         for (name, value) in [
             ("net/ipv4/ip_forward", "1"),
             ("net/ipv6/conf/all/forwarding", "1"),
@@ -153,15 +192,24 @@ impl Ring {
         // Otherwise each new port may change the bridge's address, which pods remember.
         node.ip("link add pods address 02:00:00:00:00:01 type bridge");
         node.ip("link set pods up");
-        node.ip("addr add 10.244.255.254/16 dev pods");
-        node.ip("addr add fd00:10:244:ff::fe/56 dev pods nodad");
+        node.ip("addr add 10.244.255.254/16 dev pods noprefixroute");
+        node.ip("addr add fd00:10:244:ff::fe/56 dev pods nodad noprefixroute");
         node.ip("addr add fe80::1/64 dev pods nodad");
-        let mut ring = Ring { node, own: Vec::new(), beyond, hosts: BTreeMap::new(), listeners: BTreeSet::new() };
+        let mut ring =
+            Ring { node, own: Vec::new(), beyond, hosts: BTreeMap::new(), listeners: BTreeSet::new(), attached };
         for address in ["192.168.49.2", "fd00:c0a8:31::2", "192.168.50.2", "fd00:c0a8:32::2"] {
             let address: IpAddr = address.parse().expect("address");
-            ring.node.ip(&format!("addr add {address} dev lo"));
+            let nodad = if address.is_ipv6() { "nodad" } else { "" };
+            ring.node.ip(&format!("addr add {address} dev lo {nodad}"));
             ring.own.push(address);
         }
+        // Sockets that are sent to pods straight have the address that the cases call the node's; what is masqueraded or
+        // relayed has another, and can be told from it.
+        let of_node = ring.attached.is_some();
+        let sources =
+            if of_node { ["192.168.49.2", "fd00:c0a8:31::2"] } else { ["10.244.255.254", "fd00:10:244:ff::fe"] };
+        ring.node.ip(&format!("route add 10.244.0.0/16 dev pods src {}", sources[0]));
+        ring.node.ip(&format!("route add fd00:10:244::/56 dev pods src {}", sources[1]));
         ring.link("far", &ring.beyond);
         ring.beyond.ip("addr add 169.254.2.2/32 dev eth0");
         ring.beyond.ip("addr add fe80::2/64 dev eth0 nodad");
@@ -190,6 +238,17 @@ impl Ring {
         self.own.contains(&address) || address.is_loopback()
     }
 
+    pub fn hooks(&self) -> Option<Hooks> {
+        self.attached.as_ref().map(Attached::hooks)
+    }
+
+    /// Where whoever has this address sends from.
+    pub fn place(&mut self, address: IpAddr) -> Place {
+        let namespace = Netns::open(self.host(address).path.as_ref()).expect("namespace");
+        let is_here = self.is_own(address) || is_pod(address);
+        Place { namespace, cgroup: self.hooks().filter(|_| is_here).map(|hooks| hooks.cgroup) }
+    }
+
     /// The namespace that has this address.
     pub fn host(&mut self, address: IpAddr) -> &Namespace {
         if self.is_own(address) {
@@ -197,6 +256,9 @@ impl Ring {
         }
         if !self.hosts.contains_key(&address) {
             let (host, name) = (Namespace::new(), format!("h{}", self.hosts.len()));
+            if let Some(attached) = self.attached.as_ref().filter(|_| is_pod(address)) {
+                attached.add(host.thread_id);
+            }
             // As podnet sets it: a redirect would lead answers past the node.
             for family in ["ipv4", "ipv6"] {
                 for interface in ["all", "default"] {
@@ -342,7 +404,7 @@ pub fn ask(protocol: u8, to: SocketAddr, patience: Duration) -> Seen {
 /// What is wrong with a trace; runs in the namespace of its source.
 fn check(trace: &Trace, mode: Mode, sticky: bool) -> Result<(), String> {
     let (from, to, protocol) = (trace.packet.from.ip(), trace.packet.to, trace.packet.protocol);
-    let outcome = trace.outcome(mode);
+    let outcome = trace.outcome_on(mode, &node());
     let patience = if outcome == Outcome::Drop { SILENCE } else { PATIENCE };
     let ask = || ask(protocol, to, patience);
     let only = |expected: &Seen, seen: Seen| match seen == *expected {
@@ -387,8 +449,8 @@ fn is_possible(trace: &Trace) -> bool {
 }
 
 fn play(mode: Mode, bridge_netfilter: bool) {
-    let mut ring = Ring::new(bridge_netfilter);
-    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]));
+    let mut ring = Ring::new(mode, bridge_netfilter);
+    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]), ring.hooks());
     let mut wrong = Vec::new();
     let mut sent = 0;
     let one_file = std::env::var("FAIRLEAD_CASE").ok();
@@ -398,18 +460,17 @@ fn play(mode: Mode, bridge_netfilter: bool) {
             ring.prepare(step, &objects, mode);
             proxy.apply(&objects);
             let sticky = step.objects.iter().any(|line| line.contains("affinity="));
-            let traces: Vec<(&Trace, String)> = step
+            let traces: Vec<(&Trace, Place)> = step
                 .traces
                 .iter()
                 .filter(|trace| is_possible(trace))
-                .map(|trace| (trace, ring.host(trace.packet.from.ip()).path.clone()))
+                .map(|trace| (trace, ring.place(trace.packet.from.ip())))
                 .collect();
             sent += traces.len();
             let found: Vec<String> = std::thread::scope(|scope| {
-                let checks = traces.iter().map(|(trace, path)| {
+                let checks = traces.iter().map(|(trace, place)| {
                     scope.spawn(move || {
-                        let namespace = linux::netns::Netns::open(path.as_ref()).expect("namespace");
-                        let found = namespace.run(|| check(trace, mode, sticky)).expect("a thread there");
+                        let found = place.run(|| check(trace, mode, sticky));
                         found.err().map(|what| (trace, what))
                     })
                 });
@@ -450,4 +511,19 @@ fn iptables_does_so_with_bridge_netfilter() {
 #[test]
 fn userspace_sends_real_packets_where_the_cases_say() {
     play(Mode::Userspace, false);
+}
+
+#[test]
+fn userspace_does_so_with_bridge_netfilter() {
+    play(Mode::Userspace, true);
+}
+
+#[test]
+fn ebpf_sends_real_packets_where_the_cases_say() {
+    play(Mode::Ebpf, false);
+}
+
+#[test]
+fn ebpf_does_so_with_bridge_netfilter() {
+    play(Mode::Ebpf, true);
 }

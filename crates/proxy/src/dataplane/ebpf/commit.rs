@@ -2,6 +2,7 @@
 //!
 //! Maps know no transactions, so the order makes each moment a valid one: endpoints are there before a frontend counts
 //! them, and go after it has stopped. Every step can be repeated, so that a commit that failed half way is made again.
+//! What the programs know of the node comes last: before it is there, they leave all that is new to another mode.
 //!
 //! Only addresses can be claimed by two frontends: one claim is in the kernel, the next follows when it goes.
 
@@ -11,7 +12,7 @@ use std::net::SocketAddr;
 use linux::bpf::{self, Kernel};
 use services::{Frontend, FrontendId, Seed};
 
-use super::layout::{Base, Key, Line, List, Map, Value, flag};
+use super::layout::{Base, Key, Line, List, Map, NODES, Value, flag};
 use super::plan::{Entries, entries};
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, NodeView, Pods};
@@ -66,11 +67,10 @@ impl<K: Kernel> Ebpf<K> {
         Ok(held)
     }
 
-    fn lay(&mut self, base: &Base) -> Result<(), Error> {
-        self.kernel.attach()?;
+    fn serve(&mut self, base: &Base) -> Result<(), Error> {
         let bytes = base.bytes(self.kernel.namespace_cookie()?);
-        if self.kernel.entries("nodes")?.values != bytes {
-            self.kernel.put("nodes", &bpf::Entries { keys: 0_u32.to_ne_bytes().to_vec(), values: bytes })?;
+        if self.kernel.entries(NODES.name)?.values != bytes {
+            self.kernel.put(NODES.name, &bpf::Entries { keys: 0_u32.to_ne_bytes().to_vec(), values: bytes })?;
         }
         Ok(())
     }
@@ -191,8 +191,8 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
     fn commit(&mut self, base: Option<&Base>, changes: &[Change<Entries>]) -> Result<(), Error> {
         let touched = self.claim(changes, base.is_some());
         let mut difference = Difference::default();
-        if let Some(base) = base {
-            self.lay(base)?;
+        if base.is_some() {
+            self.kernel.attach()?;
             let mut held = self.held()?;
             let own = changes.iter().flat_map(|change| &change.after).flat_map(|after| &after.entries);
             let own = own.filter(|(key, _)| !is_shared(key));
@@ -217,7 +217,8 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
                 }
             }
         }
-        if let Err(error) = self.apply(&difference) {
+        let done = self.apply(&difference).and_then(|()| base.map_or(Ok(()), |base| self.serve(base)));
+        if let Err(error) = done {
             for change in changes {
                 let keys =
                     change.before.iter().chain(&change.after).flat_map(|entries| entries.entries.keys().copied());

@@ -130,7 +130,7 @@ struct network {
 #define NETWORKS 8
 
 struct node {
-	// Of the node's network namespace.
+	// Of the node's network namespace. 0: this mode does not serve, not yet or no longer.
 	__u64 cookie;
 	// What masqueraded packets come from: IPv4, IPv6.
 	union address addresses[2];

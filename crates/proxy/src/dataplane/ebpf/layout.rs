@@ -23,8 +23,11 @@ pub const LAYOUTS: [Layout; 5] = [
     Layout { name: "endpoints", key_size: 8, value_size: 24, limit: 1 << 20 },
     Layout { name: "members", key_size: 24, value_size: 4, limit: 1 << 18 },
     Layout { name: "sources", key_size: 24, value_size: 4, limit: 1 << 16 },
-    Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 },
+    NODES,
 ];
+
+/// What the programs know of the node: one entry, which is always there, and of zeroes while this mode does not serve.
+pub const NODES: Layout = Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 };
 
 /// Connections whose packets are translated; filled by packets.
 pub const FLOWS: Layout = Layout { name: "flows", key_size: 40, value_size: 40, limit: 1 << 17 };

@@ -389,10 +389,11 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	node = this_node();
 	if (!node)
 		return TC_ACT_OK;
-	// No connection starts in its middle: spares the packets between pods the next questions.
-	frontend = NULL;
-	if (packet.key.protocol != IPPROTO_TCP || is_first_syn(&packet))
-		frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
+	// No connection starts in its middle: one to a Service is another mode's, which translates it later. And it spares the
+	// packets between pods the next questions.
+	if (packet.key.protocol == IPPROTO_TCP && !is_first_syn(&packet))
+		return TC_ACT_OK;
+	frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
 	if (!frontend) {
 		// An address of a Service that nobody has: forwarded, it would come back.
 		int nobodys = in_networks(&packet.key.destination, node->services, node->service_networks);

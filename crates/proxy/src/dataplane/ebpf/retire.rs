@@ -9,7 +9,7 @@ use std::time::Duration;
 use linux::bpf::{self, Hooks, Kernel, Pinned};
 
 use super::OBJECT;
-use super::layout::{FLOWS, LAYOUT, LAYOUTS, flow_seen};
+use super::layout::{FLOWS, LAYOUT, Map, NODES, flow_seen};
 use crate::Error;
 
 const IDLE: Duration = Duration::from_secs(3_600);
@@ -30,14 +30,17 @@ pub fn retire(hooks: &Hooks, namespace: Option<BorrowedFd<'_>>) -> Result<Retire
     let mut kernel = Pinned::open(OBJECT, LAYOUT, hooks.clone(), namespace)?;
     // Sockets first: one that comes too early still finds endpoints, one that comes later the other mode.
     kernel.detach_sockets()?;
-    for layout in LAYOUTS {
-        let held = kernel.entries(layout.name)?;
-        if layout.name == "nodes" {
-            // An array has no entry to remove.
-            let zeroes = vec![0; held.values.len()];
-            kernel.put(layout.name, &bpf::Entries { keys: held.keys, values: zeroes })?;
-        } else {
-            kernel.remove(layout.name, &held.keys)?;
+    // With this, and at once, packets too: Services that go one by one would look like addresses that nobody has.
+    let node = kernel.entries(NODES.name)?;
+    if !node.keys.is_empty() {
+        let zeroes = vec![0; node.values.len()];
+        kernel.put(NODES.name, &bpf::Entries { keys: node.keys, values: zeroes })?;
+    }
+    for map in Map::ALL {
+        let held = kernel.entries(map.layout().name)?;
+        // Whoever was killed early may not have made the map.
+        if !held.keys.is_empty() {
+            kernel.remove(map.layout().name, &held.keys)?;
         }
     }
     let now = bpf::now();

@@ -270,6 +270,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             let scraped = standalone::Scraped {
                 mode,
                 features: args.feature_gates.clone(),
+                hooks: hooks.clone(),
                 metrics,
                 feed: feed.clone(),
                 view: view_seen.clone(),

@@ -183,6 +183,9 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
 
     let mode = settings.mode;
     let features = args.features(&settings);
+    if args.first_packet_timeout.is_some() && mode != proxy::Mode::Ebpf {
+        anyhow::bail!("--first-packet-timeout: the {mode} mode cannot set it; leave it out, or use --proxy-mode=ebpf");
+    }
     let hooks = hooks(&args.node_cgroup, &args.state_dir)?;
     let seed = {
         let hooks = hooks.clone();
@@ -239,6 +242,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
         let scraped = Scraped {
             mode,
             features: features.clone(),
+            hooks: hooks.clone(),
             metrics: metrics.clone(),
             feed: feed.clone(),
             view: view_seen.clone(),
@@ -292,6 +296,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     });
     let recorder = events.clone();
     let watching = proxy::Watching {
+        first_timeout: args.first_packet_timeout.map(std::time::Duration::from_millis),
         lost_nodes: Some(lost_seen),
         notices: Some(Arc::new(move |notice| events::tell(&recorder, notice))),
         ..proxy::Watching::by(&features)
@@ -408,6 +413,7 @@ pub struct Scraped {
     /// The mode that the proxy was started in.
     pub mode: Mode,
     pub features: Features,
+    pub hooks: proxy::Hooks,
     pub metrics: Arc<Metrics>,
     pub feed: ServiceFeed,
     pub view: watch::Receiver<Arc<NodeView>>,
@@ -438,7 +444,7 @@ impl Scraped {
         let table = self.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut text = self.metrics.text(mode, &table, &view, &status);
         if self.features.is_on(Feature::Traffic) {
-            match proxy::traffic(mode, None, &table, &view) {
+            match proxy::traffic(mode, None, Some(&self.hooks), &table, &view) {
                 Ok(traffic) => text.push_str(&traffic.metrics()),
                 Err(proxy::Error::NotCounted(_)) => {}
                 Err(error) => warn!(%error, "this scrape says nothing of Services' traffic"),

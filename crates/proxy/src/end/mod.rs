@@ -1,23 +1,26 @@
 //! The end policy of Services: connections to an endpoint that goes away are kept, drained or reset.
 //!
 //! `plan` (pure) says which endpoint went from which addresses, and when its connections end; `kernel` ends them. Wherever
-//! conntrack translates, it is done the same way, beside the mode's own rules. Nothing runs, and no rule exists, before the
-//! first endpoint of a Service with such a policy goes.
+//! conntrack translates, it is done the same way, beside the mode's own rules; `programs` ends those of the ebpf mode.
+//! Nothing runs, and no rule exists, before the first endpoint of a Service with such a policy goes.
 
 mod kernel;
 mod plan;
+mod programs;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use linux::bpf::Hooks;
 use services::{EndPolicy, Frontend};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::{Error, Metrics, Mode, NodeView};
-use kernel::Kernel;
+use crate::{Config, Error, Metrics, Mode, NodeView};
+use kernel::{Kernel, Sockets, Ways};
 use plan::{Change, Endings, changes};
+use programs::Programs;
 
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -25,8 +28,8 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(crate) struct End {
     namespace: Option<OwnedFd>,
-    /// Whether conntrack knows the mode's connections.
-    is_able: bool,
+    hooks: Option<Hooks>,
+    mode: Mode,
     /// The switch.
     is_on: bool,
     metrics: Arc<Metrics>,
@@ -39,26 +42,37 @@ struct Worker {
 }
 
 impl End {
-    /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
-    pub fn new(namespace: Option<OwnedFd>, mode: Mode, is_on: bool, metrics: Arc<Metrics>) -> Result<Self, Error> {
-        let is_able = mode.is_watched();
-        if is_able {
+    /// Removes what a proxy left that did not come to its end.
+    pub fn new(namespace: Option<OwnedFd>, config: &Config) -> Result<Self, Error> {
+        let (mode, is_on, metrics) = (config.mode, config.watching.end_policy, config.metrics.clone());
+        if matches!(mode, Mode::Nftables | Mode::Iptables) {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
-        Ok(End { namespace, is_able, is_on, metrics, worker: None })
+        Ok(End { namespace, hooks: config.hooks.clone(), mode, is_on, metrics, worker: None })
+    }
+
+    /// Whoever knows the mode's connections; `None`: nobody does.
+    fn open(&self) -> Result<Option<Box<dyn Ways>>, Error> {
+        let namespace = self.namespace.as_ref();
+        Ok(match self.mode {
+            Mode::Nftables | Mode::Iptables => Some(Box::new(Sockets::open(namespace)?)),
+            Mode::Ebpf => Some(Box::new(Programs::open(namespace, self.hooks.as_ref())?)),
+            Mode::Ipvs | Mode::Userspace => None,
+        })
     }
 
     /// What of the Service's end policy is not done.
     pub fn unsupported(&self, frontend: &Frontend) -> Option<&'static str> {
-        let is_asked = self.is_on && !self.is_able && frontend.end_policy != EndPolicy::default();
+        let is_able = !matches!(self.mode, Mode::Ipvs | Mode::Userspace);
+        let is_asked = self.is_on && !is_able && frontend.end_policy != EndPolicy::default();
         is_asked.then_some(
-            "the end policy is not followed in this mode, connections are kept; nftables and iptables end them, use one of these",
+            "the end policy is not followed in this mode, connections are kept; use a mode of nftables, iptables and ebpf",
         )
     }
 
     /// One frontend as the kernel had it and has it now.
     pub fn notice(&mut self, before: Option<&Arc<Frontend>>, after: Option<&Arc<Frontend>>, node: &NodeView) {
-        if !self.is_on || !self.is_able {
+        if !self.is_on {
             return;
         }
         let found = changes(before.map(|f| &**f), after.map(|f| &**f), node);
@@ -66,13 +80,16 @@ impl End {
             return;
         }
         if self.worker.is_none() {
-            let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose();
-            match namespace.map_err(Error::Namespace).and_then(Kernel::open) {
-                Ok(kernel) => {
+            match self.open() {
+                Ok(Some(ways)) => {
                     let (changes, received) = mpsc::unbounded_channel();
-                    self.worker =
-                        Some(Worker { changes, task: tokio::spawn(work(kernel, received, self.metrics.clone())) });
+                    self.worker = Some(Worker {
+                        changes,
+                        task: tokio::spawn(work(Kernel::new(ways), received, self.metrics.clone())),
+                    });
                 }
+                // `unsupported` has said so.
+                Ok(None) => return,
                 Err(error) => tracing::warn!("proxy: connections are kept, whatever end policies say: {error}"),
             }
         }

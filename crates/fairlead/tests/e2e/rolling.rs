@@ -51,6 +51,11 @@ fn a_rolling_update_fails_no_request_with_userspace() {
     rolling_update("userspace");
 }
 
+#[test]
+fn a_rolling_update_fails_no_request_with_ebpf() {
+    rolling_update("ebpf");
+}
+
 fn rolling_update(mode: &str) {
     let cluster = Cluster::up_with(&kubectls()[0], NODES, &["--proxy-mode", mode]);
     let expect = |line: &str, input: &str| {
@@ -72,7 +77,7 @@ fn rolling_update(mode: &str) {
         for node in lab.nodes() {
             let port = format!("{}:30011", node.addresses()[0]).parse().expect("an address");
             load.add(lab.outside().expect("the outside is there"), port, manner, per_second);
-            load.add(node.namespace().expect("the node is there"), service, manner, per_second);
+            load.add_on(&cluster, &node.name, service, manner, per_second);
         }
     }
     expect("kubectl annotate service web fairlead.io/end-policy=sometimes", "");
@@ -95,7 +100,9 @@ fn rolling_update(mode: &str) {
     assert!(tally.failures.is_empty(), "{mode}: {} failures\n{}", tally.failures.len(), tally.failures.join("\n"));
     let reports = expect("kubectl get leases -n kube-system -l fairlead.io/component=proxy -o name", "");
     assert_eq!(reports.lines().count(), usize::from(NODES), "{mode}: every proxy reports: {reports}");
-    for command in include_str!("../../../../docs/rolling-updates.md").lines() {
+    let documents =
+        [include_str!("../../../../docs/rolling-updates.md"), include_str!("../../../../docs/endpoint-selection.md")];
+    for command in documents.iter().flat_map(|text| text.lines()) {
         if let Some(command) = command.trim_start().strip_prefix("$ ") {
             expect(command, "");
         }

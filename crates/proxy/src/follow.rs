@@ -236,12 +236,14 @@ impl<D: Dataplane> Loop<D> {
     fn tell_unsupported(&self, changes: &[Change<D::Entries>]) {
         let mut told = self.status.borrow().unsupported.clone();
         for change in changes {
+            let frontend = self.read_table().frontend(change.id).cloned();
+            let selection = frontend.as_ref().and_then(|frontend| frontend.selection);
             let what = change.after.as_ref().and_then(D::unsupported);
-            let Some(what) = what else {
+            let Some(what) = what.or_else(|| self.config.mode.ignores(selection)) else {
                 told.remove(&change.id);
                 continue;
             };
-            let name = self.read_table().frontend(change.id).map(|frontend| frontend.name.to_string());
+            let name = frontend.map(|frontend| frontend.name.to_string());
             let what = format!("{}: {what}", name.unwrap_or_default());
             if told.get(&change.id) != Some(&what) {
                 tracing::warn!("proxy: {what}");
@@ -275,7 +277,7 @@ impl<D: Dataplane> Loop<D> {
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
         let before_node = if whole { None } else { self.node.clone() };
-        let changes: Vec<Change<D::Entries>> = after
+        let mut changes: Vec<Change<D::Entries>> = after
             .iter()
             .map(|(id, after)| Change {
                 id: *id,
@@ -284,8 +286,10 @@ impl<D: Dataplane> Loop<D> {
                     .and_then(|node| self.committed.get(id).map(|before| D::entries(before, node))),
                 after: after.as_ref().map(|after| D::entries(after, &node)),
             })
-            .filter(|change| whole || change.before != change.after)
             .collect();
+        // What a mode cannot do may be all that a Service says anew.
+        self.tell_unsupported(&changes);
+        changes.retain(|change| whole || change.before != change.after);
         let mut answerers = Answerers::new();
         for (id, after) in &after {
             stale::answerers(self.committed.get(id), after.as_ref(), &node, &mut answerers);
@@ -301,7 +305,6 @@ impl<D: Dataplane> Loop<D> {
                 (before, after)
             })
             .collect();
-        self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let begun = Instant::now();

@@ -3,6 +3,7 @@
 
 mod list;
 mod memory;
+mod plot;
 mod pods;
 mod proxy;
 mod up;

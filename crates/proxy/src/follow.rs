@@ -18,7 +18,7 @@ use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{Alternatives, Target, WatchTable, Watcher};
-use crate::{Config, Error, Feed, NodeView, Status};
+use crate::{Config, Error, Feed, NodeView, Status, Unsupported};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -84,7 +84,7 @@ impl<D: Dataplane> Loop<D> {
             self.status.send_modify(|status| status.about = about);
         }
         let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-        self.end = End::new(namespace, self.config.hooks.clone(), self.config.mode)?;
+        self.end = End::new(namespace, &self.config)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -237,17 +237,21 @@ impl<D: Dataplane> Loop<D> {
         let mut told = self.status.borrow().unsupported.clone();
         for change in changes {
             let frontend = self.read_table().frontend(change.id).cloned();
-            let selection = frontend.as_ref().and_then(|frontend| frontend.selection);
-            let what = change.after.as_ref().and_then(D::unsupported);
-            let Some(what) = what.or_else(|| self.config.mode.ignores(selection)) else {
+            let (Some(after), Some(frontend)) = (&change.after, frontend) else {
                 told.remove(&change.id);
                 continue;
             };
-            let name = frontend.map(|frontend| frontend.name.to_string());
-            let what = format!("{}: {what}", name.unwrap_or_default());
-            if told.get(&change.id) != Some(&what) {
-                tracing::warn!("proxy: {what}");
-                told.insert(change.id, what);
+            let ignored = self.config.mode.ignores(frontend.selection);
+            let what = D::unsupported(after).into_iter().chain(self.end.unsupported(&frontend)).chain(ignored);
+            let what: Vec<&'static str> = what.collect();
+            if what.is_empty() {
+                told.remove(&change.id);
+                continue;
+            }
+            let now = Unsupported { name: frontend.name.clone(), what };
+            if told.get(&change.id) != Some(&now) {
+                tracing::warn!("proxy: {now}");
+                told.insert(change.id, now);
             }
         }
         self.status.send_if_modified(|status| {

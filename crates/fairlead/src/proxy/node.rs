@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
 use proxy::{Mode, NodeView, Pods};
-use services::{Place, Selection};
+use services::Place;
 
 use crate::node_object::Node;
 use crate::service_cidrs::ServiceCidrs;
@@ -21,18 +21,11 @@ pub struct Inputs {
     pub service_cidrs: ServiceCidrs,
     /// The addresses of the host's interfaces.
     pub held: Vec<IpAddr>,
-    pub selection: Selection,
 }
 
 impl Inputs {
     pub fn new(settings: Settings) -> Self {
-        Inputs {
-            settings,
-            node: None,
-            service_cidrs: ServiceCidrs::default(),
-            held: Vec::new(),
-            selection: Selection::default(),
-        }
+        Inputs { settings, node: None, service_cidrs: ServiceCidrs::default(), held: Vec::new() }
     }
 
     /// `None` as long as nobody knows an address of the node.
@@ -74,7 +67,6 @@ impl Inputs {
         view.masquerade_all = settings.masquerade_all;
         view.masquerade_bit = settings.masquerade_bit;
         view.ipvs = settings.ipvs.clone();
-        view.selection = self.selection;
         Some(view)
     }
 }

@@ -22,6 +22,5 @@ mod objects;
 mod refusals;
 mod ring;
 mod rows;
-mod selection;
 mod serving;
 mod userspace;

@@ -75,6 +75,10 @@ pub struct AgentArgs {
     /// In the ipvs mode, answer ARP only for addresses of the interface that was asked.
     #[arg(long)]
     pub ipvs_strict_arp: bool,
+    /// How the ebpf mode chooses among endpoints: random, maglev or least-load; the annotation fairlead.io/endpoint-selection of a
+    /// Service comes before it.
+    #[arg(long, default_value = "random")]
+    pub endpoint_selection: services::Selection,
     /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
     #[arg(long)]
     pub localhost_node_ports: bool,
@@ -220,6 +224,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     view.relay_localhost = args.localhost_node_ports;
     view.ipvs.scheduler = args.ipvs_scheduler.clone();
     view.ipvs.strict_arp = args.ipvs_strict_arp;
+    view.selection = args.endpoint_selection;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());

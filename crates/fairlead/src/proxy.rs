@@ -204,6 +204,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     let check_changes = feed.subscribe();
 
     let mut inputs = Inputs::new(settings.clone());
+    inputs.selection = args.endpoint_selection;
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let mut sources = Sources {
         name: name.clone(),

@@ -241,8 +241,9 @@ impl<D: Dataplane> Loop<D> {
                 told.remove(&change.id);
                 continue;
             };
-            let what: Vec<&'static str> =
-                D::unsupported(after).into_iter().chain(self.end.unsupported(&frontend)).collect();
+            let ignored = self.config.mode.ignores(frontend.selection);
+            let what = D::unsupported(after).into_iter().chain(self.end.unsupported(&frontend)).chain(ignored);
+            let what: Vec<&'static str> = what.collect();
             if what.is_empty() {
                 told.remove(&change.id);
                 continue;
@@ -280,7 +281,7 @@ impl<D: Dataplane> Loop<D> {
         };
         // After `read` nothing is known of who owns what the kernel holds: all entries are claimed anew.
         let before_node = if whole { None } else { self.node.clone() };
-        let changes: Vec<Change<D::Entries>> = after
+        let mut changes: Vec<Change<D::Entries>> = after
             .iter()
             .map(|(id, after)| Change {
                 id: *id,
@@ -289,8 +290,10 @@ impl<D: Dataplane> Loop<D> {
                     .and_then(|node| self.committed.get(id).map(|before| D::entries(before, node))),
                 after: after.as_ref().map(|after| D::entries(after, &node)),
             })
-            .filter(|change| whole || change.before != change.after)
             .collect();
+        // What a mode cannot do may be all that a Service says anew.
+        self.tell_unsupported(&changes);
+        changes.retain(|change| whole || change.before != change.after);
         let mut answerers = Answerers::new();
         for (id, after) in &after {
             stale::answerers(self.committed.get(id), after.as_ref(), &node, &mut answerers);
@@ -306,7 +309,6 @@ impl<D: Dataplane> Loop<D> {
                 (before, after)
             })
             .collect();
-        self.tell_unsupported(&changes);
         let base = whole.then(|| D::base(&node));
         let apart = attempt == Attempt::Apart;
         let begun = Instant::now();

@@ -3,6 +3,8 @@
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
 
+use services::Selection;
+
 use crate::Error;
 
 /// How Services reach the kernel, as `--proxy-mode` names it.
@@ -21,6 +23,22 @@ impl Mode {
     /// count them.
     pub(crate) fn is_watched(self) -> bool {
         matches!(self, Mode::Nftables | Mode::Iptables | Mode::Ebpf)
+    }
+
+    /// What becomes of a Service that says how its endpoints are chosen, where it is not as it says.
+    pub(crate) fn ignores(self, selection: Option<Selection>) -> Option<&'static str> {
+        match (self, selection?) {
+            (Mode::Ebpf, _) => None,
+            (Mode::Ipvs, _) => Some(
+                "its annotation fairlead.io/endpoint-selection has no effect in the ipvs mode, whose scheduler is that of all Services; \
+                 take it away, or use --proxy-mode=ebpf",
+            ),
+            (_, Selection::Random) => None,
+            _ => Some(
+                "its annotation fairlead.io/endpoint-selection has no effect in this mode, which has one way to choose; take it away, \
+                 or use --proxy-mode=ebpf",
+            ),
+        }
     }
 
     /// Whether connections that it makes are translated by netfilter for as long as they live.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use linux::ipvs::{Scheduler, Timeouts};
-use services::{Place, Protocol};
+use services::{Place, Protocol, Selection};
 
 /// kube-proxy's bit of the packet mark.
 const MASQUERADE_BIT: u8 = 14;
@@ -74,6 +74,8 @@ pub struct NodeView {
     /// Endpoints that are known not to answer. They are avoided, but never more than half of those that a Service could use.
     pub ejected: BTreeSet<(SocketAddr, Protocol)>,
     pub ipvs: IpvsSettings,
+    /// How endpoints are chosen for Services that do not say; the ebpf mode alone has a choice of its own.
+    pub selection: Selection,
 }
 
 /// What only the ipvs mode asks for.
@@ -102,6 +104,7 @@ impl Default for NodeView {
             relay_localhost: false,
             ejected: BTreeSet::new(),
             ipvs: IpvsSettings::default(),
+            selection: Selection::default(),
         }
     }
 }

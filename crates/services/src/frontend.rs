@@ -3,6 +3,7 @@
 use std::fmt::{Display, Formatter, Result};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -112,6 +113,45 @@ impl EndPolicy {
     }
 }
 
+/// How a new connection gets its endpoint, where affinity does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Selection {
+    /// Each endpoint is equally likely.
+    #[default]
+    Random,
+    /// A table that every node computes alike, so that a flow that comes in through another node keeps its endpoint, and
+    /// few flows move when an endpoint comes or goes (Maglev, NSDI 2016).
+    Maglev,
+    /// Of two endpoints drawn at random the one with fewer live connections.
+    LeastLoad,
+}
+
+impl Selection {
+    pub const ANNOTATION: &'static str = "fairlead.io/endpoint-selection";
+    pub const NAMES: [(&'static str, Self); 3] =
+        [("random", Selection::Random), ("maglev", Selection::Maglev), ("least-load", Selection::LeastLoad)];
+
+    /// Parses `random`, `maglev` or `least-load`.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(name, _)| *name == text.trim()).map(|(_, selection)| *selection)
+    }
+}
+
+impl FromStr for Selection {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        Self::parse(text).ok_or_else(|| format!("{text:?} is not random, maglev or least-load"))
+    }
+}
+
+impl Display for Selection {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        let name = Self::NAMES.iter().find(|(_, selection)| selection == self).map(|(name, _)| *name);
+        f.write_str(name.expect("every selection has a name"))
+    }
+}
+
 /// `namespace/name:port`, as kube-proxy writes it; the port's name may be empty.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortName {
@@ -150,6 +190,8 @@ pub struct Frontend {
     pub source_ranges: Vec<IpNet>,
     pub health_check_node_port: Option<NonZeroU16>,
     pub end_policy: EndPolicy,
+    /// `None`: as the node's proxy does by default.
+    pub selection: Option<Selection>,
     /// In slot order: ready IPv4, ready IPv6, all others. A ready endpoint keeps its slot; when one leaves, the last
     /// ready one of its family moves into the hole.
     pub endpoints: Vec<Arc<Endpoint>>,

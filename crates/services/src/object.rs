@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{Affinity, EndPolicy, Error, Hints, Protocol, TrafficPolicy};
+use crate::{Affinity, EndPolicy, Error, Hints, Protocol, Selection, TrafficPolicy};
 
 /// A Service, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,7 @@ pub struct Service {
     /// The proxy that is to serve it, if not every node's own: label `service.kubernetes.io/service-proxy-name`.
     pub proxy_name: Option<Arc<str>>,
     pub end_policy: EndPolicy,
+    pub selection: Option<Selection>,
     /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
     pub warnings: Option<Box<Warnings>>,
 }
@@ -119,6 +120,8 @@ struct RawAnnotations {
     triggered: Option<Arc<str>>,
     #[serde(rename = "fairlead.io/end-policy")]
     end_policy: Option<String>,
+    #[serde(rename = "fairlead.io/endpoint-selection")]
+    selection: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -376,8 +379,19 @@ impl Service {
                 })
             },
         );
+        let selection = annotations.and_then(|annotations| annotations.selection.as_deref()).and_then(|text| {
+            let selection = Selection::parse(text);
+            if selection.is_none() {
+                let name = Selection::ANNOTATION;
+                warnings.push(format!(
+                    "annotation {name} is {text:?}, which is not random, maglev or least-load; it is as if there were none"
+                ));
+            }
+            selection
+        });
         Ok(Service {
             end_policy,
+            selection,
             warnings: (!warnings.is_empty())
                 .then(|| Box::new(Warnings { uid: raw.metadata.uid.as_str().into(), texts: warnings })),
             kind: kind(&check, spec)?,

@@ -457,6 +457,7 @@ impl ServiceTable {
                     source_ranges: service.source_ranges.clone(),
                     health_check_node_port: service.health_check_node_port,
                     end_policy: service.end_policy,
+                    selection: service.selection,
                 };
                 self.ids.insert(id, key.clone());
                 frontends.push(after);

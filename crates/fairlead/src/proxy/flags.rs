@@ -36,6 +36,10 @@ pub struct ProxyArgs {
     /// A first packet that nobody answers, or that is refused, is sent to another endpoint when the client repeats it.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", action = clap::ArgAction::Set)]
     pub first_packet_retry: bool,
+    /// How the ebpf mode chooses among endpoints: random, maglev or least-load; the annotation fairlead.io/endpoint-selection of a
+    /// Service comes before it.
+    #[arg(long, default_value = "random")]
+    pub endpoint_selection: services::Selection,
     /// After how many milliseconds sockets that are sent to an endpoint repeat their first packet; by default after a second,
     /// as the kernel has it. The ebpf mode alone can set it.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=1000))]

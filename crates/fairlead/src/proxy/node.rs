@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
 use proxy::{Mode, NodeView, Pods};
-use services::Place;
+use services::{Place, Selection};
 
 use crate::node_object::Node;
 use crate::service_cidrs::ServiceCidrs;
@@ -21,11 +21,18 @@ pub struct Inputs {
     pub service_cidrs: ServiceCidrs,
     /// The addresses of the host's interfaces.
     pub held: Vec<IpAddr>,
+    pub selection: Selection,
 }
 
 impl Inputs {
     pub fn new(settings: Settings) -> Self {
-        Inputs { settings, node: None, service_cidrs: ServiceCidrs::default(), held: Vec::new() }
+        Inputs {
+            settings,
+            node: None,
+            service_cidrs: ServiceCidrs::default(),
+            held: Vec::new(),
+            selection: Selection::default(),
+        }
     }
 
     /// `None` as long as nobody knows an address of the node.
@@ -67,6 +74,7 @@ impl Inputs {
         view.masquerade_all = settings.masquerade_all;
         view.masquerade_bit = settings.masquerade_bit;
         view.ipvs = settings.ipvs.clone();
+        view.selection = self.selection;
         Some(view)
     }
 }

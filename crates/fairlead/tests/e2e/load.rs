@@ -1,7 +1,11 @@
 //! Clients that ask an HTTP server at a steady rate from a place in the lab, and count what went wrong.
+//!
+//! One on a node is a process of its own: the ebpf mode serves those in the node's cgroup.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::fmt::{Display, Formatter};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -9,7 +13,11 @@ use std::time::{Duration, Instant};
 
 use linux::netns::Netns;
 
+use crate::cluster::Cluster;
+
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What a client in a process of its own is to ask.
+const CLIENT: &str = "FAIRLEAD_TEST_CLIENT";
 /// How often a keep-alive client repeats one request.
 const REPEATS: u32 = 3;
 
@@ -33,11 +41,12 @@ pub struct Tally {
 pub struct Load {
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Tally>>,
+    processes: Vec<Child>,
 }
 
 impl Load {
     pub fn start() -> Load {
-        Load { stop: Arc::default(), clients: Vec::new() }
+        Load { stop: Arc::default(), clients: Vec::new(), processes: Vec::new() }
     }
 
     /// One more client, which asks so many times a second, however long an answer takes.
@@ -50,17 +59,74 @@ impl Load {
         self.clients.push(std::thread::spawn(work));
     }
 
+    /// The same as a process of a node.
+    pub fn add_on(&mut self, cluster: &Cluster, node: &str, address: SocketAddr, manner: Manner, per_second: u32) {
+        let test = std::env::current_exe().expect("this test");
+        let line = format!(
+            "exec fairlead node exec --data-dir $DIR {node} -- env {CLIENT}='{address} {manner:?} {per_second}' \
+                {} --exact load::asks_until_nobody_listens --nocapture",
+            test.display()
+        );
+        let mut client = cluster.shell(&line, 600);
+        client.stdin(Stdio::piped()).stdout(Stdio::piped());
+        self.processes.push(client.spawn().expect("a client can be started"));
+    }
+
     pub fn end(mut self) -> Tally {
         self.stop.store(true, Ordering::Relaxed);
+        let clients = self.clients.drain(..).map(|client| client.join().expect("no client panics"));
+        let mut tallies: Vec<Tally> = clients.collect();
+        for client in self.processes.drain(..) {
+            // This closes its input, at which it ends.
+            let output = client.wait_with_output().expect("the client can be waited for");
+            let text = String::from_utf8_lossy(&output.stdout);
+            tallies.push(Tally::parse(&text).unwrap_or_else(|| panic!("a client says {text}")));
+        }
         let mut all = Tally::default();
-        for client in self.clients.drain(..) {
-            let one = client.join().expect("no client panics");
+        for one in tallies {
             all.answers += one.answers;
             all.repeats += one.repeats;
             all.slowest = all.slowest.max(one.slowest);
             all.failures.extend(one.failures);
         }
         all
+    }
+}
+
+/// Only as a child does this test do anything: it asks until its input ends.
+#[test]
+fn asks_until_nobody_listens() {
+    let Ok(task) = std::env::var(CLIENT) else { return };
+    let words: Vec<&str> = task.split(' ').collect();
+    let [address, manner, per_second] = words[..] else { panic!("address, manner, requests a second") };
+    let manner = if manner == "Fresh" { Manner::Fresh } else { Manner::KeepAlive };
+    let (address, per_second) = (address.parse().expect("an address"), per_second.parse::<u32>().expect("a number"));
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let listener = std::thread::spawn(move || {
+        drop(io::stdin().read_to_end(&mut Vec::new()));
+        stopped.store(true, Ordering::Relaxed);
+    });
+    let tally = ask_until(&stop, address, manner, Duration::from_secs(1) / per_second);
+    listener.join().expect("no panic");
+    println!("\n{tally}");
+}
+
+impl Display for Tally {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "tally {} {} {}", self.answers, self.repeats, self.slowest.as_micros())?;
+        self.failures.iter().try_for_each(|failure| writeln!(f, "failure {failure}"))
+    }
+}
+
+impl Tally {
+    fn parse(text: &str) -> Option<Tally> {
+        let numbers = text.lines().find_map(|line| line.strip_prefix("tally "))?;
+        let mut numbers = numbers.split(' ').map(|number| number.parse::<u64>().ok());
+        let mut next = || numbers.next().flatten();
+        let (answers, repeats, slowest) = (next()? as usize, next()? as usize, Duration::from_micros(next()?));
+        let failures = text.lines().filter_map(|line| line.strip_prefix("failure ")).map(str::to_owned).collect();
+        Some(Tally { answers, repeats, slowest, failures })
     }
 }
 

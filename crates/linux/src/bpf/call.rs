@@ -30,6 +30,7 @@ pub enum Hook {
     Recvmsg6 = 20,
     Getpeername4 = 29,
     Getpeername6 = 30,
+    Release = 34,
     Arriving = 46,
     Leaving = 47,
 }

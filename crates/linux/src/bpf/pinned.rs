@@ -23,7 +23,7 @@ const BPFFS: FsType = FsType(0xcafe_4a11_u32 as _);
 const CGROUP2: FsType = FsType(0x6367_7270);
 
 /// Symbols of the cgroup programs in an object file, and where each goes.
-const CGROUP_PROGRAMS: [(&str, Hook); 10] = [
+const CGROUP_PROGRAMS: [(&str, Hook); 11] = [
     ("connect4", Hook::Connect4),
     ("connect6", Hook::Connect6),
     ("sendmsg4", Hook::Sendmsg4),
@@ -33,6 +33,7 @@ const CGROUP_PROGRAMS: [(&str, Hook); 10] = [
     ("getpeername4", Hook::Getpeername4),
     ("getpeername6", Hook::Getpeername6),
     ("send", Hook::Send),
+    ("release", Hook::Release),
     ("talk", Hook::Talk),
 ];
 pub(super) const ARRIVING: &str = "arriving";
@@ -99,6 +100,7 @@ impl Pinned {
             let loaded = match program {
                 Program::CgroupSockAddr(program) => program.load(),
                 Program::CgroupSkb(program) => program.load(),
+                Program::CgroupSock(program) => program.load(),
                 Program::SockOps(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
                 other => panic!("no hook for the program {name} of type {:?}", other.prog_type()),

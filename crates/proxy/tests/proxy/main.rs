@@ -22,5 +22,6 @@ mod objects;
 mod refusals;
 mod ring;
 mod rows;
+mod selection;
 mod serving;
 mod userspace;

@@ -330,25 +330,41 @@ impl Ring {
         }
     }
 
-    /// Makes all endpoints.
-    pub fn serve(&mut self, objects: &Objects) {
-        for slice in &objects.slices {
-            let ports = slice["ports"].as_array().expect("ports");
-            for (endpoint, port) in slice["endpoints"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .flat_map(|one| ports.iter().map(move |port| (one, port)))
-            {
-                let addresses = endpoint["addresses"].as_array().expect("addresses");
-                let protocol = services::Protocol::parse(port["protocol"].as_str().expect("protocol"));
-                for address in addresses.iter().filter_map(|address| address.as_str()?.parse::<IpAddr>().ok()) {
-                    let port = port["port"].as_u64().expect("port") as u16;
-                    self.listen(protocol.expect("protocol").number(), (address, port).into(), false);
-                }
+    /// Makes the hosts that steps talk of. What listens comes later, and may not be there before.
+    fn settle<'a>(&mut self, steps: impl Iterator<Item = &'a Step>) {
+        for step in steps {
+            for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+                self.host(trace.packet.from.ip());
+            }
+            for (_, endpoint) in endpoints(&Objects::parse(&step.objects)) {
+                self.host(endpoint.ip());
             }
         }
     }
+
+    /// Makes all endpoints.
+    pub fn serve(&mut self, objects: &Objects) {
+        for (protocol, endpoint) in endpoints(objects) {
+            self.listen(protocol, endpoint, false);
+        }
+    }
+}
+
+/// Protocol and address of each.
+fn endpoints(objects: &Objects) -> Vec<(u8, SocketAddr)> {
+    let mut all = Vec::new();
+    for slice in &objects.slices {
+        let ports = slice["ports"].as_array().expect("ports");
+        let endpoints = slice["endpoints"].as_array().into_iter().flatten();
+        for (endpoint, port) in endpoints.flat_map(|one| ports.iter().map(move |port| (one, port))) {
+            let addresses = endpoint["addresses"].as_array().expect("addresses");
+            let protocol = services::Protocol::parse(port["protocol"].as_str().expect("protocol")).expect("protocol");
+            let port = port["port"].as_u64().expect("port") as u16;
+            let addresses = addresses.iter().filter_map(|address| address.as_str()?.parse::<IpAddr>().ok());
+            all.extend(addresses.map(|address| (protocol.number(), SocketAddr::new(address, port))));
+        }
+    }
+    all
 }
 
 /// What a client sees of a packet.
@@ -451,11 +467,15 @@ fn is_possible(trace: &Trace) -> bool {
 
 fn play(mode: Mode, bridge_netfilter: bool) {
     let mut ring = Ring::new(mode, bridge_netfilter);
-    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]), ring.hooks());
     let mut wrong = Vec::new();
     let mut sent = 0;
     let one_file = std::env::var("FAIRLEAD_CASE").ok();
-    for case in case::all().iter().filter(|case| one_file.as_ref().is_none_or(|one| *one == case.file)) {
+    let mut cases = case::all();
+    cases.retain(|case| one_file.as_ref().is_none_or(|one| *one == case.file));
+    // A link that comes later gets its programs a moment later.
+    ring.settle(cases.iter().flat_map(|case| &case.steps));
+    let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]), ring.hooks());
+    for case in &cases {
         for step in &case.steps {
             let objects = Objects::parse(&step.objects);
             ring.prepare(step, &objects, mode);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
-use services::{FrontendId, Owner, Protocol, Seed, ServiceKind, ServiceTable};
+use services::{FrontendId, Owner, Protocol, Seed, Selection, ServiceKind, ServiceTable};
 
 fn service(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name}, "spec": spec})
@@ -202,6 +202,31 @@ fn a_bad_slice_is_kept_out_and_says_why() {
     for empty in [bad("/ports/0/port", json!(null)), bad("/endpoints/0/addresses", json!([]))] {
         table.upsert_slice(&empty).expect("slice");
         assert!(addresses(&table, "http").is_empty());
+    }
+}
+
+/// How endpoints are chosen is said by an annotation; one that is not understood is told, and is as if there were none.
+#[test]
+fn a_service_says_how_its_endpoints_are_chosen() {
+    let mut table = ServiceTable::new();
+    for (annotation, expected) in [
+        (json!("maglev"), Some(Selection::Maglev)),
+        (json!("least-load"), Some(Selection::LeastLoad)),
+        (json!("random"), Some(Selection::Random)),
+        (json!("best"), None),
+        (json!(null), None),
+    ] {
+        let mut web = web();
+        web["metadata"]["annotations"] = json!({Selection::ANNOTATION: annotation});
+        table.upsert_service(&bytes(&web)).expect("service");
+        assert!(table.frontends().all(|frontend| frontend.selection == expected), "{annotation}");
+        let told = table.service("default", "web").and_then(|service| service.warnings.clone());
+        let told = told.map(|warnings| warnings.texts.join("")).unwrap_or_default();
+        assert_eq!(
+            told.contains("\"best\", which is not random, maglev or least-load"),
+            annotation == "best",
+            "{told}"
+        );
     }
 }
 

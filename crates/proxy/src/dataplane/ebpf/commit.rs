@@ -8,11 +8,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use linux::bpf::{self, Kernel};
 use services::{Frontend, FrontendId, Seed};
 
 use super::layout::{Base, Key, Line, List, Map, NODES, Value, flag};
+use super::loads;
 use super::plan::{Entries, entries};
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, NodeView, Pods};
@@ -29,6 +31,8 @@ pub struct Ebpf<K> {
     claims: HashMap<Key, Claims>,
     /// What commits that failed may have left, on behalf of whom.
     uncertain: HashMap<FrontendId, BTreeSet<Key>>,
+    /// When loads were last counted anew, on the clock of `linux::bpf::now`.
+    counted_at: Option<Duration>,
 }
 
 /// What is to be written, and what is to go.
@@ -40,7 +44,7 @@ struct Difference {
 
 impl<K: Kernel> Ebpf<K> {
     pub fn new(kernel: K) -> Self {
-        Ebpf { kernel, base: None, claims: HashMap::new(), uncertain: HashMap::new() }
+        Ebpf { kernel, base: None, claims: HashMap::new(), uncertain: HashMap::new(), counted_at: None }
     }
 
     /// The maps behind it.
@@ -99,7 +103,7 @@ impl<K: Kernel> Ebpf<K> {
     }
 
     fn apply(&mut self, difference: &Difference) -> Result<(), Error> {
-        for map in [Map::Endpoints, Map::Members, Map::Sources, Map::Frontends] {
+        for map in [Map::Endpoints, Map::Members, Map::Sources, Map::Maglev, Map::Frontends] {
             self.put(map, &difference.put)?;
         }
         for map in Map::ALL {
@@ -152,7 +156,7 @@ fn is_shared(key: &Key) -> bool {
 fn winner(claims: &Claims) -> Option<&Value> {
     let rank = |value: &Value| match value {
         Value::Target(target) => (target.inside.1 == 0, target.flags & flag::REFUSED == 0),
-        Value::Endpoint(_) | Value::Present => (false, false),
+        Value::Endpoint(_) | Value::Places(_) | Value::Present => (false, false),
     };
     claims.iter().min_by_key(|(id, value)| (rank(value), **id)).map(|(_, value)| value)
 }
@@ -186,6 +190,22 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
 
     fn read(&mut self) -> Result<Seed, Error> {
         Ok(seed(&self.held()?))
+    }
+
+    /// Loads are counted anew, if any frontend asks for them.
+    fn tend(&mut self) -> Result<Option<Duration>, Error> {
+        let by_load = |value: &Value| matches!(value, Value::Target(target) if target.flags & flag::LEAST_LOAD != 0);
+        if !self.claims.values().flat_map(Claims::values).any(by_load) {
+            return Ok(None);
+        }
+        let now = bpf::now();
+        let since = self.counted_at.map_or(loads::PAUSE, |then| now.saturating_sub(then));
+        if since < loads::PAUSE {
+            return Ok(Some(loads::PAUSE - since));
+        }
+        self.counted_at = Some(now);
+        loads::recount(&mut self.kernel, now)?;
+        Ok(Some(loads::PAUSE))
     }
 
     fn commit(&mut self, base: Option<&Base>, changes: &[Change<Entries>]) -> Result<(), Error> {

@@ -51,6 +51,20 @@ inlined void forget(struct bpf_sock_addr *context, const struct endpoint *place)
 		map_delete(&sockets, &key);
 }
 
+// A socket is closed.
+SEC("cgroup/sock_release") int release(struct bpf_sock *socket)
+{
+	struct endpoint *held = socket_storage(&counted, socket, NULL, 0);
+
+	if (held && held->port) {
+		struct endpoint endpoint = *held;
+
+		held->port = 0;
+		add_load(&endpoint, socket->protocol, LOAD_OF_SOCKETS, -1);
+	}
+	return 1;
+}
+
 // `place` is what the socket asked for, and becomes where it is sent.
 inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *place, int sending)
 {
@@ -87,8 +101,18 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 			return REWRITTEN;
 		}
 	}
-	if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
+	// A socket's connection stays on this node, and a port it does not have yet: its place in a table is random.
+	struct choice choice = {
+		.list = frontend->list,
+		.count = frontend->count,
+		.affinity_seconds = frontend->affinity_seconds,
+		.flags = frontend->flags,
+		.hash = random32(),
+	};
+	if (!pick(&choice, &client, protocol, &picked))
 		return UNTOUCHED;
+	if (choice.flags & LEAST_LOAD && !sending && context->sk)
+		count_socket(context->sk, protocol, &picked);
 	remember(context, place, &picked, sending, frontend->count > 1);
 	if (protocol == IPPROTO_UDP && is_watched()) {
 		struct contact_key key;

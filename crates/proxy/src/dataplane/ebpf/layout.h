@@ -37,6 +37,9 @@ enum frontend_flags {
 	FIREWALL = 8,
 	// The firewall lets the node itself pass.
 	NODE_ALLOWED = 16,
+	// How endpoints are chosen, if not at random.
+	MAGLEV = 32,
+	LEAST_LOAD = 64,
 };
 
 struct frontend {
@@ -54,6 +57,24 @@ struct frontend {
 struct slot_key {
 	__u32 list;
 	__u32 slot;
+};
+
+// A part of a list's Maglev table: slots of endpoints. `slot_key.slot` counts the parts.
+#define PLACES 16
+
+struct places {
+	__u16 slots[PLACES];
+};
+
+enum load_kind { LOAD_OF_SOCKETS, LOAD_OF_FLOWS };
+
+// Live connections to an endpoint, whatever Service they came by.
+struct load_key {
+	union address address;
+	__be16 port;
+	__u8 protocol;
+	__u8 kind;
+	__u32 unused;
 };
 
 // Who is in a list, and who may go on answering a UDP flow (`list` is then the frontend's id).
@@ -104,6 +125,8 @@ enum flow_flags {
 	MOVED = 16,
 	// A FIN or a RST has gone this way.
 	CLOSED = 32,
+	// Is part of its endpoint's load.
+	COUNTED = 64,
 };
 
 struct flow {
@@ -205,7 +228,24 @@ struct {
 	TYPE(value, struct node);
 } nodes SEC(".maps");
 
+struct {
+	INTEGER(type, BPF_MAP_TYPE_HASH);
+	INTEGER(max_entries, 1 << 18);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct slot_key);
+	TYPE(value, struct places);
+} maglev SEC(".maps");
+
 // Filled by packets; the least recently used make room.
+
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 14);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct load_key);
+	TYPE(value, __s64);
+} loads SEC(".maps");
 
 struct {
 	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
@@ -239,3 +279,12 @@ struct {
 	TYPE(key, int);
 	TYPE(value, struct peer);
 } peers SEC(".maps");
+
+// The endpoint whose load a socket is part of.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_SK_STORAGE);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, int);
+	TYPE(value, struct endpoint);
+} counted SEC(".maps");

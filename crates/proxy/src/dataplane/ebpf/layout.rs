@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use linux::bpf::Layout;
 use services::{FrontendId, Protocol};
 
+use super::maglev::PLACES;
 use crate::NodeView;
 
 /// Grows whenever a map changes its form.
@@ -18,16 +19,54 @@ pub const LAYOUT: u32 = 2;
 const NETWORKS: usize = 8;
 
 /// The maps that are written from here; the others are filled by packets.
-pub const LAYOUTS: [Layout; 5] = [
+pub const LAYOUTS: [Layout; 6] = [
     Layout { name: "frontends", key_size: 20, value_size: 28, limit: 1 << 18 },
     Layout { name: "endpoints", key_size: 8, value_size: 24, limit: 1 << 20 },
     Layout { name: "members", key_size: 24, value_size: 4, limit: 1 << 18 },
     Layout { name: "sources", key_size: 24, value_size: 4, limit: 1 << 16 },
+    Layout { name: "maglev", key_size: 8, value_size: 2 * PLACES, limit: 1 << 18 },
     NODES,
 ];
 
 /// What the programs know of the node: one entry, which is always there, and of zeroes while this mode does not serve.
 pub const NODES: Layout = Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 };
+
+/// How many connections each endpoint has; filled by packets.
+pub const LOADS: Layout = Layout { name: "loads", key_size: 24, value_size: 8, limit: 1 << 14 };
+
+/// Who counts an endpoint's connections, `enum load_kind` in `layout.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadKind {
+    Sockets,
+    Flows,
+}
+
+/// `struct load_key`.
+pub fn load_key(endpoint: SocketAddr, protocol: Protocol, kind: LoadKind) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    write_address(&mut bytes, endpoint.ip());
+    bytes.extend(endpoint.port().to_be_bytes());
+    bytes.extend([protocol.number(), kind as u8, 0, 0, 0, 0]);
+    bytes
+}
+
+/// Whether this is such a key for what this kind counts.
+pub fn is_load_of(key: &[u8], kind: LoadKind) -> bool {
+    key.get(19) == Some(&(kind as u8))
+}
+
+/// `COUNTED` of `enum flow_flags`.
+const COUNTED: u32 = 64;
+
+/// Whose load a flow is part of, if it is: `struct flow_key` and `struct flow`.
+pub fn counted_flow(key: &[u8], flow: &[u8]) -> Option<(SocketAddr, Protocol)> {
+    let mut reader = Reader(flow);
+    let (address, port) = (reader.address(), reader.port());
+    reader.take::<6>();
+    let (_id, flags) = (reader.number(), reader.number());
+    let protocol = Protocol::from_number(*key.get(36)?)?;
+    (flags & COUNTED != 0).then(|| (SocketAddr::new(address, port), protocol))
+}
 
 /// Connections whose packets are translated; filled by packets.
 pub const FLOWS: Layout = Layout { name: "flows", key_size: 40, value_size: 48, limit: 1 << 17 };
@@ -46,10 +85,11 @@ pub enum Map {
     Endpoints,
     Members,
     Sources,
+    Maglev,
 }
 
 impl Map {
-    pub const ALL: [Map; 4] = [Map::Frontends, Map::Endpoints, Map::Members, Map::Sources];
+    pub const ALL: [Map; 5] = [Map::Frontends, Map::Endpoints, Map::Members, Map::Sources, Map::Maglev];
 
     pub fn layout(self) -> Layout {
         LAYOUTS[self as usize]
@@ -109,6 +149,11 @@ pub enum Key {
         id: FrontendId,
         network: IpNet,
     },
+    /// A part of a list's table.
+    Places {
+        list: List,
+        part: u32,
+    },
 }
 
 /// What a frontend's traffic meets.
@@ -129,12 +174,16 @@ pub mod flag {
     pub const MASQUERADE_OUTSIDE: u32 = 4;
     pub const FIREWALL: u32 = 8;
     pub const NODE_ALLOWED: u32 = 16;
-    pub const NAMES: [(u32, &str); 5] = [
+    pub const MAGLEV: u32 = 32;
+    pub const LEAST_LOAD: u32 = 64;
+    pub const NAMES: [(u32, &str); 7] = [
         (REFUSED, "refused"),
         (MASQUERADE, "masquerade"),
         (MASQUERADE_OUTSIDE, "masquerade_outside"),
         (FIREWALL, "firewall"),
         (NODE_ALLOWED, "node_allowed"),
+        (MAGLEV, "maglev"),
+        (LEAST_LOAD, "least_load"),
     ];
 }
 
@@ -142,6 +191,8 @@ pub mod flag {
 pub enum Value {
     Target(Target),
     Endpoint(SocketAddr),
+    /// Slots of the list's endpoints.
+    Places([u16; PLACES]),
     Present,
 }
 
@@ -187,6 +238,7 @@ impl Key {
             Key::Endpoint { .. } => Map::Endpoints,
             Key::Member { .. } | Key::Serving { .. } => Map::Members,
             Key::Source { .. } => Map::Sources,
+            Key::Places { .. } => Map::Maglev,
         }
     }
 
@@ -204,9 +256,9 @@ impl Key {
                 bytes.extend(port.to_be_bytes());
                 bytes.extend([protocol, 0]);
             }
-            Key::Endpoint { list, slot } => {
+            Key::Endpoint { list, slot: number } | Key::Places { list, part: number } => {
                 bytes.extend(list.number().to_ne_bytes());
-                bytes.extend(slot.to_ne_bytes());
+                bytes.extend(number.to_ne_bytes());
             }
             Key::Member { list, endpoint } => member(bytes, list.number(), 0, endpoint),
             Key::Serving { id, endpoint } => member(bytes, id.0, 1, endpoint),
@@ -233,6 +285,7 @@ impl Key {
                 Key::Frontend { address, port }
             }
             Map::Endpoints => Key::Endpoint { list: List::from_number(reader.number()), slot: reader.number() },
+            Map::Maglev => Key::Places { list: List::from_number(reader.number()), part: reader.number() },
             Map::Members => {
                 let (list, serving) = (reader.number(), u16::from_ne_bytes(reader.take()));
                 let port = reader.port();
@@ -265,6 +318,7 @@ impl Value {
                 bytes.extend(endpoint.port().to_be_bytes());
                 bytes.extend([0; 6]);
             }
+            Value::Places(slots) => bytes.extend(slots.iter().flat_map(|slot| slot.to_ne_bytes())),
             Value::Present => bytes.extend(1_u32.to_ne_bytes()),
         }
     }
@@ -283,6 +337,7 @@ impl Value {
                 let address = reader.address();
                 Value::Endpoint(SocketAddr::new(address, reader.port()))
             }
+            Map::Maglev => Value::Places(std::array::from_fn(|_| u16::from_ne_bytes(reader.take()))),
             Map::Members | Map::Sources => Value::Present,
         }
     }
@@ -301,6 +356,7 @@ impl Display for Line<'_> {
             Key::Member { list, endpoint } => write!(f, "{list} . {endpoint}")?,
             Key::Serving { id, endpoint } => write!(f, "{}/serving . {endpoint}", id.0)?,
             Key::Source { id, network } => write!(f, "{} . {network}", id.0)?,
+            Key::Places { list, part } => write!(f, "{list} . {part}")?,
         }
         match self.1 {
             Value::Target(target) => {
@@ -317,6 +373,7 @@ impl Display for Line<'_> {
                 }
             }
             Value::Endpoint(endpoint) => write!(f, " : {endpoint}")?,
+            Value::Places(slots) => write!(f, " : slots {slots:?}")?,
             Value::Present => {}
         }
         f.write_str(" }")
@@ -417,6 +474,7 @@ mod tests {
             (Key::Endpoint { list, slot: 5 }, Value::Endpoint(endpoint(six))),
             (Key::Member { list, endpoint: endpoint(six) }, Value::Present),
             (Key::Serving { id, endpoint: endpoint(four) }, Value::Present),
+            (Key::Places { list, part: 3 }, Value::Places(std::array::from_fn(|slot| slot as u16 * 300))),
             (Key::Source { id, network: network("203.0.113.0/24") }, Value::Present),
             (Key::Source { id, network: network("0.0.0.0/0") }, Value::Present),
             (Key::Source { id, network: network("2001:db8::/32") }, Value::Present),

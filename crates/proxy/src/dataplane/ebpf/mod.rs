@@ -6,6 +6,8 @@
 //! - `contacts`: those in which the programs of `watch.h` count
 //! - `ended`: what becomes of connections whose time is over
 //! - `plan`: a frontend's entries
+//! - `maglev`: a frontend's table, where endpoints are chosen by one
+//! - `loads`: how many flows endpoints have, where the less loaded is chosen
 //! - `commit`: entries that frontends share, what the kernel held before, the order of changes
 //! - `retire`: what is left when another mode takes over
 //! - `trace`: a packet's way through a plan, as the programs go
@@ -18,12 +20,14 @@ mod commit;
 pub(crate) mod contacts;
 pub(crate) mod ended;
 mod layout;
+mod loads;
+mod maglev;
 mod plan;
 mod retire;
 mod trace;
 
 pub use commit::Ebpf;
-pub use layout::{Base, LAYOUT, LAYOUTS};
+pub use layout::{Base, LAYOUT, LAYOUTS, LOADS, LoadKind, load_key};
 pub use plan::Entries;
 pub use retire::{Retired, retire};
 pub use trace::Way;

@@ -9,8 +9,6 @@
 #define FIRST_PORT 1024
 #define PORTS 28976
 #define PORT_TRIES 32
-// How often a SYN that was not answered is drawn again until it goes to another endpoint.
-#define OTHER_PICKS 12
 
 // An error is translated like the answer that it stands for.
 separate int translate_error(struct __sk_buff *skb, int leaving)
@@ -72,7 +70,7 @@ separate int masquerade(const struct packet *packet, const struct endpoint *endp
 	return 0;
 }
 
-// Beside OTHERS_LEFT and MOVED.
+// Beside OTHERS_LEFT, MOVED and COUNTED.
 #define START_MASQUERADED 1
 
 // Writes down where this flow goes and how its answers are translated back.
@@ -98,8 +96,10 @@ separate int start_flow(const struct packet *packet, const struct endpoint *endp
 		return 0;
 	key = packet->key;
 	flow.to = *endpoint;
-	flow.flags = PICKED | (how & MOVED);
+	flow.flags = PICKED | (how & (MOVED | COUNTED));
 	flow.bytes = packet->length;
+	if (how & COUNTED)
+		add_load(endpoint, key.protocol, LOAD_OF_FLOWS, 1);
 	return !map_update(&flows, &key, &flow, BPF_ANY);
 }
 
@@ -163,6 +163,8 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		return translate_error(skb, 0);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow && goes_on(&packet, flow)) {
+		if (packet.tcp_flags & TCP_RST)
+			uncount_flow(flow, packet.key.protocol);
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 0);
 	}
@@ -202,25 +204,31 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		// Nobody can listen on port 0: the node itself refuses, and its answer is translated back.
 		endpoint.address = node->addresses[packet.is_ipv6 ? 1 : 0];
 	} else {
+		struct choice choice = {
+			.list = list,
+			.count = count,
+			.affinity_seconds = frontend->affinity_seconds,
+			.flags = frontend->flags,
+			.hash = hash_client(&packet.key.source, packet.key.source_port, packet.key.protocol),
+			.tried = tried,
+		};
+
 		if (again)
 			forget_client(list, &packet.key.source);
-		if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
+		if (!pick(&choice, &packet.key.source, packet.key.protocol, &endpoint))
 			return TC_ACT_SHOT;
-		for (int more = 0; again && more < OTHER_PICKS; more++) {
-			if (endpoint.port != tried.port || !same_address(&endpoint.address, &tried.address))
-				break;
-			forget_client(list, &packet.key.source);
-			if (!pick(list, count, frontend->affinity_seconds, &packet.key.source, &endpoint))
-				return TC_ACT_SHOT;
-		}
 		if (frontend->flags & MASQUERADE ||
 		    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
 		    same_address(&endpoint.address, &packet.key.source))
 			how |= START_MASQUERADED;
+		if (frontend->flags & LEAST_LOAD)
+			how |= COUNTED;
 		// Once: if the second refuses, too, the client is told.
 		if (count > 1 && !again && holds_refusals())
 			how |= OTHERS_LEFT;
 	}
+	if (flow)
+		uncount_flow(flow, packet.key.protocol);
 	if (count)
 		note_start(&packet, &endpoint, again ? &tried : NULL, count > 1);
 	// A full table: the client asks again.
@@ -251,8 +259,11 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 		// The client repeats its SYN, which then goes to another endpoint.
 		if (packet.tcp_flags & TCP_RST && note_refusal(&packet.key, flow))
 			return TC_ACT_SHOT;
-		if (flow->flags & ANSWER)
+		if (flow->flags & ANSWER) {
 			note_answer(&packet, flow);
+			if (packet.tcp_flags & (TCP_FIN | TCP_RST))
+				end_flow(&packet, flow);
+		}
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 1);
 	}

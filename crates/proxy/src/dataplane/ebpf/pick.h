@@ -1,7 +1,7 @@
 // What both kinds of programs decide alike: which frontend, which endpoint.
 #pragma once
 
-#include "layout.h"
+#include "select.h"
 
 #define SECOND 1000000000ULL
 
@@ -33,6 +33,11 @@ inlined void set_ipv4(union address *to, __be32 from)
 inlined int same_address(const union address *one, const union address *other)
 {
 	return one->halves[0] == other->halves[0] && one->halves[1] == other->halves[1];
+}
+
+inlined int is_same(const struct endpoint *one, const struct endpoint *other)
+{
+	return one->port == other->port && same_address(&one->address, &other->address);
 }
 
 inlined int in_networks(const union address *address, const struct network *networks, __u32 count)
@@ -69,15 +74,26 @@ inlined int is_member(__u32 list, __u16 serving, const struct endpoint *endpoint
 	return map_lookup(&members, &key) != NULL;
 }
 
-// Chooses an endpoint of a list of at least one; whether there was one.
-separate int pick(__u32 list, __u32 count, __u32 affinity_seconds, const union address *client, struct endpoint *picked)
+inlined struct endpoint *endpoint_at(__u32 list, __u32 slot)
 {
-	struct affinity_key client_key = {.list = list};
-	struct slot_key key = {.list = list};
-	struct endpoint *endpoint;
+	struct slot_key key = {.list = list, .slot = slot};
 
-	if (!client || !picked || !count)
+	return map_lookup(&endpoints, &key);
+}
+
+// Chooses an endpoint of a list of at least one; whether there was one.
+separate int pick(const struct choice *choice, const union address *client, __u8 protocol, struct endpoint *picked)
+{
+	struct affinity_key client_key = {};
+	struct endpoint *endpoint;
+	__u32 list, count, affinity_seconds, slot;
+
+	if (!choice || !client || !picked || !choice->count)
 		return 0;
+	list = choice->list;
+	count = choice->count;
+	affinity_seconds = choice->affinity_seconds;
+	client_key.list = list;
 	set_address(client_key.client, client);
 	if (affinity_seconds) {
 		struct affinity *held = map_lookup(&affinities, &client_key);
@@ -89,13 +105,22 @@ separate int pick(__u32 list, __u32 count, __u32 affinity_seconds, const union a
 			return 1;
 		}
 	}
-	key.slot = random32() % count;
-	endpoint = map_lookup(&endpoints, &key);
-	if (!endpoint) {
-		// The count may be that of a moment ago: the first slot is never empty.
-		key.slot = 0;
-		endpoint = map_lookup(&endpoints, &key);
+	slot = choice->flags & MAGLEV ? slot_by_table(choice) : random32() % count;
+	endpoint = endpoint_at(list, slot);
+	if (choice->flags & LEAST_LOAD && count > 1) {
+		__u32 other_slot = (slot + 1 + random32() % (count - 1)) % count;
+		struct endpoint *other = endpoint_at(list, other_slot);
+
+		if (endpoint && other && is_busier(endpoint, other, protocol)) {
+			endpoint = other;
+			slot = other_slot;
+		}
 	}
+	if (endpoint && is_same(endpoint, &choice->tried))
+		endpoint = endpoint_at(list, (slot + 1) % count);
+	// The count may be that of a moment ago: the first slot is never empty.
+	if (!endpoint)
+		endpoint = endpoint_at(list, 0);
 	if (!endpoint)
 		return 0;
 	*picked = *endpoint;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter};
 use std::net::IpAddr;
 
-use services::{Endpoint, Frontend, Protocol, TrafficPolicy};
+use services::{Endpoint, Frontend, Protocol, Selection, TrafficPolicy};
 
 use super::layout::{Key, Line, List, Target, Value, flag};
+use super::maglev::{self, PLACES};
 use crate::NodeView;
 use crate::addresses::{Addresses, of_family};
 use crate::scope::{Scopes, scopes};
@@ -68,6 +69,7 @@ impl<'a> Plan<'a> {
             health_check_node_port: _,
             // The loop ends connections, whatever the mode (`crate::end`).
             end_policy: _,
+            selection,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;
@@ -81,15 +83,21 @@ impl<'a> Plan<'a> {
         if name.protocol == Protocol::Sctp {
             return;
         }
+        let selection = selection.unwrap_or(node.selection);
+        let choice = match selection {
+            Selection::Random => 0,
+            Selection::Maglev => flag::MAGLEV,
+            Selection::LeastLoad => flag::LEAST_LOAD,
+        };
         let masquerade = if node.masquerade_all { flag::MASQUERADE } else { flag::MASQUERADE_OUTSIDE };
         for address in &addresses.cluster {
-            let target = self.target(*internal_policy, *internal_policy, masquerade);
+            let target = self.target(*internal_policy, *internal_policy, masquerade | choice);
             self.frontend(*address, *port, target);
         }
         // Outside traffic under policy Cluster: the reply must come back through this node, whose address the client
         // talks to.
         let masquerade = if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 };
-        let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade);
+        let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade | choice);
         for address in &addresses.external {
             self.frontend(*address, *port, outside);
         }
@@ -120,7 +128,7 @@ impl<'a> Plan<'a> {
         for policy in [TrafficPolicy::Cluster, TrafficPolicy::Local] {
             let for_outside = policy == TrafficPolicy::Cluster || *external_policy == policy;
             if *internal_policy == policy || (is_outside && for_outside) {
-                self.list(policy, affinity.is_some());
+                self.list(policy, affinity.is_some(), selection == Selection::Maglev);
             }
         }
         if name.protocol == Protocol::Udp {
@@ -161,9 +169,16 @@ impl<'a> Plan<'a> {
     }
 
     /// The endpoints of one scope.
-    fn list(&mut self, policy: TrafficPolicy, sticky: bool) {
+    fn list(&mut self, policy: TrafficPolicy, sticky: bool, by_table: bool) {
         let (list, endpoints) = self.scope(policy);
         let endpoints: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+        if by_table && !endpoints.is_empty() {
+            for (part, slots) in maglev::table(&endpoints).chunks(PLACES).enumerate() {
+                // The last part is not full; what is beyond is never asked for.
+                let slots = std::array::from_fn(|at| slots.get(at).copied().unwrap_or_default());
+                self.entries.insert(Key::Places { list, part: part as u32 }, Value::Places(slots));
+            }
+        }
         for (slot, endpoint) in endpoints.into_iter().enumerate() {
             self.entries.insert(Key::Endpoint { list, slot: slot as u32 }, Value::Endpoint(endpoint));
             if sticky {

@@ -81,10 +81,42 @@ separate int is_too_late(const struct flow_key *key)
 	return attempt && attempt->outcome == GONE_ELSEWHERE;
 }
 
+// The client's direction of a flow that this answers.
+inlined struct flow *answered_flow(const struct packet *packet, const struct flow *answer)
+{
+	struct flow_key key = {.protocol = packet->key.protocol};
+
+	key.source = packet->key.destination;
+	key.source_port = packet->key.destination_port;
+	key.destination = answer->to.address;
+	key.destination_port = answer->to.port;
+	return map_lookup(&flows, &key);
+}
+
+// Its flow's connection is no longer part of the endpoint's load.
+inlined void uncount_flow(struct flow *flow, __u8 protocol)
+{
+	struct endpoint endpoint = flow->to;
+
+	if (!(flow->flags & COUNTED))
+		return;
+	flow->flags &= ~COUNTED;
+	add_load(&endpoint, protocol, LOAD_OF_FLOWS, -1);
+}
+
+// The endpoint ends it. Its client may still send, but nobody answers.
+separate int end_flow(const struct packet *packet, const struct flow *answer)
+{
+	struct flow *flow = packet && answer ? answered_flow(packet, answer) : NULL;
+
+	if (flow)
+		uncount_flow(flow, packet->key.protocol);
+	return 0;
+}
+
 // Tells the client's direction that its endpoint has answered.
 inlined void note_answer(const struct packet *packet, struct flow *answer)
 {
-	struct flow_key key = {.protocol = packet->key.protocol};
 	struct endpoint endpoint, asked;
 	struct contact_key contact;
 	struct flow *flow;
@@ -92,17 +124,13 @@ inlined void note_answer(const struct packet *packet, struct flow *answer)
 	if (answer->flags & ANSWERED || packet->tcp_flags & TCP_RST)
 		return;
 	answer->flags |= ANSWERED;
-	key.source = packet->key.destination;
-	key.source_port = packet->key.destination_port;
-	key.destination = answer->to.address;
-	key.destination_port = answer->to.port;
-	flow = map_lookup(&flows, &key);
+	flow = answered_flow(packet, answer);
 	if (!flow)
 		return;
 	flow->flags |= ANSWERED;
 	endpoint = answering(&packet->key);
 	asked = answer->to;
-	if (key.protocol == IPPROTO_TCP && !(flow->flags & MOVED) && contact_in(&contact, &asked, &endpoint, IPPROTO_TCP))
+	if (packet->key.protocol == IPPROTO_TCP && !(flow->flags & MOVED) && contact_in(&contact, &asked, &endpoint, IPPROTO_TCP))
 		note_answered(&contact, flow->seen);
 }
 

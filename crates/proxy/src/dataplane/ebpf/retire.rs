@@ -10,7 +10,7 @@ use linux::bpf::{self, Hooks, Kernel, Pinned};
 
 use super::OBJECT;
 use super::contacts::{CONTACTS, LISTENERS, SETTINGS, Settings};
-use super::layout::{FLOWS, LAYOUT, Map, NODES, flow_seen};
+use super::layout::{FLOWS, LAYOUT, LOADS, Map, NODES, flow_seen};
 use crate::Error;
 
 const IDLE: Duration = Duration::from_secs(3_600);
@@ -40,7 +40,8 @@ pub fn retire(hooks: &Hooks, namespace: Option<BorrowedFd<'_>>) -> Result<Retire
     if !kernel.entries(SETTINGS.name)?.keys.is_empty() {
         Settings::default().put(&mut kernel)?;
     }
-    for layout in Map::ALL.map(Map::layout).into_iter().chain([CONTACTS, LISTENERS]) {
+    // Nobody counts any more what ends.
+    for layout in Map::ALL.map(Map::layout).into_iter().chain([CONTACTS, LISTENERS, LOADS]) {
         let held = kernel.entries(layout.name)?;
         // Whoever was killed early may not have made the map.
         if !held.keys.is_empty() {

@@ -7,6 +7,9 @@
 
 #include "packet.h"
 
+// How often an endpoint is drawn for a pod until it is not the pod itself.
+#define OTHER_PICKS 8
+
 inlined struct peer *sent_peer(struct bpf_sock_ops *context)
 {
 	struct bpf_sock *socket = context->sk;
@@ -100,26 +103,35 @@ inlined void move(struct bpf_sock_ops *context)
 		return;
 	client.halves[0] = namespace_cookie(context);
 	client.halves[1] = ~0ULL;
-		place = own_place(context, &peer->given);
+	place = own_place(context, &peer->given);
 	packet.key.source = place.address;
 	packet.key.source_port = place.port;
 	packet.key.destination = peer->given.address;
 	packet.key.destination_port = peer->given.port;
 	packet.key.protocol = IPPROTO_TCP;
 	for (int tries = 0; tries < OTHER_PICKS; tries++) {
+		struct choice choice = {
+			.list = frontend->list,
+			.count = frontend->count,
+			.affinity_seconds = frontend->affinity_seconds,
+			.flags = frontend->flags,
+			.hash = random32(),
+			.tried = tried,
+		};
+
 		forget_client(frontend->list, &client);
-		if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
+		if (!pick(&choice, &client, IPPROTO_TCP, &picked))
 			return;
 		// A pod that would reach itself needs more than this.
-		if (!same_address(&picked.address, &packet.key.source) &&
-		    (picked.port != tried.port || !same_address(&picked.address, &tried.address)))
+		if (!same_address(&picked.address, &packet.key.source))
 			break;
 	}
-	if (same_address(&picked.address, &packet.key.source) ||
-	    (picked.port == tried.port && same_address(&picked.address, &tried.address)))
+	if (same_address(&picked.address, &packet.key.source) || is_same(&picked, &tried))
 		return;
 	if (!start_flow(&packet, &picked, frontend->id, MOVED))
 		return;
+	if (frontend->flags & LEAST_LOAD && context->sk)
+		count_socket(context->sk, IPPROTO_TCP, &picked);
 	attempt = attempt_of(&place.address, place.port);
 	if (attempt && attempt->port == place.port)
 		attempt->outcome = GONE_ELSEWHERE;

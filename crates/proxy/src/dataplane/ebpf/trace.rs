@@ -7,7 +7,8 @@ use linux::nft::{Fate, Packet};
 use services::Protocol;
 
 use super::commit::Ebpf;
-use super::layout::{Base, Key, Line, List, Map, Target, Value, flag};
+use super::layout::{Base, Key, LOADS, Line, List, LoadKind, Map, Target, Value, flag, load_key};
+use super::maglev::{self, PLACES};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,16 +77,61 @@ impl Walk<'_> {
         let rest = Key::Frontend { address: to.ip(), port: None };
         match self.get(exact).or_else(|| self.get(rest))? {
             Value::Target(target) => Some(target),
-            Value::Endpoint(_) | Value::Present => None,
+            Value::Endpoint(_) | Value::Places(_) | Value::Present => None,
         }
     }
 
-    fn pick(&mut self, (list, count): (List, u32), draw: &mut dyn FnMut(u32) -> u32) -> Option<SocketAddr> {
-        let slot = if count > 1 { draw(count) } else { 0 };
-        match self.get(Key::Endpoint { list, slot }).or_else(|| self.get(Key::Endpoint { list, slot: 0 }))? {
+    fn endpoint(&mut self, list: List, slot: u32) -> Option<SocketAddr> {
+        match self.get(Key::Endpoint { list, slot })? {
             Value::Endpoint(endpoint) => Some(endpoint),
-            Value::Target(_) | Value::Present => None,
+            Value::Target(_) | Value::Places(_) | Value::Present => None,
         }
+    }
+
+    /// How many connections an endpoint has; what has not been counted is none.
+    fn load(&mut self, endpoint: SocketAddr, protocol: Protocol) -> i64 {
+        let of_kind = |kind| {
+            let value = self.fake.get(LOADS.name, &load_key(endpoint, protocol, kind))?;
+            Some(i64::from_ne_bytes(*value.first_chunk()?))
+        };
+        let load = [LoadKind::Sockets, LoadKind::Flows].into_iter().filter_map(of_kind).sum();
+        if load != 0 {
+            self.log.push(format!("loads {{ {endpoint} . {protocol} : {load} }}"));
+        }
+        load
+    }
+
+    /// `pick` in pick.h. `hash` names the connection on every node alike, if anything does.
+    fn pick(
+        &mut self,
+        (list, count): (List, u32),
+        Target { flags, id: _, inside: _, outside: _, affinity_seconds: _ }: &Target,
+        protocol: Protocol,
+        hash: Option<u64>,
+        draw: &mut dyn FnMut(u32) -> u32,
+    ) -> Option<SocketAddr> {
+        let picked = if flags & flag::MAGLEV != 0 {
+            let size = maglev::size(count as usize);
+            let place = hash.map_or_else(|| draw(size as u32) as usize, |hash| (hash % size as u64) as usize);
+            let slot = match self.get(Key::Places { list, part: (place / PLACES) as u32 }) {
+                Some(Value::Places(slots)) => slots[place % PLACES].into(),
+                _ => 0,
+            };
+            self.endpoint(list, slot)
+        } else {
+            let slot = if count > 1 { draw(count) } else { 0 };
+            let first = self.endpoint(list, slot);
+            if flags & flag::LEAST_LOAD != 0 && count > 1 {
+                let other = self.endpoint(list, (slot + 1 + draw(count - 1)) % count);
+                match (first, other) {
+                    (Some(one), Some(other)) if self.load(one, protocol) > self.load(other, protocol) => Some(other),
+                    _ => first,
+                }
+            } else {
+                first
+            }
+        };
+        picked.or_else(|| self.endpoint(list, 0))
     }
 
     fn may_use(&mut self, target: &Target, source: IpAddr) -> bool {
@@ -128,7 +174,7 @@ impl Walk<'_> {
         if target.inside.1 == 0 {
             return (target.flags & flag::REFUSED != 0).then_some(Fate::Rejected);
         }
-        let to = self.pick(target.inside, draw)?;
+        let to = self.pick(target.inside, &target, protocol, None, draw)?;
         Some(Fate::Sent { to, masqueraded: false })
     }
 
@@ -155,7 +201,8 @@ impl Walk<'_> {
         if scope.1 == 0 {
             return if target.flags & flag::REFUSED != 0 { Fate::Rejected } else { Fate::Dropped };
         }
-        let Some(to) = self.pick(scope, draw) else { return Fate::Dropped };
+        let hash = maglev::hash(packet.from, protocol);
+        let Some(to) = self.pick(scope, &target, protocol, Some(hash), draw) else { return Fate::Dropped };
         let outside = !is_pod && self.base.has_pods(source.is_ipv6());
         let masqueraded = target.flags & flag::MASQUERADE != 0
             || (target.flags & flag::MASQUERADE_OUTSIDE != 0 && outside)

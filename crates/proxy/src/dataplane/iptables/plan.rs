@@ -118,6 +118,8 @@ impl Plan<'_> {
             source_ranges: _,
             // Connections are ended beside the plan (`end`), the same way wherever conntrack translates.
             end_policy: _,
+            // The loop says that it is not this mode's to choose.
+            selection: _,
             health_check_node_port,
             endpoints: _,
         } = self.frontend;

@@ -108,6 +108,8 @@ impl<'a> Plan<'a> {
             source_ranges,
             health_check_node_port: _,
             end_policy: _,
+            // The loop says that it is not this mode's to choose.
+            selection: _,
             endpoints: _,
         } = self.frontend;
         let (v6, node) = (self.v6, self.node);

@@ -147,6 +147,8 @@ impl Plan<'_> {
             health_check_node_port: _,
             // The relays are ours, and end with either side.
             end_policy: _,
+            // The loop says that it is not this mode's to choose.
+            selection: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;

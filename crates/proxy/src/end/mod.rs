@@ -42,7 +42,7 @@ struct Worker {
 impl End {
     /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
     pub fn new(namespace: Option<OwnedFd>, hooks: Option<Hooks>, mode: Mode) -> Result<Self, Error> {
-        if matches!(mode, Mode::Nftables | Mode::Iptables) {
+        if mode.translator().is_some() {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
         Ok(End { namespace, hooks, mode, ..End::default() })
@@ -51,10 +51,12 @@ impl End {
     /// Whoever knows the mode's connections; `None`: nobody does.
     fn open(&self) -> Result<Option<Box<dyn Ways>>, Error> {
         let namespace = self.namespace.as_ref();
+        if let Some(translator) = self.mode.translator() {
+            return Ok(Some(Box::new(Sockets::open(namespace, translator)?)));
+        }
         Ok(match self.mode {
-            Mode::Nftables | Mode::Iptables => Some(Box::new(Sockets::open(namespace)?)),
             Mode::Ebpf => Some(Box::new(Programs::open(namespace, self.hooks.as_ref())?)),
-            Mode::Ipvs | Mode::Userspace => None,
+            _ => None,
         })
     }
 
@@ -72,7 +74,7 @@ impl End {
                 }
                 Ok(None) if std::mem::replace(&mut self.said, true) => {}
                 Ok(None) => tracing::warn!(
-                    "proxy: this mode keeps connections, whatever end policies say; nftables, iptables and ebpf end them"
+                    "proxy: this mode keeps connections, whatever end policies say; the other modes end them"
                 ),
                 Err(error) => tracing::warn!("proxy: connections are kept, whatever end policies say: {error}"),
             }

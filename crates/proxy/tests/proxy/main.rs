@@ -22,5 +22,6 @@ mod objects;
 mod refusals;
 mod ring;
 mod rows;
+mod sctp;
 mod serving;
 mod userspace;

@@ -20,6 +20,9 @@ pub struct ClusterConfig {
     pub nodes: u32,
     #[serde(default)]
     pub localhost_node_ports: bool,
+    /// Switches of every node's proxy that are not as they are by default.
+    #[serde(default)]
+    pub feature_gates: String,
 }
 
 fn path(dir: &Path) -> PathBuf {

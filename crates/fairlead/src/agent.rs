@@ -207,6 +207,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         None => Seed::default(),
     };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
+    let dns_feed = dns::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
@@ -323,6 +324,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         DnsConfig::new(args.node_ip.iter().map(|ip| Listen::Address(SocketAddr::new(*ip, server::DNS_PORT))).collect());
     dns_config.zone = cluster.dns.domain.clone();
     dns_config.reverse = cluster.service_cidrs.iter().chain(&cluster.pod_cidrs).copied().collect();
+    dns_config.search_clients = cluster.pod_cidrs.clone();
     dns_config.upstreams = Upstreams::ResolvConf("/etc/resolv.conf".into());
     dns_config.metrics = args
         .node_ip
@@ -333,7 +335,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if let Some(outer) = &outer {
         dns_config.sockets = Arc::new(OuterSockets(outer.clone()));
     }
-    let dns_server = dns::Server::bind(dns_config, feed.table.clone()).await.context("start cluster DNS")?;
+    let dns_server = dns::Server::bind(dns_config, dns_feed).await.context("start cluster DNS")?;
     let dns_token = token.clone();
     tasks.spawn(async move {
         dns_server.run(dns_token).await;

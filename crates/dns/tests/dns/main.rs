@@ -1,5 +1,7 @@
 //! Cluster DNS: case files (objects in, question, answer out), and the server over real loopback sockets.
 
 mod cases;
+mod dig;
+mod packets;
 mod server;
 mod zone;

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use dns::{DnsConfig, Listen, Server, Upstreams};
+use dns::{DnsConfig, Feed, Listen, Server, UpstreamServer, Upstreams};
 use hickory_proto::op::{Edns, Message, Metadata, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use services::{Changes, ServiceTable};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -37,22 +39,37 @@ struct Running {
     metrics: SocketAddr,
     token: CancellationToken,
     task: JoinHandle<()>,
+    table: Arc<RwLock<ServiceTable>>,
+    sender: broadcast::Sender<Arc<Changes>>,
 }
 
 impl Running {
     async fn start(upstreams: Vec<SocketAddr>) -> Self {
+        Running::start_with(upstreams, |_| {}).await
+    }
+
+    async fn start_with(upstreams: Vec<SocketAddr>, change: impl FnOnce(&mut DnsConfig)) -> Self {
         let mut table = table(&objects(200));
         table.set_synced();
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback");
         let metrics = listener.local_addr().expect("bound");
         let mut config = DnsConfig::new(vec![Listen::Address((Ipv4Addr::LOCALHOST, 0).into())]);
-        config.upstreams = Upstreams::Servers(upstreams);
+        config.upstreams = Upstreams::Servers(upstreams.into_iter().map(UpstreamServer::from).collect());
         config.metrics = Some(listener);
-        let server = Server::bind(config, Arc::new(RwLock::new(table))).await.expect("loopback");
+        change(&mut config);
+        let (sender, changes) = broadcast::channel(8);
+        let table = Arc::new(RwLock::new(table));
+        let server = Server::bind(config, Feed { table: table.clone(), changes }).await.expect("loopback");
         let address = server.addresses()[0];
         let token = CancellationToken::new();
         let task = tokio::spawn(server.run(token.clone()));
-        Running { address, metrics, token, task }
+        Running { address, metrics, token, task, table, sender }
+    }
+
+    /// As whoever feeds the table does it.
+    fn change(&self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+        let changes = change(&mut self.table.write().expect("unpoisoned"));
+        self.sender.send(Arc::new(changes)).expect("the server listens");
     }
 
     async fn stop(self) {
@@ -266,6 +283,31 @@ async fn without_upstream_servers_other_names_fail_at_once() {
     let reply = server.udp(&question("example.", RecordType::A)).await;
     assert_eq!(reply.metadata.response_code, ResponseCode::ServFail);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_name_is_answered_and_an_old_one_is_not() {
+    let server = Running::start(Vec::new()).await;
+    let new = question("new.default.svc.cluster.local.", RecordType::A);
+    let missing = server.udp(&new).await;
+    assert_eq!(missing.metadata.response_code, ResponseCode::NXDomain);
+    assert_eq!(missing.authorities[0].ttl, 0, "nobody is to remember that it was not there");
+    let service = objects(0).lines().next().expect("web").replace("\"web\"", "\"new\"");
+    server.change(|table| table.upsert_service(service.as_bytes()).expect("a Service"));
+    until(&server, &new, ResponseCode::NoError).await;
+    server.change(|table| table.delete_service("default", "new"));
+    until(&server, &new, ResponseCode::NXDomain).await;
+    server.stop().await;
+}
+
+/// The compiler runs beside the answers: asks until it has seen the change, a bounded number of times.
+async fn until(server: &Running, question: &Message, code: ResponseCode) {
+    for _ in 0..1000 {
+        if server.udp(question).await.metadata.response_code == code {
+            return;
+        }
+    }
+    panic!("{} is not {code}", question.queries[0].name());
 }
 
 async fn get(address: SocketAddr, path: &str) -> String {

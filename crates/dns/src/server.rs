@@ -1,5 +1,6 @@
 //! Binds the sockets of cluster DNS and runs its loops.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -26,6 +27,9 @@ use crate::upstream::{Upstream, UpstreamServer};
 use crate::wire::{Incoming, decode};
 use crate::zone::Zone;
 use crate::{message, tcp, udp};
+
+/// How often the kernel may choose a port that is free for UDP only.
+const PORT_TRIES: usize = 16;
 
 /// Where every question is received and counted.
 pub struct Desk {
@@ -173,7 +177,7 @@ async fn upstream_servers(upstreams: Upstreams) -> Result<Vec<UpstreamServer>, D
     };
     match tokio::fs::read_to_string(&path).await {
         Ok(text) => Ok(parse_resolv_conf(&text).servers.into_iter().map(UpstreamServer::from).collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
             info!(path = %path.display(), "there is no such file: names outside the cluster are refused");
             Ok(Vec::new())
         }
@@ -191,11 +195,17 @@ async fn bind(listen: Listen) -> Result<(UdpSocket, TcpListener), DnsError> {
     match listen {
         Listen::Address(address) => {
             let taken = |source| DnsError::Listen { address, source };
-            let udp = UdpSocket::bind(address).await.map_err(taken)?;
-            // With port 0 the kernel has chosen for UDP, and TCP follows.
-            let address = udp.local_addr().map_err(taken)?;
-            let tcp = TcpListener::bind(address).await.map_err(taken)?;
-            Ok((udp, tcp))
+            for _ in 0..PORT_TRIES {
+                let udp = UdpSocket::bind(address).await.map_err(taken)?;
+                // With port 0 the kernel has chosen for UDP, and TCP follows, if nobody else has that one.
+                let same = udp.local_addr().map_err(taken)?;
+                match TcpListener::bind(same).await {
+                    Ok(tcp) => return Ok((udp, tcp)),
+                    Err(error) if address.port() == 0 && error.kind() == ErrorKind::AddrInUse => {}
+                    Err(error) => return Err(taken(error)),
+                }
+            }
+            Err(taken(ErrorKind::AddrInUse.into()))
         }
         Listen::Bound { udp, tcp } => {
             udp.set_nonblocking(true).map_err(DnsError::Socket)?;

@@ -2,6 +2,8 @@
 
 mod cases;
 mod dig;
+mod forward;
 mod packets;
+mod rows;
 mod server;
 mod zone;

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::zone::table;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 fn objects(endpoints: usize) -> String {
     let many: Vec<String> =
@@ -34,8 +34,8 @@ fn objects(endpoints: usize) -> String {
     .join("\n")
 }
 
-struct Running {
-    address: SocketAddr,
+pub struct Running {
+    pub address: SocketAddr,
     metrics: SocketAddr,
     token: CancellationToken,
     task: JoinHandle<()>,
@@ -44,11 +44,11 @@ struct Running {
 }
 
 impl Running {
-    async fn start(upstreams: Vec<SocketAddr>) -> Self {
+    pub async fn start(upstreams: Vec<SocketAddr>) -> Self {
         Running::start_with(upstreams, |_| {}).await
     }
 
-    async fn start_with(upstreams: Vec<SocketAddr>, change: impl FnOnce(&mut DnsConfig)) -> Self {
+    pub async fn start_with(upstreams: Vec<SocketAddr>, change: impl FnOnce(&mut DnsConfig)) -> Self {
         let mut table = table(&objects(200));
         table.set_synced();
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback");
@@ -72,7 +72,7 @@ impl Running {
         self.sender.send(Arc::new(changes)).expect("the server listens");
     }
 
-    async fn stop(self) {
+    pub async fn stop(self) {
         self.token.cancel();
         timeout(PATIENCE, self.task).await.expect("the server ends").expect("without a panic");
     }
@@ -87,9 +87,39 @@ impl Running {
         Some(buffer)
     }
 
-    async fn udp(&self, message: &Message) -> Message {
+    pub async fn udp(&self, message: &Message) -> Message {
         let bytes = self.send_udp(&message.to_vec().expect("a message")).await.expect("an answer");
         Message::from_vec(&bytes).expect("a message")
+    }
+
+    /// The same for an answer that takes its time.
+    pub async fn udp_patiently(&self, message: &Message) -> Message {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+        socket.connect(self.address).await.expect("loopback");
+        socket.send(&message.to_vec().expect("a message")).await.expect("sent");
+        let mut buffer = vec![0; 65_535];
+        let length = timeout(PATIENCE, socket.recv(&mut buffer)).await.expect("in time").expect("an answer");
+        Message::from_vec(&buffer[..length]).expect("a message")
+    }
+
+    /// The number behind a metric.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let text = get(self.metrics, "/metrics").await;
+        let line =
+            text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name} is not in\n{text}"));
+        line.rsplit(' ').next().and_then(|number| number.parse().ok()).expect("a number")
+    }
+
+    /// Why a server with this configuration does not start.
+    pub async fn refused(change: impl FnOnce(&mut DnsConfig)) -> String {
+        let mut config = DnsConfig::new(vec![Listen::Address((Ipv4Addr::LOCALHOST, 0).into())]);
+        config.upstreams = Upstreams::Servers(Vec::new());
+        change(&mut config);
+        let (_sender, changes) = broadcast::channel(8);
+        match Server::bind(config, Feed { table: Arc::default(), changes }).await {
+            Ok(_) => panic!("it starts"),
+            Err(error) => error.to_string(),
+        }
     }
 
     async fn tcp(&self, message: &Message) -> Message {
@@ -99,20 +129,20 @@ impl Running {
     }
 }
 
-async fn write_framed(stream: &mut TcpStream, bytes: &[u8]) {
+pub async fn write_framed(stream: &mut TcpStream, bytes: &[u8]) {
     let length = u16::try_from(bytes.len()).expect("short");
     stream.write_u16(length).await.expect("sent");
     stream.write_all(bytes).await.expect("sent");
 }
 
-async fn read_framed(stream: &mut TcpStream) -> Vec<u8> {
+pub async fn read_framed(stream: &mut TcpStream) -> Vec<u8> {
     let length = timeout(PATIENCE, stream.read_u16()).await.expect("in time").expect("an answer");
     let mut bytes = vec![0; usize::from(length)];
     timeout(PATIENCE, stream.read_exact(&mut bytes)).await.expect("in time").expect("whole");
     bytes
 }
 
-fn question(name: &str, record_type: RecordType) -> Message {
+pub fn question(name: &str, record_type: RecordType) -> Message {
     let mut message = Message::query();
     message.metadata.recursion_desired = true;
     message.add_query(Query::query(Name::from_ascii(name).expect("a name"), record_type));

@@ -75,7 +75,7 @@ async fn start(args: DnsArgs) -> anyhow::Result<ExitCode> {
     let with_pods = args.options.dns_pods == Pods::Verified;
     let mut needed = vec![&SERVICES, &ENDPOINT_SLICES];
     needed.extend(follow::resources(with_pods));
-    access::check_rights(&client, &needed, "of examples/dns (fairlead-dns)").await?;
+    access::check_rights(&client, &needed, "fairlead-cluster-dns of examples/dns").await?;
 
     let (token, mut tasks) = (CancellationToken::new(), JoinSet::new());
     follow_objects(&client, &mut config, &args.options, &mut tasks, &token);

@@ -161,6 +161,9 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     access::check_rights(&client, &[&SERVICES, &ENDPOINT_SLICES, &NODES], "system:node-proxier").await?;
 
     let mode = settings.mode;
+    if args.first_packet_timeout.is_some() && mode != proxy::Mode::Ebpf {
+        anyhow::bail!("--first-packet-timeout: the {mode} mode cannot set it; leave it out, or use --proxy-mode=ebpf");
+    }
     let hooks = hooks(&args.node_cgroup, &args.state_dir)?;
     let seed = {
         let hooks = hooks.clone();
@@ -263,6 +266,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     let watching = proxy::Watching {
         ejection: args.ejection,
         retry: args.first_packet_retry,
+        first_timeout: args.first_packet_timeout.map(std::time::Duration::from_millis),
         lost_nodes: Some(lost_seen),
         notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
         ..proxy::Watching::default()

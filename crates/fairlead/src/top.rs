@@ -70,7 +70,42 @@ pub struct Endpoint {
     /// From and to clients, over these flows; not told where the kernel does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<(u64, u64)>,
+    /// Not told where the mode does not count them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answers: Option<Answers>,
     pub ejected: bool,
+}
+
+/// What became of TCP connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answers {
+    pub answered: u64,
+    pub refused: u64,
+    pub retried: u64,
+    pub resets: u64,
+    /// From first packet to answer, in the mean; 0 without an answer.
+    pub connect_micros: u64,
+}
+
+impl Answers {
+    fn add(&mut self, more: &Answers) {
+        let answered = self.answered + more.answered;
+        let waited = self.answered * self.connect_micros + more.answered * more.connect_micros;
+        self.connect_micros = waited.checked_div(answered).unwrap_or(0);
+        self.answered = answered;
+        self.refused += more.refused;
+        self.retried += more.retried;
+        self.resets += more.resets;
+    }
+}
+
+impl From<proxy::Answers> for Answers {
+    fn from(answers: proxy::Answers) -> Self {
+        let proxy::Answers { answered, refused, retried, resets, waited } = answers;
+        let connect_micros = (waited.as_micros() as u64).checked_div(answered).unwrap_or(0);
+        Answers { answered, refused, retried, resets, connect_micros }
+    }
 }
 
 /// The kernel's table of connections.
@@ -88,6 +123,7 @@ impl From<proxy::Traffic> for Traffic {
             connections: endpoint.connections,
             open: endpoint.open,
             bytes: endpoint.bytes,
+            answers: endpoint.answers.map(Answers::from),
             ejected: endpoint.is_ejected,
         };
         let service = |service: proxy::ServiceTraffic| Service {
@@ -173,6 +209,9 @@ fn sum<'a>(all: impl Iterator<Item = &'a Traffic>) -> Vec<Service> {
                 (Some(held), Some(more)) => Some((held.0 + more.0, held.1 + more.1)),
                 (one, other) => one.or(other),
             };
+            if let Some(more) = &endpoint.answers {
+                held.answers.get_or_insert_default().add(more);
+            }
             held.ejected |= endpoint.ejected;
         }
     }
@@ -204,8 +243,29 @@ fn size(bytes: Option<u64>) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
 }
 
+/// What became of connections, in columns.
+fn fates(answers: Option<Answers>) -> [String; 4] {
+    let Some(answers) = answers else { return ["-", "-", "-", "-"].map(str::to_owned) };
+    let connect = if answers.answered > 0 { format!("{} µs", answers.connect_micros) } else { "-".to_owned() };
+    [answers.refused.to_string(), answers.retried.to_string(), answers.resets.to_string(), connect]
+}
+
 fn table(services: &[Service], with_endpoints: bool) -> String {
-    let mut rows = vec![["SERVICE", "PROTOCOL", "CONNECTIONS", "FLOWS", "IN", "OUT", "ENDPOINTS"].map(str::to_owned)];
+    let has_fates = services.iter().flat_map(|service| &service.endpoints).any(|endpoint| endpoint.answers.is_some());
+    let heads = [
+        "SERVICE",
+        "PROTOCOL",
+        "CONNECTIONS",
+        "FLOWS",
+        "IN",
+        "OUT",
+        "REFUSED",
+        "RETRIED",
+        "RESET",
+        "CONNECT",
+        "ENDPOINTS",
+    ];
+    let mut rows = vec![heads.map(str::to_owned)];
     for service in services {
         let bytes: Option<Vec<(u64, u64)>> = {
             let counted: Vec<(u64, u64)> = service.endpoints.iter().filter_map(|endpoint| endpoint.bytes).collect();
@@ -214,6 +274,11 @@ fn table(services: &[Service], with_endpoints: bool) -> String {
         let total = |pick: fn(&(u64, u64)) -> u64| size(bytes.as_ref().map(|all| all.iter().map(pick).sum()));
         let ejected = service.endpoints.iter().filter(|endpoint| endpoint.ejected).count();
         let out = if ejected > 0 { format!(", {ejected} ejected") } else { String::new() };
+        let mut answers: Option<Answers> = None;
+        for more in service.endpoints.iter().filter_map(|endpoint| endpoint.answers.as_ref()) {
+            answers.get_or_insert_default().add(more);
+        }
+        let [refused, retried, resets, connect] = fates(answers);
         rows.push([
             service.name.clone(),
             service.protocol.clone(),
@@ -221,9 +286,14 @@ fn table(services: &[Service], with_endpoints: bool) -> String {
             service.endpoints.iter().map(|endpoint| endpoint.open).sum::<u64>().to_string(),
             total(|(sent, _)| *sent),
             total(|(_, received)| *received),
+            refused,
+            retried,
+            resets,
+            connect,
             format!("{}{out}", service.endpoints.len()),
         ]);
         for endpoint in service.endpoints.iter().filter(|_| with_endpoints) {
+            let [refused, retried, resets, connect] = fates(endpoint.answers);
             rows.push([
                 format!("  {}", endpoint.address),
                 String::new(),
@@ -231,14 +301,20 @@ fn table(services: &[Service], with_endpoints: bool) -> String {
                 endpoint.open.to_string(),
                 size(endpoint.bytes.map(|(sent, _)| sent)),
                 size(endpoint.bytes.map(|(_, received)| received)),
+                refused,
+                retried,
+                resets,
+                connect,
                 if endpoint.ejected { "ejected".to_owned() } else { String::new() },
             ]);
         }
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..7).map(width).collect();
-    let line = |row: &[String; 7]| {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+    let is_shown = |column: usize| has_fates || !(6..10).contains(&column);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..heads.len()).map(width).collect();
+    let line = |row: &[String; 11]| {
+        let cells = row.iter().zip(&widths).enumerate().filter(|(column, _)| is_shown(*column));
+        let cells: Vec<String> = cells.map(|(_, (cell, width))| format!("{cell:width$}")).collect();
         format!("{}\n", cells.join("   ").trim_end())
     };
     rows.iter().map(line).collect()
@@ -255,6 +331,7 @@ mod tests {
             connections,
             open: 1,
             bytes,
+            answers: None,
             ejected,
         };
         let service = |name: &str, endpoints: &[Endpoint]| Service {
@@ -285,5 +362,17 @@ default/a          tcp        0             0       -         -         0
 "
         );
         assert_eq!(table(&sum, false).lines().count(), 4);
+        // One node tells more of it than the other.
+        let answers =
+            |answered, connect_micros| Answers { answered, refused: 1, retried: 1, resets: 2, connect_micros };
+        let told = |answers| node(&[service("default/web", &[Endpoint { answers, ..endpoint(1, 9, None, false) }])]);
+        let nodes = [told(Some(answers(3, 40))), told(Some(answers(1, 80))), told(None)];
+        assert_eq!(
+            table(&super::sum(nodes.iter()), false),
+            "\
+SERVICE       PROTOCOL   CONNECTIONS   FLOWS   IN   OUT   REFUSED   RETRIED   RESET   CONNECT   ENDPOINTS
+default/web   tcp        27            3       -    -     2         2         4       50 µs     1
+"
+        );
     }
 }

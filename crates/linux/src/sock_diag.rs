@@ -1,20 +1,31 @@
-//! Listening sockets whose programs are behind, and the connections that wait in their queues (linux/inet_diag.h).
+//! TCP sockets of a network namespace (linux/inet_diag.h): listeners whose programs are behind, the connections that wait in
+//! their queues, and connections for which an eBPF program keeps something, which can be ended.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::sys::socket::SockProtocol;
 
-use crate::nft::netlink::{Attributes, NLM_F_DUMP, NLM_F_REQUEST, Raw, Reply, errno};
+use crate::nft::netlink::{Attributes, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, Raw, Reply, errno};
 
 const MSG_BY_FAMILY: u16 = 20;
+const MSG_DESTROY: u16 = 21;
+/// Attributes of a request and of a message; nested in both is what belongs to the storage of a map.
+const REQUEST_STORAGES: u16 = 2;
+const STORAGES: u16 = 20;
+const STORAGE: u16 = 1;
+const STORAGE_VALUE: u16 = 3;
 const TCP: u8 = 6;
 const ESTABLISHED: u32 = 1 << 1;
+/// All in which a program may hold the socket, but for those that listen.
+const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 11;
 const CLOSE_WAIT: u32 = 1 << 8;
 const LISTEN: u32 = 1 << 10;
 /// An inet_diag_req_v2 after its message header.
 const REQUEST: usize = 56;
 const HEADER: usize = 16;
+/// Where attributes begin in a message, from behind the state on.
+const ATTRIBUTES: usize = 68;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -24,6 +35,8 @@ pub enum Error {
     Refused(std::io::Error),
     #[error("the kernel said nothing about sockets; retry")]
     Silent,
+    #[error("cannot end a connection: {0}; is CONFIG_INET_DIAG_DESTROY in this kernel?")]
+    Destroy(std::io::Error),
 }
 
 /// A listener with connections in its queue.
@@ -40,6 +53,18 @@ pub struct Waiting {
     pub local: SocketAddr,
     /// Names the connection for as long as it lives.
     pub cookie: u64,
+}
+
+/// The size of an inet_diag_sockid, which names a socket for as long as it lives.
+const ID: usize = 48;
+
+/// A connection for which an eBPF program keeps something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// What is kept, as the program wrote it.
+    pub value: Vec<u8>,
+    v6: bool,
+    id: [u8; ID],
 }
 
 /// TCP sockets of one network namespace.
@@ -69,6 +94,13 @@ impl Message<'_> {
 
     fn receive_queue(&self) -> Option<u32> {
         Some(u32::from_ne_bytes(self.0.get(52..56)?.try_into().ok()?))
+    }
+
+    /// What an eBPF program keeps for it, if it was asked for.
+    fn stored(&self, v6: bool) -> Option<Stored> {
+        let storages = Attributes(self.0.get(ATTRIBUTES..)?).nested(STORAGES)?;
+        let value = storages.nested(STORAGE)?.get(STORAGE_VALUE)?.to_vec();
+        Some(Stored { value, v6, id: *self.0.first_chunk()? })
     }
 
     /// 0: no program holds it.
@@ -116,16 +148,44 @@ impl Socket {
         Ok(found)
     }
 
-    fn dump(&mut self, v6: bool, states: u32, port: u16, mut visit: impl FnMut(Message<'_>)) -> Result<(), Error> {
-        let mut request = Vec::with_capacity(HEADER + REQUEST);
-        request.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
-        request.extend(MSG_BY_FAMILY.to_ne_bytes());
-        request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-        request.extend([0; 8]);
-        request.extend([if v6 { libc::AF_INET6 } else { libc::AF_INET } as u8, TCP, 0, 0]);
-        request.extend(states.to_ne_bytes());
-        request.extend(port.to_be_bytes());
-        request.resize(HEADER + REQUEST, 0);
+    /// Connections for which this map keeps something. It is a map of `BPF_MAP_TYPE_SK_STORAGE`.
+    pub fn stored(&mut self, map: BorrowedFd<'_>) -> Result<Vec<Stored>, Error> {
+        let mut attribute = Vec::new();
+        for (length, kind) in [(12_u16, REQUEST_STORAGES), (8, STORAGE)] {
+            attribute.extend(length.to_ne_bytes());
+            attribute.extend(kind.to_ne_bytes());
+        }
+        attribute.extend(map.as_raw_fd().to_ne_bytes());
+        let mut found = Vec::new();
+        for v6 in [false, true] {
+            let mut request = request(MSG_BY_FAMILY, NLM_F_DUMP, v6, CONNECTED, &[0; ID]);
+            request.extend(&attribute);
+            self.ask(request, |message| found.extend(message.stored(v6)))?;
+        }
+        Ok(found)
+    }
+
+    /// Ends a connection, as if its program had aborted it: the program hears ECONNABORTED, the other side a reset. Whether
+    /// it was still there.
+    pub fn destroy(&mut self, connection: &Stored) -> Result<bool, Error> {
+        let request = request(MSG_DESTROY, NLM_F_ACK, connection.v6, CONNECTED, &connection.id);
+        match self.ask(request, |_| ()) {
+            Ok(()) => Ok(true),
+            Err(Error::Refused(cause)) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(Error::Refused(cause)) => Err(Error::Destroy(cause)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn dump(&mut self, v6: bool, states: u32, port: u16, visit: impl FnMut(Message<'_>)) -> Result<(), Error> {
+        let mut id = [0; ID];
+        id[..2].copy_from_slice(&port.to_be_bytes());
+        self.ask(request(MSG_BY_FAMILY, NLM_F_DUMP, v6, states, &id), visit)
+    }
+
+    fn ask(&mut self, mut request: Vec<u8>, mut visit: impl FnMut(Message<'_>)) -> Result<(), Error> {
+        let length = request.len() as u32;
+        request[..4].copy_from_slice(&length.to_ne_bytes());
         self.raw.drain()?;
         self.raw.send(&request)?;
         let mut outcome = Err(Error::Silent);
@@ -135,14 +195,26 @@ impl Socket {
                     visit(Message(message));
                     return Ok(true);
                 }
-                Reply::Ack { .. } => return Ok(true),
-                Reply::Done => outcome = Ok(()),
+                Reply::Ack { .. } | Reply::Done => outcome = Ok(()),
                 Reply::Failed { errno: number, .. } => outcome = Err(Error::Refused(errno(number))),
             }
             Ok(false)
         })?;
         outcome
     }
+}
+
+/// A message whose length is still to be written.
+fn request(kind: u16, flags: u16, v6: bool, states: u32, id: &[u8; ID]) -> Vec<u8> {
+    let mut request = vec![0; 4];
+    request.extend(kind.to_ne_bytes());
+    request.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    request.extend([0; 8]);
+    request.extend([if v6 { libc::AF_INET6 } else { libc::AF_INET } as u8, TCP, 0, 0]);
+    request.extend(states.to_ne_bytes());
+    request.extend(id);
+    debug_assert_eq!(request.len(), HEADER + REQUEST, "an inet_diag_req_v2");
+    request
 }
 
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! Measures the Service data path in namespaces of its own, and prints one JSON object; `cargo xtask bench proxy` runs it.
 //!
 //! - `path program --mode M --services N --endpoints E`: a cold start, then single changes, through the proxy's own loop
-//! - `path die --mode M --how cut|crash|stop --watch on|off`: one of three endpoints dies under 200 requests per second
-//! - `path connect --rounds R --services A,B,… [--modes M,…]`: connections from a pod to random Services, beside no rule at
-//!   all and beside one constant translation, which is the least that netfilter can do
+//! - `path die --mode M --how cut|crash|stop --watch on|off [--first-timeout MS]`: one of three endpoints dies under 200
+//!   requests per second
+//! - `path connect --rounds R --services A,B,… [--modes M,…] [--unwatched on]`: connections from a pod to random Services,
+//!   beside no rule at all and beside one constant translation, which is the least that netfilter can do; with `--unwatched`
+//!   each mode once more without its watch
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -26,6 +28,11 @@ use serde_json::json;
 use services::{Changes, Place, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
+
+#[path = "../tests/proxy/cgroup.rs"]
+mod cgroup;
+
+use cgroup::Attached;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -60,20 +67,27 @@ fn main() -> Result<(), Failure> {
                 flag("services", "1000,10000").split(',').map(str::parse).collect::<Result<_, _>>()?;
             let modes: Vec<Mode> =
                 flag("modes", "nftables,iptables").split(',').map(str::parse).collect::<Result<_, _>>()?;
-            connect(&lab, number("rounds", "5")?, &sizes, &modes, number("iptables-limit", "10000")?)?
+            let watches: &[bool] = if flag("unwatched", "off") == "on" { &[true, false] } else { &[true] };
+            connect(&lab, number("rounds", "5")?, &sizes, &modes, watches, number("iptables-limit", "10000")?)?
         }
         "die" => {
-            let watching = proxy::Watching {
-                ejection: flag("watch", "on") == "on",
-                retry: flag("watch", "on") == "on",
-                ..proxy::Watching::default()
-            };
+            let first_timeout = flags.get("first-timeout").map(|text| text.parse().map(Duration::from_millis));
+            let watching =
+                proxy::Watching { first_timeout: first_timeout.transpose()?, ..watched(flag("watch", "on") == "on") };
             die(&lab, flag("mode", "nftables").parse::<Mode>()?, &flag("how", "crash"), watching)?
         }
         other => return Err(format!("{other:?} is neither program, die nor connect").into()),
     };
     println!("{printed}");
     Ok(())
+}
+
+/// The watch, or none.
+fn watched(is_on: bool) -> proxy::Watching {
+    match is_on {
+        true => proxy::Watching::default(),
+        false => proxy::Watching { ejection: false, retry: false, traffic: false, ..proxy::Watching::default() },
+    }
 }
 
 /// A directory for pins of namespaces; all of them go with it.
@@ -105,6 +119,8 @@ impl Drop for Lab {
 
 /// A client pod and a server pod on one node.
 struct World {
+    /// Of the ebpf mode: for the threads of clients alone.
+    attached: Option<Attached>,
     client: Netns,
     node: Netns,
     server: Netns,
@@ -117,7 +133,26 @@ impl World {
         node.sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv4/conf/all/send_redirects", "0")])?;
         attach(&node, &client, CLIENT, "client")?;
         attach(&node, &server, SERVER, "server")?;
-        Ok(World { client, node, server })
+        Ok(World { attached: None, client, node, server })
+    }
+
+    fn for_mode(lab: &Lab, name: &str, mode: Mode) -> Result<World, Failure> {
+        let attached = (mode == Mode::Ebpf).then(Attached::new);
+        Ok(World { attached, ..World::new(lab, name)? })
+    }
+
+    fn hooks(&self) -> Option<proxy::Hooks> {
+        self.attached.as_ref().map(Attached::hooks)
+    }
+
+    /// Runs on a thread of the client pod, in its cgroup.
+    fn as_client<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, Failure> {
+        Ok(self.client.run(|| {
+            if let Some(attached) = &self.attached {
+                attached.add(nix::unistd::gettid().as_raw());
+            }
+            work()
+        })?)
     }
 
     /// Accepts on all ports until told to stop.
@@ -210,8 +245,13 @@ struct Running {
 }
 
 impl Running {
-    fn start(mode: Mode, namespace: &Netns, table: ServiceTable) -> Result<Running, Failure> {
-        Self::start_with(mode, namespace, table, proxy::Watching::default())
+    fn start(
+        mode: Mode,
+        namespace: &Netns,
+        table: ServiceTable,
+        hooks: Option<proxy::Hooks>,
+    ) -> Result<Running, Failure> {
+        Self::start_with(mode, namespace, table, proxy::Watching::default(), hooks)
     }
 
     fn start_with(
@@ -219,6 +259,7 @@ impl Running {
         namespace: &Netns,
         table: ServiceTable,
         watching: proxy::Watching,
+        hooks: Option<proxy::Hooks>,
     ) -> Result<Running, Failure> {
         let held: OwnedFd = std::fs::File::open(namespace.path().ok_or("an unnamed namespace")?)?.into();
         let table = Arc::new(RwLock::new(table));
@@ -227,14 +268,8 @@ impl Running {
         let (node, receiver_of_node) = watch::channel(Arc::new(view()));
         let token = CancellationToken::new();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let config = Config {
-            mode,
-            node: receiver_of_node,
-            namespace: Some(held),
-            hooks: None,
-            metrics: Arc::default(),
-            watching,
-        };
+        let config =
+            Config { mode, node: receiver_of_node, namespace: Some(held), hooks, metrics: Arc::default(), watching };
         runtime.spawn(proxy::run(config, Feed { table: table.clone(), changes: receiver }, sender, token.clone()));
         Ok(Running { table, changes, status, token, runtime, _node: node })
     }
@@ -263,7 +298,8 @@ fn program(lab: &Lab, mode: Mode, services: usize, endpoints: usize, changes: us
         table.upsert_service(&service(number))?;
         table.upsert_slice(&slice(number, 8080, nowhere(number, endpoints)))?;
     }
-    let mut running = Running::start(mode, &node, table)?;
+    let attached = (mode == Mode::Ebpf).then(Attached::new);
+    let mut running = Running::start(mode, &node, table, attached.as_ref().map(Attached::hooks))?;
     // Everything known: from here to the kernel holding it.
     let before = cpu_ms()?;
     let cold = running.change(ServiceTable::set_synced)?;
@@ -361,7 +397,7 @@ const EVERY: Duration = Duration::from_millis(5);
 const PATIENCE: Duration = Duration::from_millis(1200);
 
 fn die(lab: &Lab, mode: Mode, how: &str, watching: proxy::Watching) -> Result<String, Failure> {
-    let world = World::new(lab, "die")?;
+    let world = World::for_mode(lab, "die", mode)?;
     let mut pods = vec![(world.server.clone(), SERVER)];
     for number in 0..2u8 {
         let (pod, address) = (lab.namespace(&format!("die-{number}"))?, Ipv4Addr::new(10, 244, 0, 13 + number));
@@ -376,31 +412,17 @@ fn die(lab: &Lab, mode: Mode, how: &str, watching: proxy::Watching) -> Result<St
     table.upsert_service(&service(0))?;
     let here = String::from_utf8(slice(0, PORTS.start, pods.iter().map(|(_, address)| *address)))?;
     table.upsert_slice(here.replace("node-2", "node-1").as_bytes())?;
-    let mut running = Running::start_with(mode, &world.node, table, watching)?;
+    let mut running = Running::start_with(mode, &world.node, table, watching, world.hooks())?;
     running.change(ServiceTable::set_synced)?;
 
     let target = SocketAddr::from((cluster_ip(0), 80));
     let started = Instant::now();
-    let clients = {
-        let client = world.client.clone();
-        std::thread::spawn(move || client.run(move || request_steadily(target, started)))
-    };
-    std::thread::sleep(BEFORE);
-    match how {
-        "crash" => servers[0].0.kill()?,
-        "stop" => nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(i32::try_from(servers[0].0.id())?),
-            nix::sys::signal::Signal::SIGSTOP,
-        )?,
-        "cut" => {
-            let output = pods[0].0.run(|| Command::new("ip").args(["link", "set", "eth0", "down"]).output())??;
-            if !output.status.success() {
-                return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
-            }
-        }
-        other => return Err(format!("{other:?} is no way to die: cut, crash or stop").into()),
-    }
-    let outcomes = clients.join().map_err(|_| "the clients panicked")??;
+    let outcomes = std::thread::scope(|scope| -> Result<Vec<Outcome>, Failure> {
+        let clients = scope.spawn(|| world.as_client(|| request_steadily(target, started)));
+        std::thread::sleep(BEFORE);
+        kill(how, &mut servers[0], &pods[0].0)?;
+        clients.join().map_err(|_| "the clients panicked")?
+    })?;
     let failed = outcomes.iter().filter(|outcome| outcome.took.is_none()).count();
     let late = outcomes.iter().filter(|outcome| outcome.took.is_some_and(|took| took > PATIENCE)).count();
     let slow = outcomes.iter().filter(|outcome| outcome.took.is_some_and(|took| took > PATIENCE / 4)).count();
@@ -416,6 +438,25 @@ fn die(lab: &Lab, mode: Mode, how: &str, watching: proxy::Watching) -> Result<St
         "ejections": status.ejections, "retries": status.retries,
     })
     .to_string())
+}
+
+/// One of the endpoints dies.
+fn kill(how: &str, server: &mut Server, pod: &Netns) -> Result<(), Failure> {
+    match how {
+        "crash" => server.0.kill()?,
+        "stop" => nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(i32::try_from(server.0.id())?),
+            nix::sys::signal::Signal::SIGSTOP,
+        )?,
+        "cut" => {
+            let output = pod.run(|| Command::new("ip").args(["link", "set", "eth0", "down"]).output())??;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+            }
+        }
+        other => return Err(format!("{other:?} is no way to die: cut, crash or stop").into()),
+    }
+    Ok(())
 }
 
 struct Outcome {
@@ -455,15 +496,25 @@ struct Variant {
     _running: Option<Running>,
     p50: Vec<f64>,
     rate: Vec<f64>,
+    /// Of client, kernel and server together, for one connection.
+    cpu: Vec<f64>,
 }
 
-fn connect(lab: &Lab, rounds: usize, sizes: &[usize], modes: &[Mode], limit: usize) -> Result<String, Failure> {
+fn connect(
+    lab: &Lab,
+    rounds: usize,
+    sizes: &[usize],
+    modes: &[Mode],
+    watches: &[bool],
+    limit: usize,
+) -> Result<String, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let direct: Vec<SocketAddr> = PORTS.map(|port| (SERVER, port).into()).collect();
     let mut variants = Vec::new();
     let mut add = |name: String, world: World, targets: Vec<SocketAddr>, running: Option<Running>| {
         world.serve(&stop)?;
-        variants.push(Variant { name, world, targets, _running: running, p50: Vec::new(), rate: Vec::new() });
+        let (p50, rate, cpu) = (Vec::new(), Vec::new(), Vec::new());
+        variants.push(Variant { name, world, targets, _running: running, p50, rate, cpu });
         Ok::<(), Failure>(())
     };
     add("direct".into(), World::new(lab, "direct")?, direct.clone(), None)?;
@@ -475,49 +526,51 @@ fn connect(lab: &Lab, rounds: usize, sizes: &[usize], modes: &[Mode], limit: usi
     let spread = (0..DRAWN).map(|number| (cluster_ip(number), PORTS.start + (number % PORTS.len()) as u16).into());
     add("one constant dnat rule".into(), world, spread.collect(), None)?;
     let mut seconds = BTreeMap::new();
-    for mode in modes {
-        for size in sizes {
-            if *mode == Mode::Iptables && *size > limit {
-                continue;
-            }
-            let name = format!("{mode} {size}");
-            let world = World::new(lab, &format!("{mode}{size}"))?;
+    let variety = modes.iter().flat_map(|mode| sizes.iter().map(move |size| (mode, size)));
+    for ((mode, size), is_watched) in variety.flat_map(|of| watches.iter().map(move |watch| (of, *watch))) {
+        if *mode == Mode::Iptables && *size > limit {
+            continue;
+        }
+        let name = format!("{mode} {size}{}", if is_watched { "" } else { " unwatched" });
+        let world = World::for_mode(lab, &name.replace(' ', "-"), *mode)?;
+        let mut table = ServiceTable::new();
+        for number in 0..*size {
+            table.upsert_service(&service(number))?;
+            let port = PORTS.start + (number % PORTS.len()) as u16;
+            table.upsert_slice(&slice(number, port, [SERVER]))?;
+        }
+        let mut running = Running::start_with(*mode, &world.node, table, watched(is_watched), world.hooks())?;
+        seconds.insert(name.clone(), running.change(ServiceTable::set_synced)?.as_secs_f64());
+        let mut draw = Draw::new(*size as u64);
+        let targets: Vec<SocketAddr> = (0..DRAWN).map(|_| (cluster_ip(draw.below(*size)), 80).into()).collect();
+        if *mode == Mode::Nftables && is_watched && Some(size) == sizes.iter().max() {
+            // The tax that everybody else pays.
+            let other = World::new(lab, &format!("{mode}{size}-direct"))?;
             let mut table = ServiceTable::new();
             for number in 0..*size {
                 table.upsert_service(&service(number))?;
-                let port = PORTS.start + (number % PORTS.len()) as u16;
-                table.upsert_slice(&slice(number, port, [SERVER]))?;
+                table.upsert_slice(&slice(number, 8080, [SERVER]))?;
             }
-            let mut running = Running::start(*mode, &world.node, table)?;
-            seconds.insert(name.clone(), running.change(ServiceTable::set_synced)?.as_secs_f64());
-            let mut draw = Draw::new(*size as u64);
-            let targets: Vec<SocketAddr> = (0..DRAWN).map(|_| (cluster_ip(draw.below(*size)), 80).into()).collect();
-            if *mode == Mode::Nftables && Some(size) == sizes.iter().max() {
-                // The tax that everybody else pays.
-                let other = World::new(lab, &format!("{mode}{size}-direct"))?;
-                let mut table = ServiceTable::new();
-                for number in 0..*size {
-                    table.upsert_service(&service(number))?;
-                    table.upsert_slice(&slice(number, 8080, [SERVER]))?;
-                }
-                let mut beside = Running::start(*mode, &other.node, table)?;
-                beside.change(ServiceTable::set_synced)?;
-                add(format!("direct through {name}"), other, direct.clone(), Some(beside))?;
-            }
-            add(name, world, targets, Some(running))?;
+            let mut beside = Running::start(*mode, &other.node, table, None)?;
+            beside.change(ServiceTable::set_synced)?;
+            add(format!("direct through {name}"), other, direct.clone(), Some(beside))?;
         }
+        add(name, world, targets, Some(running))?;
     }
     for _ in 0..rounds {
         for variant in &mut variants {
-            let (client, targets) = (variant.world.client.clone(), variant.targets.clone());
-            variant.p50.push(client.run(|| latency(&targets, DRAWN * 2))??);
-            variant.rate.push(client.run(|| rate(&targets, Duration::from_millis(700)))??);
+            let (world, targets) = (&variant.world, &variant.targets);
+            variant.p50.push(world.as_client(|| latency(targets, DRAWN * 2))??);
+            let before = cpu_ms()?;
+            let (count, per_second) = world.as_client(|| rate(targets, Duration::from_millis(700)))??;
+            variant.cpu.push((cpu_ms()? - before) * 1000.0 / count as f64);
+            variant.rate.push(per_second);
         }
     }
     stop.store(true, Ordering::Relaxed);
     let rows: Vec<_> = variants
         .iter()
-        .map(|variant| json!({"name": variant.name, "p50_us": variant.p50, "per_second": variant.rate, "programmed_s": seconds.get(&variant.name)}))
+        .map(|variant| json!({"name": variant.name, "p50_us": variant.p50, "per_second": variant.rate, "cpu_us": variant.cpu, "programmed_s": seconds.get(&variant.name)}))
         .collect();
     Ok(json!(rows).to_string())
 }
@@ -535,8 +588,8 @@ fn latency(targets: &[SocketAddr], count: usize) -> Result<f64, Failure> {
     Ok(times[times.len() / 2].as_secs_f64() * 1e6)
 }
 
-/// Connections per second of eight clients at once.
-fn rate(targets: &[SocketAddr], time: Duration) -> Result<f64, Failure> {
+/// Connections of eight clients at once, and how many of them a second.
+fn rate(targets: &[SocketAddr], time: Duration) -> Result<(usize, f64), Failure> {
     let started = Instant::now();
     let counts: Result<Vec<usize>, Failure> = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..8)
@@ -554,7 +607,8 @@ fn rate(targets: &[SocketAddr], time: Duration) -> Result<f64, Failure> {
             .collect();
         clients.into_iter().map(|client| client.join().map_err(|_| "a client panicked")?).collect()
     });
-    Ok(counts?.into_iter().sum::<usize>() as f64 / started.elapsed().as_secs_f64())
+    let count = counts?.into_iter().sum::<usize>();
+    Ok((count, count as f64 / started.elapsed().as_secs_f64()))
 }
 
 /// Ends without TIME-WAIT, so that ports do not run out.

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use linux::nft::Socket;
 use services::{Changes, Frontend, FrontendId, ServiceTable};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep_until};
@@ -85,7 +84,7 @@ impl<D: Dataplane> Loop<D> {
             self.status.send_modify(|status| status.about = about);
         }
         let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-        self.end = End::new(namespace, self.config.mode)?;
+        self.end = End::new(namespace, self.config.hooks.clone(), self.config.mode)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -311,7 +310,7 @@ impl<D: Dataplane> Loop<D> {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
             let result = result.and_then(|()| kernel.dataplane.tend());
             // What Services need comes first, and does not wait for this.
-            let watch = |table: &mut WatchTable<Socket>| table.commit(whole, &alternatives, &frozen);
+            let watch = |table: &mut Box<WatchTable>| table.commit(whole, &alternatives, &frozen);
             let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
             if whole {
                 // A whole plan takes twice the memory of what is kept of it, and comes once.

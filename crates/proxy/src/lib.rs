@@ -44,5 +44,5 @@ pub use mode::Mode;
 pub use node::{IpvsSettings, NodeView, Pods};
 pub use run::{Config, Feed, found, prepare, run};
 pub use status::{Status, StatusHandle};
-pub use traffic::{EndpointTraffic, ServiceTraffic, Traffic, traffic};
+pub use traffic::{Answers, EndpointTraffic, ServiceTraffic, Traffic, traffic};
 pub use watch::{Evidence, Notice, Target, Watching};

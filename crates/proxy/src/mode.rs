@@ -17,9 +17,10 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// Whether its connections can be watched: the kernel translates them, and conntrack knows it.
+    /// Whether its connections can be watched: conntrack knows that the kernel translates them, or programs of our own
+    /// count them.
     pub(crate) fn is_watched(self) -> bool {
-        matches!(self, Mode::Nftables | Mode::Iptables)
+        matches!(self, Mode::Nftables | Mode::Iptables | Mode::Ebpf)
     }
 
     /// Whether connections that it makes are translated by netfilter for as long as they live.

@@ -75,7 +75,7 @@ pub fn prepare(mode: Mode, namespace: Option<BorrowedFd<'_>>, hooks: Option<&Hoo
     }
 }
 
-fn pinned(namespace: Option<BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
+pub(crate) fn pinned(namespace: Option<BorrowedFd<'_>>, hooks: Option<&Hooks>) -> Result<Pinned, Error> {
     Ok(Pinned::open(OBJECT, LAYOUT, hooks.ok_or(Error::NoHooks)?.clone(), namespace)?)
 }
 
@@ -125,6 +125,12 @@ pub(crate) fn localhost(
     Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
 }
 
+/// With its programs in place, which do nothing until they are told of Services.
+async fn attached(mut kernel: Pinned) -> Result<Pinned, Error> {
+    let attach = move || kernel.attach().map(|()| kernel);
+    Ok(tokio::task::spawn_blocking(attach).await.map_err(Error::Commit)??)
+}
+
 fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
     Ok(match namespace {
         Some(namespace) => Place::Within(Netns::from_fd(namespace)?),
@@ -159,6 +165,10 @@ pub(crate) async fn hold(
         leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
     }));
     let status = Arc::new(status);
+    let ebpf = match mode {
+        Mode::Ebpf => Some(attached(pinned(namespace(), config.hooks.as_ref())?).await?),
+        Mode::Nftables | Mode::Iptables | Mode::Ipvs | Mode::Userspace => None,
+    };
     let watcher = eyes::start_if_wanted(&config, &feed, &status, &token)?;
     match mode {
         Mode::Nftables => {
@@ -179,8 +189,8 @@ pub(crate) async fn hold(
             Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Ebpf => {
-            let dataplane = Ebpf::new(pinned(namespace(), config.hooks.as_ref())?);
-            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).run(token).await
+            let dataplane = Ebpf::new(ebpf.expect("the mode's programs are attached"));
+            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;

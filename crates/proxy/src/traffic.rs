@@ -1,14 +1,21 @@
 //! What goes through each Service of this node, read from the kernel when somebody asks. Nothing is kept here.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
+use linux::bpf::{self, Hooks};
 use linux::conntrack::{self, Fill};
 use linux::nft::Socket;
 use services::{PortName, Protocol, ServiceTable};
 
+use crate::dataplane::ebpf::contacts::{Pair, contacts, flows};
+use crate::run::pinned;
 use crate::{Error, Mode, NodeView, stale, watch};
+
+/// A UDP flow without a packet for so long is over (`UDP_IDLE` in `packet.h`).
+const UDP_IDLE: Duration = Duration::from_secs(120);
 
 /// All Service ports, and how full the connection table is.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,15 +43,32 @@ pub struct EndpointTraffic {
     /// Flows that the kernel knows now.
     pub open: u64,
     /// Bytes that open flows have carried from and to their clients; `None` unless the kernel counts them
-    /// (`net.netfilter.nf_conntrack_acct=1`).
+    /// (`net.netfilter.nf_conntrack_acct=1`). The ebpf mode counts them always: of sockets of this node what the
+    /// connections that have ended carried, without headers; of packets that it translates what the flows that it
+    /// remembers carried.
     pub bytes: Option<(u64, u64)>,
+    /// `None` where the mode does not tell.
+    pub answers: Option<Answers>,
     /// It is out of the pick, because it does not answer.
     pub is_ejected: bool,
 }
 
+/// What became of the TCP connections that were sent to an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answers {
+    pub answered: u64,
+    pub refused: u64,
+    /// Clients that were sent to another endpoint, after this one did not answer.
+    pub retried: u64,
+    /// Of sockets of this node: those that ended without both sides having closed.
+    pub resets: u64,
+    /// From first SYN to answer, all together.
+    pub waited: Duration,
+}
+
 impl EndpointTraffic {
     fn none(address: SocketAddr, is_ejected: bool) -> Self {
-        EndpointTraffic { address, connections: 0, open: 0, bytes: None, is_ejected }
+        EndpointTraffic { address, connections: 0, open: 0, bytes: None, answers: None, is_ejected }
     }
 }
 
@@ -59,16 +83,18 @@ impl ServiceTraffic {
     }
 }
 
-/// Reads the traffic of a node that is in this mode. It blocks for milliseconds.
+/// Reads the traffic of a node that is in this mode; `hooks` as in the proxy's configuration. It blocks for milliseconds.
 pub fn traffic(
     mode: Mode,
     namespace: Option<BorrowedFd<'_>>,
+    hooks: Option<&Hooks>,
     table: &ServiceTable,
     node: &NodeView,
 ) -> Result<Traffic, Error> {
     match mode {
         Mode::Nftables | Mode::Iptables => translated(namespace, table, node),
-        Mode::Ipvs | Mode::Ebpf | Mode::Userspace => Err(Error::NotCounted(mode)),
+        Mode::Ebpf => counted(namespace, hooks, table, node),
+        Mode::Ipvs | Mode::Userspace => Err(Error::NotCounted(mode)),
     }
 }
 
@@ -77,44 +103,119 @@ fn translated(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &No
     let connections = watch::connections(&mut Socket::open(namespace)?)?;
     let mut conntrack = conntrack::Socket::open(namespace)?;
     let flows = conntrack.translated()?;
-    let fill = conntrack.fill()?;
-
-    let mut services: BTreeMap<PortName, BTreeMap<SocketAddr, EndpointTraffic>> = BTreeMap::new();
-    let mut owners: HashMap<(Protocol, SocketAddr), PortName> = HashMap::new();
-    for frontend in table.frontends() {
-        let protocol = frontend.name.protocol;
-        let endpoints = frontend.endpoints.iter().map(|endpoint| {
-            let is_ejected = node.ejected.contains(&(endpoint.address, protocol));
-            (endpoint.address, EndpointTraffic::none(endpoint.address, is_ejected))
-        });
-        services.insert(frontend.name.clone(), endpoints.collect());
-        for address in stale::addresses(frontend, node) {
-            // Of two Services that claim an address the older one has it.
-            owners.entry((protocol, address)).or_insert_with(|| frontend.name.clone());
-        }
-    }
-    let mut of = |protocol: Protocol, address: SocketAddr, endpoint: SocketAddr, add: &dyn Fn(&mut EndpointTraffic)| {
-        // Others translate addresses too.
-        let owner = owners.get(&(protocol, address)).and_then(|name| services.get_mut(name));
-        if let Some(endpoints) = owner {
-            add(endpoints.entry(endpoint).or_insert_with(|| EndpointTraffic::none(endpoint, false)));
-        }
-    };
+    let mut accounts = Accounts::new(table, node);
     for (protocol, address, endpoint, count) in connections {
-        of(protocol, address, endpoint, &|traffic| traffic.connections += count);
+        accounts.of(protocol, address, endpoint, |traffic| traffic.connections += count);
     }
     for flow in flows {
         let Some(protocol) = Protocol::from_number(flow.protocol) else { continue };
-        of(protocol, flow.original.1, flow.reply.0, &|traffic| {
+        accounts.of(protocol, flow.original.1, flow.reply.0, |traffic| {
             traffic.open += 1;
             if let Some((sent, received)) = flow.bytes {
-                let (all_sent, all_received) = traffic.bytes.unwrap_or_default();
-                traffic.bytes = Some((all_sent + sent, all_received + received));
+                carry(traffic, sent, received);
             }
         });
     }
-    let services = services
-        .into_iter()
-        .map(|(name, endpoints)| ServiceTraffic { name, endpoints: endpoints.into_values().collect() });
-    Ok(Traffic { services: services.collect(), conntrack: fill })
+    Ok(accounts.close(conntrack.fill()?))
+}
+
+/// Of the ebpf mode, whose programs count.
+fn counted(
+    namespace: Option<BorrowedFd<'_>>,
+    hooks: Option<&Hooks>,
+    table: &ServiceTable,
+    node: &NodeView,
+) -> Result<Traffic, Error> {
+    let mut kernel = pinned(namespace, hooks)?;
+    let mut accounts = Accounts::new(table, node);
+    for (Pair { protocol, asked, given }, contact) in contacts(&mut kernel)? {
+        accounts.of(protocol, asked, given, |traffic| {
+            traffic.connections += contact.begun;
+            traffic.open += contact.open;
+            carry(traffic, contact.sent, contact.received);
+            if protocol == Protocol::Tcp {
+                let answers = traffic.answers.get_or_insert_default();
+                answers.answered += contact.answered;
+                answers.refused += contact.refused;
+                answers.retried += contact.retried;
+                answers.resets += contact.resets;
+                answers.waited += contact.waited;
+            }
+        });
+    }
+    let flows = flows(&mut kernel)?;
+    let now = bpf::now();
+    let closed = flows.iter().filter(|flow| flow.is_answer && flow.is_closed);
+    let closed: HashSet<(SocketAddr, Pair)> = closed.map(|flow| (flow.client, flow.pair)).collect();
+    for flow in flows {
+        let Pair { protocol, asked, given } = flow.pair;
+        let idle = now.saturating_sub(flow.seen);
+        let is_open = match protocol {
+            Protocol::Tcp => !flow.is_closed && !closed.contains(&(flow.client, flow.pair)),
+            Protocol::Udp | Protocol::Sctp => idle < UDP_IDLE,
+        };
+        accounts.of(protocol, asked, given, |traffic| {
+            if flow.is_answer {
+                carry(traffic, 0, flow.bytes);
+            } else {
+                carry(traffic, flow.bytes, 0);
+                traffic.open += u64::from(is_open);
+            }
+        });
+    }
+    let mut conntrack = conntrack::Socket::open(namespace)?;
+    Ok(accounts.close(conntrack.fill()?))
+}
+
+fn carry(traffic: &mut EndpointTraffic, sent: u64, received: u64) {
+    let (all_sent, all_received) = traffic.bytes.unwrap_or_default();
+    traffic.bytes = Some((all_sent + sent, all_received + received));
+}
+
+/// Where traffic is booked.
+struct Accounts {
+    services: BTreeMap<PortName, BTreeMap<SocketAddr, EndpointTraffic>>,
+    owners: HashMap<(Protocol, SocketAddr), PortName>,
+}
+
+impl Accounts {
+    fn new(table: &ServiceTable, node: &NodeView) -> Self {
+        let mut services: BTreeMap<PortName, BTreeMap<SocketAddr, EndpointTraffic>> = BTreeMap::new();
+        let mut owners: HashMap<(Protocol, SocketAddr), PortName> = HashMap::new();
+        for frontend in table.frontends() {
+            let protocol = frontend.name.protocol;
+            let endpoints = frontend.endpoints.iter().map(|endpoint| {
+                let is_ejected = node.ejected.contains(&(endpoint.address, protocol));
+                (endpoint.address, EndpointTraffic::none(endpoint.address, is_ejected))
+            });
+            services.insert(frontend.name.clone(), endpoints.collect());
+            for address in stale::addresses(frontend, node) {
+                // Of two Services that claim an address the older one has it.
+                owners.entry((protocol, address)).or_insert_with(|| frontend.name.clone());
+            }
+        }
+        Accounts { services, owners }
+    }
+
+    fn of(
+        &mut self,
+        protocol: Protocol,
+        address: SocketAddr,
+        endpoint: SocketAddr,
+        add: impl FnOnce(&mut EndpointTraffic),
+    ) {
+        // Others translate addresses too.
+        let owner = self.owners.get(&(protocol, address)).and_then(|name| self.services.get_mut(name));
+        if let Some(endpoints) = owner {
+            add(endpoints.entry(endpoint).or_insert_with(|| EndpointTraffic::none(endpoint, false)));
+        }
+    }
+
+    fn close(self, conntrack: Fill) -> Traffic {
+        let service = |(name, endpoints): (PortName, BTreeMap<SocketAddr, EndpointTraffic>)| ServiceTraffic {
+            name,
+            endpoints: endpoints.into_values().collect(),
+        };
+        Traffic { services: self.services.into_iter().map(service).collect(), conntrack }
+    }
 }

@@ -153,12 +153,12 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::GET, "/traffic") => {
             let mode = state.mode().context(NO_PROXY)?;
-            let table = state.feed.table.clone();
+            let (table, hooks) = (state.feed.table.clone(), state.hooks.clone());
             let mut view = NodeView::clone(&state.view.borrow());
             view.ejected.extend(&state.proxy.borrow().ejected);
             let traffic = tokio::task::spawn_blocking(move || {
                 let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                proxy::traffic(mode, None, &table, &view)
+                proxy::traffic(mode, None, Some(&hooks), &table, &view)
             })
             .await??;
             Ok(serde_json::to_string(&top::Traffic::from(traffic))?)

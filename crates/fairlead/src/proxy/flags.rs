@@ -35,6 +35,10 @@ pub struct ProxyArgs {
     /// A first packet that nobody answers, or that is refused, is sent to another endpoint when the client repeats it.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true", action = clap::ArgAction::Set)]
     pub first_packet_retry: bool,
+    /// After how many milliseconds sockets that are sent to an endpoint repeat their first packet; by default after a second,
+    /// as the kernel has it. The ebpf mode alone can set it.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=1000))]
+    pub first_packet_timeout: Option<u64>,
     /// Remove what the proxy has put into the kernel, in whatever mode, and exit.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", action = clap::ArgAction::Set)]
     pub cleanup: bool,

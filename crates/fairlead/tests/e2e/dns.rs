@@ -77,14 +77,14 @@ fn pods_of_every_node_are_answered() {
 
     // Alone, by the manifest, with its own rights.
     let deploy = format!(
-        "set -e\nkubectl apply -f $EXAMPLES/dns/dns.yaml\nkind=deployment name=fairlead-dns\n{MOUNT_BINARY}\n\
-         kubectl --namespace=kube-system rollout status deployment/fairlead-dns --timeout=60s"
+        "set -e\nkubectl apply -f $EXAMPLES/dns/dns.yaml\nkind=deployment name=fairlead-cluster-dns\n{MOUNT_BINARY}\n\
+         kubectl --namespace=kube-system rollout status deployment/fairlead-cluster-dns --timeout=60s"
     );
     expect(cluster, &deploy.replace("$BINARY", env!("CARGO_BIN_EXE_fairlead")));
-    let address = "kubectl --namespace=kube-system get service fairlead-dns -o jsonpath='{.spec.clusterIP}'";
+    let address = "kubectl --namespace=kube-system get service fairlead-cluster-dns -o jsonpath='{.spec.clusterIP}'";
     let address = expect(cluster, address);
     ask(cluster, "asker-1", &address, &questions);
-    let account = "system:serviceaccount:kube-system:fairlead-dns";
+    let account = "system:serviceaccount:kube-system:fairlead-cluster-dns";
     for (line, allowed) in [
         ("watch services -A", true),
         ("watch endpointslices -A", true),

@@ -21,6 +21,7 @@ const LINK_UPDATE: u32 = 29;
 #[repr(u32)]
 pub enum Hook {
     Send = 1,
+    Talk = 3,
     Connect4 = 10,
     Connect6 = 11,
     Sendmsg4 = 14,
@@ -38,6 +39,14 @@ pub fn now() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel fills the struct, which lives until it returns; this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
+}
+
+/// How long the kernel's tick is, in which it counts the timeouts of sockets: the resolution of its coarse clocks.
+pub fn tick() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel fills the struct, which lives until it returns; this clock always exists.
+    unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 

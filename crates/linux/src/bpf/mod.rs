@@ -7,13 +7,15 @@ mod call;
 mod devices;
 mod fake;
 mod pinned;
+mod ring;
 
 use std::io;
 use std::path::PathBuf;
 
-pub use call::now;
+pub use call::{now, tick};
 pub use fake::{Fake, Layout};
 pub use pinned::{Hooks, Pinned, is_kept, remove};
+pub use ring::Ring;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

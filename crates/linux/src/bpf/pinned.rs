@@ -14,7 +14,7 @@ use nix::sys::statfs::{FsType, statfs};
 
 use super::call::{self, Hook, Map};
 use super::devices::{Devices, Watch};
-use super::{Entries, Error, Kernel};
+use super::{Entries, Error, Kernel, Ring};
 use crate::netns::Netns;
 
 /// BPF_FS_MAGIC of linux/magic.h.
@@ -23,7 +23,7 @@ const BPFFS: FsType = FsType(0xcafe_4a11_u32 as _);
 const CGROUP2: FsType = FsType(0x6367_7270);
 
 /// Symbols of the cgroup programs in an object file, and where each goes.
-const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
+const CGROUP_PROGRAMS: [(&str, Hook); 10] = [
     ("connect4", Hook::Connect4),
     ("connect6", Hook::Connect6),
     ("sendmsg4", Hook::Sendmsg4),
@@ -33,6 +33,7 @@ const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("getpeername4", Hook::Getpeername4),
     ("getpeername6", Hook::Getpeername6),
     ("send", Hook::Send),
+    ("talk", Hook::Talk),
 ];
 pub(super) const ARRIVING: &str = "arriving";
 pub(super) const LEAVING: &str = "leaving";
@@ -98,6 +99,7 @@ impl Pinned {
             let loaded = match program {
                 Program::CgroupSockAddr(program) => program.load(),
                 Program::CgroupSkb(program) => program.load(),
+                Program::SockOps(program) => program.load(),
                 Program::SchedClassifier(program) => program.load(),
                 other => panic!("no hook for the program {name} of type {:?}", other.prog_type()),
             };
@@ -129,6 +131,16 @@ impl Pinned {
             }
         }
         Ok(())
+    }
+
+    /// The map of that name, for whoever is to look into it; it is there once the programs have been attached.
+    pub fn descriptor(&self, map: &str) -> Result<OwnedFd, Error> {
+        call::get(&self.dir.join(map)).map_err(|cause| Error::Map { map: map.into(), cause })
+    }
+
+    /// The ring of that name; it is there once the programs have been attached.
+    pub fn ring(&self, name: &str) -> Result<Ring, Error> {
+        Ring::open(&self.dir.join(name)).map_err(|cause| Error::Map { map: name.into(), cause })
     }
 
     fn map(&mut self, name: &str) -> Result<&Map, Error> {

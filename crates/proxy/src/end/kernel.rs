@@ -24,12 +24,28 @@ pub(crate) const TABLE: &str = "fairlead_end";
 /// After the destination has been translated, and before any routing: there may be no way to the endpoint any more.
 const AFTER_DNAT: i32 = -90;
 
-pub(super) struct Kernel {
-    /// `None` only while a thread works with them.
-    sockets: Option<Box<Sockets>>,
+/// What knows the connections of a mode, and ends them.
+pub(super) trait Ways: Send {
+    fn act(&mut self, due: Due) -> Result<(), Error>;
+
+    /// The ways that clients of these addresses have to anybody but these endpoints.
+    fn strays(
+        &mut self,
+        called: &BTreeSet<(Protocol, SocketAddr)>,
+        used: &BTreeSet<SocketAddr>,
+    ) -> Result<BTreeSet<Way>, Error>;
+
+    /// Leaves nothing behind.
+    fn close(&mut self) -> Result<(), Error>;
 }
 
-struct Sockets {
+pub(super) struct Kernel {
+    /// `None` only while a thread works with them.
+    ways: Option<Box<dyn Ways>>,
+}
+
+/// Of the modes in which netfilter translates.
+pub(super) struct Sockets {
     nft: Socket,
     connections: Connections,
     conntrack: conntrack::Socket,
@@ -39,35 +55,27 @@ struct Sockets {
 }
 
 impl Kernel {
-    pub fn open(namespace: Option<OwnedFd>) -> Result<Self, Error> {
-        let namespace = namespace.as_ref().map(|namespace| namespace.as_fd());
-        let sockets = Sockets {
-            nft: Socket::open(namespace)?,
-            connections: Connections::open(namespace)?,
-            conntrack: conntrack::Socket::open(namespace)?,
-            provoker: Provoker::open(namespace).map_err(Error::Provoke)?,
-            held: BTreeMap::new(),
-        };
-        Ok(Kernel { sockets: Some(Box::new(sockets)) })
+    pub fn new(ways: Box<dyn Ways>) -> Self {
+        Kernel { ways: Some(ways) }
     }
 
     /// Works on a thread of its own.
     async fn work<T: Send + 'static>(
         &mut self,
-        work: impl FnOnce(&mut Sockets) -> Result<T, Error> + Send + 'static,
+        work: impl FnOnce(&mut dyn Ways) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let mut sockets = match self.sockets.take() {
-            Some(sockets) => sockets,
+        let mut ways = match self.ways.take() {
+            Some(ways) => ways,
             // The thread that had them died.
             None => return Err(Error::EndGone),
         };
-        let (sockets, result) = tokio::task::spawn_blocking(move || {
-            let result = work(&mut sockets);
-            (sockets, result)
+        let (ways, result) = tokio::task::spawn_blocking(move || {
+            let result = work(&mut *ways);
+            (ways, result)
         })
         .await
         .map_err(Error::Commit)?;
-        self.sockets = Some(sockets);
+        self.ways = Some(ways);
         result
     }
 
@@ -76,47 +84,69 @@ impl Kernel {
         if due.begin.is_empty() && due.forget.is_empty() {
             return Ok(());
         }
-        let Due { begin, forget } = due.clone();
-        self.work(move |sockets| {
-            let (tcp, others): (Vec<Way>, Vec<Way>) = begin.into_iter().partition(|way| way.protocol == Protocol::Tcp);
-            sockets.forget(&others.into_iter().collect())?;
-            sockets.end(&tcp.into_iter().collect(), &forget)
-        })
-        .await
+        let due = due.clone();
+        self.work(move |ways| ways.act(due)).await
     }
 
-    /// The ways that clients of these addresses have to anybody but these endpoints.
     pub async fn strays(
         &mut self,
         called: &BTreeSet<(Protocol, SocketAddr)>,
         used: &BTreeSet<SocketAddr>,
     ) -> Result<BTreeSet<Way>, Error> {
         let (called, used) = (called.clone(), used.clone());
-        self.work(move |sockets| {
-            let mut strays = BTreeSet::new();
-            let asked: BTreeSet<(bool, Protocol)> =
-                called.iter().map(|(protocol, address)| (address.is_ipv6(), *protocol)).collect();
-            for (v6, protocol) in asked {
-                for flow in sockets.conntrack.flows(v6, protocol.number())? {
-                    let way = Way { protocol, called: flow.original.1, endpoint: flow.reply.0 };
-                    // What was refused answers itself: it is nobody's connection.
-                    let is_translated = way.called != way.endpoint;
-                    if is_translated && called.contains(&(protocol, way.called)) && !used.contains(&way.endpoint) {
-                        strays.insert(way);
-                    }
-                }
-            }
-            Ok(strays)
-        })
-        .await
+        self.work(move |ways| ways.strays(&called, &used)).await
     }
 
     pub async fn close(&mut self) -> Result<(), Error> {
-        self.work(|sockets| sockets.hold(BTreeMap::new())).await
+        self.work(|ways| ways.close()).await
+    }
+}
+
+impl Ways for Sockets {
+    fn act(&mut self, due: Due) -> Result<(), Error> {
+        let (tcp, others): (Vec<Way>, Vec<Way>) = due.begin.into_iter().partition(|way| way.protocol == Protocol::Tcp);
+        self.forget(&others.into_iter().collect())?;
+        self.end(&tcp.into_iter().collect(), &due.forget)
+    }
+
+    fn strays(
+        &mut self,
+        called: &BTreeSet<(Protocol, SocketAddr)>,
+        used: &BTreeSet<SocketAddr>,
+    ) -> Result<BTreeSet<Way>, Error> {
+        let mut strays = BTreeSet::new();
+        let asked: BTreeSet<(bool, Protocol)> =
+            called.iter().map(|(protocol, address)| (address.is_ipv6(), *protocol)).collect();
+        for (v6, protocol) in asked {
+            for flow in self.conntrack.flows(v6, protocol.number())? {
+                let way = Way { protocol, called: flow.original.1, endpoint: flow.reply.0 };
+                // What was refused answers itself: it is nobody's connection.
+                let is_translated = way.called != way.endpoint;
+                if is_translated && called.contains(&(protocol, way.called)) && !used.contains(&way.endpoint) {
+                    strays.insert(way);
+                }
+            }
+        }
+        Ok(strays)
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        self.hold(BTreeMap::new())
     }
 }
 
 impl Sockets {
+    pub fn open(namespace: Option<&OwnedFd>) -> Result<Self, Error> {
+        let namespace = namespace.map(|namespace| namespace.as_fd());
+        Ok(Sockets {
+            nft: Socket::open(namespace)?,
+            connections: Connections::open(namespace)?,
+            conntrack: conntrack::Socket::open(namespace)?,
+            provoker: Provoker::open(namespace).map_err(Error::Provoke)?,
+            held: BTreeMap::new(),
+        })
+    }
+
     /// Refuses the connections of some ways from now on, and those of others no longer.
     fn end(&mut self, begin: &BTreeSet<Way>, forget: &[Way]) -> Result<(), Error> {
         let mut wanted = self.held.clone();

@@ -1,23 +1,26 @@
 //! The end policy of Services: connections to an endpoint that goes away are kept, drained or reset.
 //!
 //! `plan` (pure) says which endpoint went from which addresses, and when its connections end; `kernel` ends them. Wherever
-//! conntrack translates, it is done the same way, beside the mode's own rules. Nothing runs, and no rule exists, before the
-//! first endpoint of a Service with such a policy goes.
+//! conntrack translates, it is done the same way, beside the mode's own rules; `programs` ends those of the ebpf mode.
+//! Nothing runs, and no rule exists, before the first endpoint of a Service with such a policy goes.
 
 mod kernel;
 mod plan;
+mod programs;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use linux::bpf::Hooks;
 use services::Frontend;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::{Error, Mode, NodeView};
-use kernel::Kernel;
+use kernel::{Kernel, Sockets, Ways};
 use plan::{Change, Endings, changes};
+use programs::Programs;
 
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -25,8 +28,8 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(crate) struct End {
     namespace: Option<OwnedFd>,
-    /// Whether conntrack knows the mode's connections.
-    is_able: bool,
+    hooks: Option<Hooks>,
+    mode: Mode,
     said: bool,
     worker: Option<Worker>,
 }
@@ -38,12 +41,21 @@ struct Worker {
 
 impl End {
     /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
-    pub fn new(namespace: Option<OwnedFd>, mode: Mode) -> Result<Self, Error> {
-        let is_able = mode.is_watched();
-        if is_able {
+    pub fn new(namespace: Option<OwnedFd>, hooks: Option<Hooks>, mode: Mode) -> Result<Self, Error> {
+        if matches!(mode, Mode::Nftables | Mode::Iptables) {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
-        Ok(End { namespace, is_able, ..End::default() })
+        Ok(End { namespace, hooks, mode, ..End::default() })
+    }
+
+    /// Whoever knows the mode's connections; `None`: nobody does.
+    fn open(&self) -> Result<Option<Box<dyn Ways>>, Error> {
+        let namespace = self.namespace.as_ref();
+        Ok(match self.mode {
+            Mode::Nftables | Mode::Iptables => Some(Box::new(Sockets::open(namespace)?)),
+            Mode::Ebpf => Some(Box::new(Programs::open(namespace, self.hooks.as_ref())?)),
+            Mode::Ipvs | Mode::Userspace => None,
+        })
     }
 
     /// One frontend as the kernel had it and has it now.
@@ -52,21 +64,16 @@ impl End {
         if found.is_empty() {
             return;
         }
-        if !self.is_able {
-            if !std::mem::replace(&mut self.said, true) {
-                tracing::warn!(
-                    "proxy: this mode keeps connections, whatever end policies say; nftables and iptables end them"
-                );
-            }
-            return;
-        }
         if self.worker.is_none() {
-            let namespace = self.namespace.as_ref().map(OwnedFd::try_clone).transpose();
-            match namespace.map_err(Error::Namespace).and_then(Kernel::open) {
-                Ok(kernel) => {
+            match self.open() {
+                Ok(Some(ways)) => {
                     let (changes, received) = mpsc::unbounded_channel();
-                    self.worker = Some(Worker { changes, task: tokio::spawn(work(kernel, received)) });
+                    self.worker = Some(Worker { changes, task: tokio::spawn(work(Kernel::new(ways), received)) });
                 }
+                Ok(None) if std::mem::replace(&mut self.said, true) => {}
+                Ok(None) => tracing::warn!(
+                    "proxy: this mode keeps connections, whatever end policies say; nftables, iptables and ebpf end them"
+                ),
                 Err(error) => tracing::warn!("proxy: connections are kept, whatever end policies say: {error}"),
             }
         }

@@ -7,17 +7,22 @@
 //! - `evidence`: what is held against each endpoint, and when it is tried again; pure
 //! - `queues`: which listeners take nobody from their queues; pure
 //! - `backlog`: looks into the queues of this machine's pods
+//! - `source`: what is looked at, and where the kernel tells
 //! - `suspects`: which flows have gone unanswered for too long; pure
-//! - `table`: the rules and sets by which the kernel tells, and holds refusals back
+//! - `members`: from which addresses a connection could go elsewhere, and who listens here
+//! - `table`, `layout`: the rules and sets by which the kernel tells, and holds refusals back
+//! - `maps`: the same with what the ebpf mode's programs count
 //! - `relayed`: the same for relays, which see by themselves who does not answer
 //! - `task`: waits, looks, tells the commit loop who is out
 
 mod backlog;
 mod evidence;
 mod layout;
+mod maps;
 mod members;
 mod queues;
 pub(crate) mod relayed;
+mod source;
 mod suspects;
 mod table;
 mod task;
@@ -32,11 +37,14 @@ use task::start;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use services::{ServiceKey, ServiceTable};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::dataplane::ebpf::contacts::Settings;
+use crate::run::pinned;
 use crate::{Config, Error, Feed, Mode, Status, leftovers};
 
 /// What is done for requests whose endpoint does not answer. All of it is on by default.
@@ -48,6 +56,9 @@ pub struct Watching {
     pub retry: bool,
     /// Connections are counted, for whoever asks ([`crate::traffic`]).
     pub traffic: bool,
+    /// How long sockets of this node that are sent to an endpoint wait for an answer to their first packet before they
+    /// repeat it; `None`: as long as the kernel says, which is a second. Only the ebpf mode can set it.
+    pub first_timeout: Option<Duration>,
     /// Nodes that have stopped sending their heartbeat: whatever is on them is out.
     pub lost_nodes: Option<watch::Receiver<BTreeSet<Arc<str>>>>,
     /// Called when an endpoint leaves the pick and when it is back for good. It must not block.
@@ -56,7 +67,18 @@ pub struct Watching {
 
 impl Default for Watching {
     fn default() -> Self {
-        Watching { ejection: true, retry: true, traffic: true, lost_nodes: None, notices: None }
+        Watching { ejection: true, retry: true, traffic: true, first_timeout: None, lost_nodes: None, notices: None }
+    }
+}
+
+impl Watching {
+    fn is_wanted(&self) -> bool {
+        self.ejection || self.retry || self.traffic || self.first_timeout.is_some()
+    }
+
+    /// For the programs of the ebpf mode.
+    fn settings(&self) -> Settings {
+        Settings { counts: self.is_wanted(), passes_refusals: !self.retry, first_timeout: self.first_timeout }
     }
 }
 
@@ -93,13 +115,20 @@ pub(crate) fn start_if_wanted(
     token: &CancellationToken,
 ) -> Result<Option<Watcher>, Error> {
     let namespace = config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let wanted = config.watching.ejection || config.watching.retry || config.watching.traffic;
-    if !wanted || !config.mode.is_watched() {
-        return match leftovers::clear_watch(namespace) {
+    let wanted = config.watching.is_wanted();
+    if config.mode == Mode::Ebpf && !wanted {
+        config.watching.settings().put(&mut pinned(namespace, config.hooks.as_ref())?)?;
+    }
+    if config.mode == Mode::Ebpf || !wanted || !config.mode.is_watched() {
+        // Of the other modes' rules.
+        match leftovers::clear_watch(namespace) {
             // A proxy without rights has left nothing.
-            Err(Error::Nft(error)) if config.mode == Mode::Userspace && error.is_forbidden() => Ok(None),
-            cleared => cleared.map(|()| None),
-        };
+            Err(Error::Nft(error)) if config.mode == Mode::Userspace && error.is_forbidden() => {}
+            cleared => cleared?,
+        }
+    }
+    if !wanted || !config.mode.is_watched() {
+        return Ok(None);
     }
     match start(config, namespace, feed.table.clone(), status.clone(), token.clone()) {
         Ok(watcher) => Ok(Some(watcher)),

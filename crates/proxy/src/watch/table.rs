@@ -1,4 +1,5 @@
-//! The watch's table in the kernel, and how its sets follow frontends.
+//! What the kernel is to know of alternatives and of frozen listeners, and how it follows frontends: by a table of rules and
+//! sets, or as `maps` has it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -25,26 +26,31 @@ impl Destinations {
     }
 }
 
-/// The table in the kernel, or in the fake of it.
-pub(crate) struct WatchTable<N> {
-    nft: N,
-    /// Whether refusals are held back, and connections counted.
-    retry: bool,
-    count: bool,
+/// What the kernel holds of it, and how.
+pub(crate) trait Holder: Send {
+    /// Puts in place whatever holds members; those that are held already.
+    fn lay(&mut self) -> Result<HashSet<Member>, Error>;
+    fn change(&mut self, gone: &[Member], new: &[Member]) -> Result<(), Error>;
+}
+
+/// What the kernel holds, as the frontends want it.
+pub(crate) struct WatchTable<H: ?Sized = dyn Holder> {
     /// How many frontends want each element. What an earlier run left is wanted by none.
     held: Destinations,
     /// Those of `held`, which has too many others to look through at each change.
     frozen: BTreeSet<SocketAddr>,
     /// What the kernel holds is known.
     is_known: bool,
+    holder: H,
 }
 
-impl<N: Nft> WatchTable<N> {
-    pub fn new(nft: N, retry: bool, count: bool) -> Self {
-        let (held, frozen) = (Destinations::default(), BTreeSet::new());
-        WatchTable { nft, retry, count, held, frozen, is_known: false }
+impl<H: Holder> WatchTable<H> {
+    pub fn new(holder: H) -> Self {
+        WatchTable { held: Destinations::default(), frozen: BTreeSet::new(), is_known: false, holder }
     }
+}
 
+impl<H: Holder + ?Sized> WatchTable<H> {
     pub fn destinations(&self) -> Destinations {
         self.held.clone()
     }
@@ -73,7 +79,7 @@ impl<N: Nft> WatchTable<N> {
         }
         let mut before: HashSet<Member> = HashSet::new();
         if !self.is_known {
-            before = self.lay()?;
+            before = self.holder.lay()?;
         }
         let mut held = self.held.0.write().unwrap_or_else(PoisonError::into_inner);
         if self.is_known && whole {
@@ -119,15 +125,25 @@ impl<N: Nft> WatchTable<N> {
         drop(held);
         // If this fails, the next call is whole and does not ask.
         self.frozen.clone_from(frozen);
-        for (members, add) in [(gone, false), (new, true)] {
-            for chunk in members.chunks(CHUNK) {
-                self.nft.commit(&elements(chunk, add))?;
-            }
-        }
-        Ok(())
+        self.holder.change(&gone, &new)
     }
+}
 
-    /// Puts the rules in place; the elements that are there already.
+/// Rules and sets: the table in the kernel, or in the fake of it.
+pub(crate) struct Rules<N> {
+    nft: N,
+    /// Whether refusals are held back, and connections counted.
+    retry: bool,
+    count: bool,
+}
+
+impl<N: Nft> Rules<N> {
+    pub fn new(nft: N, retry: bool, count: bool) -> Self {
+        Rules { nft, retry, count }
+    }
+}
+
+impl<N: Nft + Send> Holder for Rules<N> {
     fn lay(&mut self) -> Result<HashSet<Member>, Error> {
         let layout = layout(self.retry, self.count);
         let comment = comment(&layout);
@@ -147,6 +163,15 @@ impl<N: Nft> WatchTable<N> {
         }
         Ok(found)
     }
+
+    fn change(&mut self, gone: &[Member], new: &[Member]) -> Result<(), Error> {
+        for (members, add) in [(gone, false), (new, true)] {
+            for chunk in members.chunks(CHUNK) {
+                self.nft.commit(&elements(chunk, add))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Takes the table out; whether it was there.
@@ -165,8 +190,8 @@ mod tests {
         ports.iter().map(address).collect()
     }
 
-    fn held(table: &mut WatchTable<Fake>) -> Vec<u16> {
-        let elements = table.nft.elements(FAMILY, TABLE, &Kind::Alternatives.set(false)).expect("a set");
+    fn held(table: &mut WatchTable<Rules<Fake>>) -> Vec<u16> {
+        let elements = table.holder.nft.elements(FAMILY, TABLE, &Kind::Alternatives.set(false)).expect("a set");
         elements
             .iter()
             .filter_map(|element| {
@@ -180,7 +205,7 @@ mod tests {
 
     #[test]
     fn two_frontends_may_want_the_same_element() {
-        let mut table = WatchTable::new(Fake::default(), true, true);
+        let mut table = WatchTable::new(Rules::new(Fake::default(), true, true));
         let none = BTreeSet::new();
         let nothing = Alternatives::default();
         assert!(table.commit(false, &[], &none).is_err(), "nothing is known yet");
@@ -202,20 +227,20 @@ mod tests {
             .expect("handed over");
         assert_eq!(held(&mut table), [82]);
         // A new start finds what is there, and changes only what differs.
-        let mut again = WatchTable::new(table.nft.clone(), true, true);
-        let before = again.nft.changed;
+        let mut again = WatchTable::new(Rules::new(table.holder.nft.clone(), true, true));
+        let before = again.holder.nft.changed;
         again.commit(true, &[(nothing.clone(), members(&[82, 83]))], &none).expect("found");
-        assert_eq!((held(&mut again), again.nft.changed - before), (vec![82, 83], 1));
+        assert_eq!((held(&mut again), again.holder.nft.changed - before), (vec![82, 83], 1));
         again.commit(true, &[], &none).expect("emptied");
         assert_eq!(held(&mut again), [0; 0]);
     }
 
     #[test]
     fn frozen_listeners_come_and_go() {
-        let mut table = WatchTable::new(Fake::default(), true, true);
+        let mut table = WatchTable::new(Rules::new(Fake::default(), true, true));
         let pod = SocketAddr::from(([10, 244, 0, 11], 8080));
-        let count = |table: &mut WatchTable<Fake>| {
-            table.nft.elements(FAMILY, TABLE, &Kind::Frozen.set(false)).expect("a set").len()
+        let count = |table: &mut WatchTable<Rules<Fake>>| {
+            table.holder.nft.elements(FAMILY, TABLE, &Kind::Frozen.set(false)).expect("a set").len()
         };
         table.commit(true, &[], &BTreeSet::from([pod])).expect("laid");
         assert_eq!(count(&mut table), 1);
@@ -227,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_failed_commit_is_followed_by_a_whole_one() {
-        let mut table = WatchTable::new(Fake::failing(3), true, true);
+        let mut table = WatchTable::new(Rules::new(Fake::failing(3), true, true));
         let nothing = Alternatives::default();
         table.commit(true, &[(nothing.clone(), members(&[80]))], &BTreeSet::new()).expect("two commits");
         let change = [(members(&[80]), members(&[81]))];

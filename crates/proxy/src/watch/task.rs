@@ -8,12 +8,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use linux::conntrack::{self, Conntrack};
 use linux::netns::Netns;
-use linux::nflog;
 use linux::nft::Socket;
 use services::{Endpoint, Protocol, ServiceTable};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -21,11 +18,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::backlog::Backlog;
 use super::evidence::{Evidence, Ledger, Step, Target};
-use super::layout::{BEGUN, REFUSED};
-use super::suspects::Suspects;
-use super::table::{Destinations, WatchTable};
+use super::maps::{Counts, Maps};
+use super::source::{Bell, Flows, Found, Rung, Source};
+use super::table::{Rules, WatchTable};
 use super::{Watching, tell};
-use crate::{Config, Error, NodeView, Status};
+use crate::dataplane::ebpf::contacts::EVENTS;
+use crate::run::pinned;
+use crate::{Config, Error, Mode, NodeView, Status};
 
 /// Between a first packet and the first look: nearly all are answered by then.
 const FIRST_LOOK: Duration = Duration::from_millis(15);
@@ -53,7 +52,7 @@ pub(crate) struct Verdicts {
 /// The watch, as the commit loop holds it.
 pub(crate) struct Watcher {
     /// `None` only while a commit runs.
-    pub table: Option<WatchTable<Socket>>,
+    pub table: Option<Box<WatchTable>>,
     pub verdicts: watch::Receiver<Arc<Verdicts>>,
     pub task: JoinHandle<()>,
 }
@@ -67,24 +66,17 @@ pub(crate) fn start(
     token: CancellationToken,
 ) -> Result<Watcher, Error> {
     let watching = &config.watching;
-    let table = WatchTable::new(Socket::open(namespace)?, watching.retry, watching.traffic);
     let path = match namespace {
         Some(namespace) => PathBuf::from(format!("/proc/self/fd/{}", namespace.as_raw_fd())),
         None => PathBuf::from("/proc/thread-self/ns/net"),
     };
-    let listen = |group, bytes| -> Result<AsyncFd<nflog::Socket>, Error> {
-        nflog::Socket::open(namespace, group, bytes)?.register().map_err(Error::Namespace)
-    };
+    let (table, source, bell) = senses(config, namespace)?;
     let (sender, verdicts) = watch::channel(Arc::new(Verdicts::default()));
     let task = Task {
         watching: watching.clone(),
-        begun: listen(BEGUN, 20)?,
-        refused: listen(REFUSED, 128)?,
+        bell,
         eyes: Some(Eyes {
-            conntrack: Box::new(conntrack::Socket::open(namespace)?),
-            destinations: table.destinations(),
-            suspects: Suspects::default(),
-            retry: watching.retry,
+            source,
             backlog: watching.ejection.then(Backlog::default),
             next_backlog: Duration::ZERO,
             queues_are_due: false,
@@ -107,12 +99,27 @@ pub(crate) fn start(
     Ok(Watcher { table: Some(table), verdicts, task: tokio::spawn(task.run(token)) })
 }
 
+type Senses = (Box<WatchTable>, Box<dyn Source>, Bell);
+
+/// What the mode's connections are watched with.
+fn senses(config: &Config, namespace: Option<BorrowedFd<'_>>) -> Result<Senses, Error> {
+    let watching = &config.watching;
+    if config.mode != Mode::Ebpf {
+        let table = WatchTable::new(Rules::new(Socket::open(namespace)?, watching.retry, watching.traffic));
+        let flows = Flows::open(namespace, table.destinations(), watching.retry)?;
+        return Ok((Box::new(table), Box::new(flows), Bell::log(namespace, watching.retry)?));
+    }
+    let open = || pinned(namespace, config.hooks.as_ref());
+    let table = WatchTable::new(Maps::new(open()?, watching.settings()));
+    let destinations = table.destinations();
+    let counts = Counts::new(open()?, destinations.clone())?;
+    let ring = open()?.ring(EVENTS)?.register().map_err(Error::Namespace)?;
+    Ok((Box::new(table), Box::new(counts), Bell::Ring { ring, destinations }))
+}
+
 /// What looks at the kernel; it moves to a thread of its own for each look.
 struct Eyes {
-    conntrack: Box<dyn Conntrack>,
-    destinations: Destinations,
-    suspects: Suspects,
-    retry: bool,
+    source: Box<dyn Source>,
     backlog: Option<Backlog>,
     /// When queues are looked into next, if anything is looked at.
     next_backlog: Duration,
@@ -124,12 +131,7 @@ struct Eyes {
 
 /// What one look found.
 struct Look {
-    /// Endpoints that let a first packet wait for too long.
-    silent: BTreeSet<SocketAddr>,
-    /// Flows that were deleted, so that the repeated packet is picked anew.
-    deleted: u64,
-    /// Somebody waits for an answer.
-    goes_on: bool,
+    found: Found,
     /// Listeners that take nobody from their queues, whether or not they are endpoints.
     stuck: BTreeSet<SocketAddr>,
     /// Somebody waits in a queue that may or may not move, or queues were not looked into yet.
@@ -142,17 +144,7 @@ impl Eyes {
     fn look(&mut self, now: Duration, woken: bool) -> Result<Look, Error> {
         self.queues_are_due |= woken && self.backlog.is_some();
         let begin = Instant::now();
-        let mut flows = self.conntrack.unanswered(Protocol::Tcp.number())?;
-        flows.retain(|flow| self.destinations.has_alternative(flow.original.1, flow.reply.0));
-        let old = self.suspects.look(flows, now);
-        let mut deleted = 0;
-        if self.retry {
-            for flow in &old {
-                self.conntrack.delete(flow)?;
-                deleted += 1;
-            }
-        }
-        let silent = old.iter().map(|flow| flow.reply.0).collect();
+        let found = self.source.look(now)?;
         let took = begin.elapsed();
         if let Some(backlog) = &mut self.backlog
             && now >= self.next_backlog
@@ -163,13 +155,12 @@ impl Eyes {
             self.queues_are_due = false;
         }
         let is_undecided = self.queues_are_due || self.backlog.as_ref().is_some_and(Backlog::is_undecided);
-        let goes_on = !self.suspects.is_empty();
-        Ok(Look { silent, deleted, goes_on, stuck: self.stuck.clone(), is_undecided, took })
+        Ok(Look { found, stuck: self.stuck.clone(), is_undecided, took })
     }
 
     /// Nothing is looked at for a while.
     fn rest(&mut self) {
-        self.suspects = Suspects::default();
+        self.source.rest();
         if let Some(backlog) = &mut self.backlog {
             backlog.rest();
         }
@@ -178,8 +169,7 @@ impl Eyes {
 
 struct Task {
     watching: Watching,
-    begun: AsyncFd<nflog::Socket>,
-    refused: AsyncFd<nflog::Socket>,
+    bell: Bell,
     /// `None` only while they look.
     eyes: Option<Eyes>,
     /// Where probes start.
@@ -220,31 +210,7 @@ impl Task {
             let deadline = [self.next_look, due].into_iter().flatten().min();
             tokio::select! {
                 () = token.cancelled() => return,
-                // While looking anyway nobody needs to be woken.
-                ready = self.begun.readable_mut(), if self.next_look.is_none() => {
-                    let drained = ready.map(|mut ready| {
-                        let drained = drain(ready.get_inner_mut(), |_| ());
-                        ready.clear_ready();
-                        drained
-                    });
-                    self.next_look = Some(Instant::now() + FIRST_LOOK);
-                    self.woken = true;
-                    self.report(drained.map_err(Error::Namespace).and_then(|drained| drained));
-                }
-                ready = self.refused.readable_mut() => {
-                    let mut refusers = Vec::new();
-                    let drained = ready.map(|mut ready| {
-                        let drained = drain(ready.get_inner_mut(), |packet| refusers.extend(nflog::refuser(packet)));
-                        ready.clear_ready();
-                        drained
-                    });
-                    self.report(drained.map_err(Error::Namespace).and_then(|drained| drained));
-                    let held = refusers.len() as u64;
-                    if self.watching.retry {
-                        self.status.send_modify(|status| status.retries += held);
-                    }
-                    self.doubt(tcp(refusers), Evidence::Refused);
-                }
+                rung = self.bell.wait(self.next_look.is_none()) => self.hear(rung),
                 () = nodes_change(&mut self.watching.lost_nodes) => self.judge_nodes(),
                 Some(probed) = self.probes.join_next() => {
                     match probed {
@@ -287,10 +253,27 @@ impl Task {
         });
     }
 
+    /// Takes in what the kernel has told.
+    fn hear(&mut self, rung: Result<Rung, Error>) {
+        let rung = match rung {
+            Ok(rung) => rung,
+            Err(error) => return self.report(Err(error)),
+        };
+        self.report(Ok(()));
+        if rung.begun {
+            self.woken = true;
+            self.next_look.get_or_insert_with(|| Instant::now() + FIRST_LOOK);
+        }
+        if rung.held > 0 {
+            self.status.send_modify(|status| status.retries += rung.held);
+        }
+        self.doubt(tcp(rung.refusers), Evidence::Refused);
+    }
+
     async fn look(&mut self) {
-        let mut woken = std::mem::take(&mut self.woken);
-        let drained = drain(self.begun.get_mut(), |_| woken = true);
-        self.report(drained);
+        let rung = self.bell.take();
+        self.hear(rung);
+        let woken = std::mem::take(&mut self.woken);
         let now = self.now();
         let mut eyes = self.eyes.take().expect("a look gives them back");
         let looked = tokio::task::spawn_blocking(move || {
@@ -312,12 +295,12 @@ impl Task {
             }
         };
         self.report(Ok(()));
-        if look.deleted > 0 {
-            self.status.send_modify(|status| status.retries += look.deleted);
+        if look.found.retried > 0 {
+            self.status.send_modify(|status| status.retries += look.found.retried);
         }
-        self.doubt(tcp(look.silent), Evidence::Unanswered);
+        self.doubt(tcp(look.found.silent), Evidence::Unanswered);
         self.judge_queues(&look.stuck);
-        let pause = match (look.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
+        let pause = match (look.found.goes_on, woken, look.is_undecided || !self.frozen.is_empty()) {
             (true, ..) | (_, true, true) => Some(NEXT_LOOK),
             (false, true, _) => Some(IDLE_LOOK),
             // Nothing tells when a queue moves.
@@ -483,12 +466,6 @@ async fn nodes_change(nodes: &mut Option<watch::Receiver<BTreeSet<Arc<str>>>>) {
         return;
     }
     std::future::pending().await
-}
-
-fn drain(socket: &mut nflog::Socket, visit: impl FnMut(&[u8])) -> Result<(), Error> {
-    // What the kernel left out are more of the same.
-    socket.packets(visit)?;
-    Ok(())
 }
 
 /// Whether the endpoint accepts a connection from this node in time.

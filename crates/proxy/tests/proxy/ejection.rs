@@ -11,11 +11,12 @@ use proxy::{Evidence, Mode, Notice, Status, Target, Watching};
 use serde_json::json;
 use services::Protocol;
 
+use crate::cgroup::Attached;
 use crate::live::Running;
 use crate::net::Namespace;
 use crate::objects::{service, slice};
 
-const MODES: [Mode; 2] = [Mode::Nftables, Mode::Iptables];
+const MODES: [Mode; 3] = [Mode::Nftables, Mode::Iptables, Mode::Ebpf];
 const SERVICE: &str = "10.96.0.10:80";
 
 /// A pod that answers with its number, as long as it is told to.
@@ -81,6 +82,9 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
+        // Nobody could wake the listener through a cut.
+        self.namespace
+            .run(|| drop(std::process::Command::new("nft").args(["delete", "table", "inet", "cut"]).output()));
         // The listener's thread would hold the namespace.
         if let Some(open) = self.open.take() {
             open.store(false, Ordering::SeqCst);
@@ -91,13 +95,17 @@ impl Drop for Pod {
 
 /// A node with a client pod and three pods that serve.
 struct Stage {
+    mode: Mode,
+    /// Before the namespaces: what is attached goes first.
+    attached: Option<Attached>,
     node: Namespace,
     client: Namespace,
     pods: Vec<Pod>,
 }
 
 impl Stage {
-    fn new() -> Self {
+    fn new(mode: Mode) -> Self {
+        let attached = (mode == Mode::Ebpf).then(Attached::new);
         let node = Namespace::new();
         node.sysctl("net/ipv4/ip_forward", "1");
         for interface in ["all", "default"] {
@@ -123,12 +131,17 @@ impl Stage {
             pod
         });
         let pods = pods.collect();
-        Stage { node, client, pods }
+        if let Some(attached) = &attached {
+            attached.add(client.thread_id);
+            attached.add(node.thread_id);
+        }
+        Stage { mode, attached, node, client, pods }
     }
 
     /// The proxy, with a Service of the first pods.
-    fn serve(&self, mode: Mode, pods: usize, watching: Watching) -> Running {
-        let mut running = Running::start_in(&self.node, mode, watching, None);
+    fn serve(&self, pods: usize, watching: Watching) -> Running {
+        let hooks = self.attached.as_ref().map(Attached::hooks);
+        let mut running = Running::start_in(&self.node, self.mode, watching, hooks);
         running.table.write().expect("table").upsert_service(&service("web", json!({}))).expect("service");
         let endpoints: Vec<(&str, &str)> = self.pods[..pods].iter().map(|pod| (&*pod.address, "node-1")).collect();
         running.table.write().expect("table").upsert_slice(&slice("web", 8080, "TCP", &endpoints)).expect("slice");
@@ -139,7 +152,11 @@ impl Stage {
 
     /// One request: who answered, and how long it took.
     fn request(&self) -> (Result<String, std::io::ErrorKind>, Duration) {
-        self.client.run(|| {
+        Self::request_from(&self.client)
+    }
+
+    fn request_from(place: &Namespace) -> (Result<String, std::io::ErrorKind>, Duration) {
+        place.run(|| {
             let start = Instant::now();
             let to: SocketAddr = SERVICE.parse().expect("address");
             let ask = || -> std::io::Result<String> {
@@ -199,14 +216,15 @@ fn notice(pod: &Pod, ejected: Option<Evidence>) -> Notice {
 #[test]
 fn a_cut_endpoint_costs_a_second_once_and_returns() {
     for mode in MODES {
-        let stage = Stage::new();
+        let stage = Stage::new(mode);
         let told = Told::default();
-        let mut running = stage.serve(mode, 3, telling(&told));
+        let mut running = stage.serve(3, telling(&told));
         let pod = &stage.pods[1];
         pod.cut();
         stage.ask_until_out(&mut running, pod, 3);
         assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Unanswered))], "{mode}");
-        assert!(running.status.borrow().retries >= 1 && running.status.borrow().ejections == 1);
+        Stage::wait(&mut running, "a retry", |status| status.retries >= 1);
+        assert_eq!(running.status.borrow().ejections, 1, "{mode}");
         pod.mend();
         Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
         for round in 0.. {
@@ -222,42 +240,46 @@ fn a_cut_endpoint_costs_a_second_once_and_returns() {
 /// One client may not reach an endpoint: it is sent elsewhere, and nobody else loses the endpoint.
 #[test]
 fn what_one_client_misses_ejects_nobody() {
-    let stage = Stage::new();
-    let running = stage.serve(Mode::Nftables, 3, Watching::default());
-    stage.pods[1].forbid("10.244.0.9");
-    // Each repeated packet may find the same endpoint again, so how long a request takes is not known.
-    let asked = (0..300).take_while(|_| running.status.borrow().retries < 2);
-    let answers: Vec<_> = asked.map(|_| stage.request().0).collect();
-    assert!(running.status.borrow().retries >= 2, "the endpoint was never asked");
-    assert!(answers.iter().flatten().all(|answer| *answer != stage.pods[1].address));
-    assert_eq!((running.status.borrow().ejections, running.status.borrow().ejected.len()), (0, 0));
-    running.stop();
+    for mode in [Mode::Nftables, Mode::Ebpf] {
+        let stage = Stage::new(mode);
+        let running = stage.serve(3, Watching::default());
+        stage.pods[1].forbid("10.244.0.9");
+        // Each repeated packet may find the same endpoint again, so how long a request takes is not known.
+        let asked = (0..300).take_while(|_| running.status.borrow().retries < 2);
+        let answers: Vec<_> = asked.map(|_| stage.request().0).collect();
+        assert!(running.status.borrow().retries >= 2, "the endpoint was never asked");
+        assert!(answers.iter().flatten().all(|answer| *answer != stage.pods[1].address));
+        assert_eq!((running.status.borrow().ejections, running.status.borrow().ejected.len()), (0, 0));
+        running.stop();
+    }
 }
 
 #[test]
 fn the_endpoints_of_a_lost_node_are_out_until_it_is_back() {
-    let stage = Stage::new();
-    let told = Told::default();
-    let (nodes, lost) = tokio::sync::watch::channel(std::collections::BTreeSet::new());
-    let mut running = stage.serve(Mode::Nftables, 2, Watching { lost_nodes: Some(lost), ..telling(&told) });
-    // All of them are on this node: half stay.
-    nodes.send_replace(["node-1".into()].into());
-    Stage::wait(&mut running, "an ejection", |status| status.ejected.len() == 2);
-    for _ in 0..20 {
-        assert_eq!(stage.request().0, Ok(stage.pods[1].address.clone()));
+    for mode in [Mode::Nftables, Mode::Ebpf] {
+        let stage = Stage::new(mode);
+        let told = Told::default();
+        let (nodes, lost) = tokio::sync::watch::channel(std::collections::BTreeSet::new());
+        let mut running = stage.serve(2, Watching { lost_nodes: Some(lost), ..telling(&told) });
+        // All of them are on this node: half stay.
+        nodes.send_replace(["node-1".into()].into());
+        Stage::wait(&mut running, "an ejection", |status| status.ejected.len() == 2);
+        for _ in 0..20 {
+            assert_eq!(stage.request().0, Ok(stage.pods[1].address.clone()));
+        }
+        nodes.send_replace(Default::default());
+        Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+        assert_eq!(told.lock().expect("list")[0], notice(&stage.pods[0], Some(Evidence::NodeLost)));
+        running.stop();
     }
-    nodes.send_replace(Default::default());
-    Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
-    assert_eq!(told.lock().expect("list")[0], notice(&stage.pods[0], Some(Evidence::NodeLost)));
-    running.stop();
 }
 
 #[test]
 fn a_crashed_endpoint_is_hidden_while_there_is_another() {
     for mode in MODES {
-        let mut stage = Stage::new();
+        let mut stage = Stage::new(mode);
         let told = Told::default();
-        let mut running = stage.serve(mode, 2, telling(&told));
+        let mut running = stage.serve(2, telling(&told));
         stage.pods[1].close();
         stage.ask_until_out(&mut running, &stage.pods[1], 2);
         assert_eq!(*told.lock().expect("list"), [notice(&stage.pods[1], Some(Evidence::Refused))], "{mode}");
@@ -283,18 +305,16 @@ fn a_crashed_endpoint_is_hidden_while_there_is_another() {
 /// Whoever switches it off gets what the kernel does by itself.
 #[test]
 fn without_the_watch_a_refusal_is_a_refusal() {
-    let mut stage = Stage::new();
-    let running = stage.serve(
-        Mode::Nftables,
-        2,
-        Watching { ejection: false, retry: false, traffic: false, ..Watching::default() },
-    );
-    stage.pods[1].close();
-    let refused = (0..200).filter(|_| stage.request().0 == Err(std::io::ErrorKind::ConnectionRefused)).count();
-    assert!((50..150).contains(&refused), "{refused} of 200");
-    assert!(running.status.borrow().ejected.is_empty());
-    assert!(!stage.node.command("nft", "list tables").contains("fairlead-watch"));
-    running.stop();
+    for mode in [Mode::Nftables, Mode::Ebpf] {
+        let mut stage = Stage::new(mode);
+        let running = stage.serve(2, Watching { ejection: false, retry: false, traffic: false, ..Watching::default() });
+        stage.pods[1].close();
+        let refused = (0..200).filter(|_| stage.request().0 == Err(std::io::ErrorKind::ConnectionRefused)).count();
+        assert!((50..150).contains(&refused), "{refused} of 200");
+        assert!(running.status.borrow().ejected.is_empty());
+        assert!(!stage.node.command("nft", "list tables").contains("fairlead-watch"));
+        running.stop();
+    }
 }
 
 /// A process of its own, which a signal can stop.
@@ -347,58 +367,60 @@ fn serve_until_killed() {
 /// of them to others too.
 #[test]
 fn a_frozen_endpoint_is_out_until_it_thaws() {
-    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
-    let mut stage = Stage::new();
-    let server = Server::start(&mut stage.pods[1]);
-    let told = Told::default();
-    let mut running = stage.serve(Mode::Nftables, 3, telling(&told));
-    let pod = &stage.pods[1];
-    server.signal(SIGSTOP);
-    // Clients that it has taken wait until it thaws; nobody else does.
-    let waiting: Vec<TcpStream> = (0..3)
-        .map(|_| {
+    for mode in [Mode::Nftables, Mode::Ebpf] {
+        use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+        let mut stage = Stage::new(mode);
+        let server = Server::start(&mut stage.pods[1]);
+        let told = Told::default();
+        let mut running = stage.serve(3, telling(&told));
+        let pod = &stage.pods[1];
+        server.signal(SIGSTOP);
+        // Clients that it has taken wait until it thaws; nobody else does.
+        let waiting: Vec<TcpStream> = (0..3)
+            .map(|_| {
+                let to = format!("{}:8080", pod.address).parse().expect("address");
+                stage
+                    .client
+                    .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("the kernel accepts"))
+            })
+            .collect();
+        Stage::wait(&mut running, "an ejection", |status| status.ejected.contains(&pod.target()));
+        for _ in 0..20 {
+            let (answer, took) = stage.request();
+            assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
+        }
+        // A proxy of another node, which knows nothing of it yet, gets no answer.
+        let direct = |timeout| {
             let to = format!("{}:8080", pod.address).parse().expect("address");
-            stage
-                .client
-                .run(move || TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("the kernel accepts"))
-        })
-        .collect();
-    Stage::wait(&mut running, "an ejection", |status| status.ejected.contains(&pod.target()));
-    for _ in 0..20 {
-        let (answer, took) = stage.request();
-        assert!(answer.is_ok_and(|answer| answer != pod.address) && took < Duration::from_millis(700), "{took:?}");
+            stage.client.run(move || {
+                TcpStream::connect_timeout(&to, Duration::from_millis(timeout)).map_err(|error| error.kind())
+            })
+        };
+        assert_eq!(direct(300).map(drop), Err(std::io::ErrorKind::TimedOut));
+        assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Frozen))]);
+        server.signal(SIGCONT);
+        for mut stream in waiting {
+            let mut text = String::new();
+            stream.read_to_string(&mut text).expect("an answer at last");
+            assert_eq!(text, pod.address);
+        }
+        Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
+        assert!(direct(3000).is_ok());
+        running.stop();
     }
-    // A proxy of another node, which knows nothing of it yet, gets no answer.
-    let direct = |timeout| {
-        let to = format!("{}:8080", pod.address).parse().expect("address");
-        stage
-            .client
-            .run(move || TcpStream::connect_timeout(&to, Duration::from_millis(timeout)).map_err(|error| error.kind()))
-    };
-    assert_eq!(direct(300).map(drop), Err(std::io::ErrorKind::TimedOut));
-    assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Frozen))]);
-    server.signal(SIGCONT);
-    for mut stream in waiting {
-        let mut text = String::new();
-        stream.read_to_string(&mut text).expect("an answer at last");
-        assert_eq!(text, pod.address);
-    }
-    Stage::wait(&mut running, "a trial", |status| status.ejected.is_empty());
-    assert!(direct(3000).is_ok());
-    running.stop();
 }
 
 /// Who got what, asked for when somebody wants to know.
 #[test]
 fn traffic_is_counted_per_endpoint() {
-    for mode in MODES {
-        let stage = Stage::new();
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        let stage = Stage::new(mode);
         stage.node.sysctl("net/netfilter/nf_conntrack_acct", "1");
-        let running = stage.serve(mode, 2, Watching::default());
+        let running = stage.serve(2, Watching::default());
         let file = std::fs::File::open(&stage.node.path).expect("namespace");
         let read = || {
             let table = running.table.read().expect("table");
-            proxy::traffic(mode, Some(std::os::fd::AsFd::as_fd(&file)), &table, &crate::net::node_view())
+            proxy::traffic(mode, Some(std::os::fd::AsFd::as_fd(&file)), None, &table, &crate::net::node_view())
                 .expect("traffic")
         };
         assert_eq!(read().services[0].connections(), 0);
@@ -420,11 +442,92 @@ fn traffic_is_counted_per_endpoint() {
     }
 }
 
+/// A socket that is sent to an endpoint repeats its first packet as early as it is told to, and is then sent to another.
+#[test]
+fn ebpf_sets_the_first_timeout_of_sockets() {
+    let stage = Stage::new(Mode::Ebpf);
+    let first_timeout = Some(Duration::from_millis(200));
+    let running = stage.serve(2, Watching { ejection: false, first_timeout, ..Watching::default() });
+    stage.pods[1].cut();
+    let mut repeated = 0;
+    for _ in 0..30 {
+        let (answer, took) = stage.request();
+        assert_eq!(answer, Ok(stage.pods[0].address.clone()), "after {took:?}");
+        assert!(took < Duration::from_millis(900), "{took:?}");
+        repeated += usize::from(took > Duration::from_millis(180));
+    }
+    assert!((5..26).contains(&repeated), "{repeated} of 30");
+    // What goes straight to a pod is left alone.
+    let to: SocketAddr = format!("{}:8080", stage.pods[1].address).parse().expect("address");
+    let sent = || stage.node.command("nft", "list counter inet seen syns");
+    stage.node.command("nft", "add table inet seen");
+    stage.node.command("nft", "add counter inet seen syns");
+    stage.node.command("nft", "add chain inet seen first { type filter hook prerouting priority -500; }");
+    stage.node.command("nft", "add rule inet seen first ip daddr 10.244.0.12 tcp flags syn counter name syns");
+    let straight = stage.client.run(move || TcpStream::connect_timeout(&to, Duration::from_millis(700)).map(drop));
+    assert!(straight.is_err() && sent().contains("packets 1 "), "{}", sent());
+    stage.pods[1].mend();
+    running.stop();
+}
+
+/// Who got what by the programs of the ebpf mode: sockets, and packets whose sockets no program has seen.
+#[test]
+fn ebpf_counts_traffic_per_endpoint() {
+    let stage = Stage::new(Mode::Ebpf);
+    let running = stage.serve(2, Watching::default());
+    let file = std::fs::File::open(&stage.node.path).expect("namespace");
+    let hooks = stage.attached.as_ref().map(Attached::hooks);
+    let read = || {
+        let table = running.table.read().expect("table");
+        let namespace = Some(std::os::fd::AsFd::as_fd(&file));
+        let traffic = proxy::traffic(Mode::Ebpf, namespace, hooks.as_ref(), &table, &crate::net::node_view());
+        traffic.expect("traffic").services.remove(0).endpoints
+    };
+    assert!(read().iter().all(|endpoint| endpoint.connections == 0));
+    let mut asked = std::collections::BTreeMap::<String, u64>::new();
+    for _ in 0..30 {
+        *asked.entry(stage.request().0.expect("an answer")).or_default() += 1;
+    }
+    for endpoint in read() {
+        let count = asked.get(&endpoint.address.ip().to_string()).copied().unwrap_or(0);
+        assert_eq!((endpoint.connections, endpoint.open), (count, 0));
+        // A pod answers with its address.
+        assert_eq!(endpoint.bytes.unwrap_or_default(), (0, count * "10.244.0.11".len() as u64));
+        let answers = endpoint.answers.unwrap_or_default();
+        assert_eq!((answers.answered, answers.refused, answers.retried, answers.resets), (count, 0, 0, 0));
+        assert!(answers.waited > Duration::ZERO && answers.waited < Duration::from_secs(10) || count == 0);
+    }
+    // One that is open, and ends by a reset.
+    let stream = stage.client.run(|| TcpStream::connect(SERVICE).expect("connect"));
+    assert_eq!(read().iter().map(|endpoint| endpoint.open).sum::<u64>(), 1);
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger).expect("linger");
+    drop(stream);
+    let resets = |endpoints: &[proxy::EndpointTraffic]| -> u64 {
+        endpoints.iter().filter_map(|endpoint| endpoint.answers).map(|answers| answers.resets).sum()
+    };
+    let after = read();
+    assert_eq!((after.iter().map(|endpoint| endpoint.open).sum::<u64>(), resets(&after)), (0, 1));
+    // Pods are not in the cgroup here: their packets are translated.
+    for _ in 0..10 {
+        Stage::request_from(&stage.pods[2].namespace).0.expect("an answer");
+    }
+    let last = read();
+    assert_eq!(last.iter().map(|endpoint| endpoint.connections).sum::<u64>(), 41);
+    assert_eq!(last.iter().filter_map(|endpoint| endpoint.answers).map(|answers| answers.answered).sum::<u64>(), 41);
+    let carried = |endpoints: &[proxy::EndpointTraffic]| -> u64 {
+        endpoints.iter().filter_map(|endpoint| endpoint.bytes).map(|(sent, received)| sent + received).sum()
+    };
+    // Ten connections of at least eight packets, each with 52 bytes of headers.
+    assert!(carried(&last) - carried(&after) > 10 * 8 * 52, "{} after {}", carried(&last), carried(&after));
+    running.stop();
+}
+
 /// A person can read the table.
 #[test]
 fn the_table_of_the_watch_prints() {
-    let stage = Stage::new();
-    let running = stage.serve(Mode::Nftables, 3, Watching::default());
+    let stage = Stage::new(Mode::Nftables);
+    let running = stage.serve(3, Watching::default());
     let text = stage.node.command("nft", "list table inet fairlead-watch");
     for part in ["10.96.0.10 . tcp . 80", "tcp flags rst", "ct status dying", "log group 64022", "set connections4"] {
         assert!(text.contains(part), "no {part:?} in {text}");

@@ -54,7 +54,8 @@ impl Proxy {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let watching = proxy::Watching::default();
+        // Listeners here are slow, and who leaves the pick for that is not what the cases are about.
+        let watching = proxy::Watching { ejection: false, ..proxy::Watching::default() };
         let config = Config {
             mode,
             node: node_receiver,

@@ -4,7 +4,7 @@
 // What must be dropped rather than refused is left alone here: its packets are dropped where they leave (`packet.h`).
 #pragma once
 
-#include "pick.h"
+#include "watch.h"
 
 // From <errno.h>, which is not for programs without a C library.
 #define CONNECTION_REFUSED 111
@@ -14,7 +14,9 @@
 
 enum outcome { UNTOUCHED, REWRITTEN, REFUSE };
 
-inlined void remember(struct bpf_sock_addr *context, const struct endpoint *asked, const struct endpoint *given, int sending)
+// With `others` another endpoint could have been given.
+inlined void remember(struct bpf_sock_addr *context, const struct endpoint *asked, const struct endpoint *given, int sending,
+		      int others)
 {
 	struct socket_key key = {.at = *given, .asked = GIVEN};
 
@@ -25,6 +27,9 @@ inlined void remember(struct bpf_sock_addr *context, const struct endpoint *aske
 		if (peer) {
 			peer->asked = *asked;
 			peer->given = *given;
+			peer->actual = *given;
+			peer->phase = CHOSEN;
+			peer->others = others;
 		}
 		return;
 	}
@@ -77,14 +82,20 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 
 		if (held && is_member(frontend->id, 1, held)) {
 			picked = *held;
-			remember(context, place, &picked, 0);
+			remember(context, place, &picked, 0, 0);
 			*place = picked;
 			return REWRITTEN;
 		}
 	}
 	if (!pick(frontend->list, frontend->count, frontend->affinity_seconds, &client, &picked))
 		return UNTOUCHED;
-	remember(context, place, &picked, sending);
+	remember(context, place, &picked, sending, frontend->count > 1);
+	if (protocol == IPPROTO_UDP && is_watched()) {
+		struct contact_key key;
+
+		name_contact(&key, place, &picked, IPPROTO_UDP);
+		note_begun(&key, 0);
+	}
 	*place = picked;
 	return REWRITTEN;
 }

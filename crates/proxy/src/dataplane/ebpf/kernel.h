@@ -34,6 +34,8 @@ HELPER(11, long, replace_l4_checksum, struct __sk_buff *packet, __u32 offset, __
 HELPER(26, long, load_bytes, const void *packet, __u32 offset, void *to, __u32 length);
 HELPER(28, long, checksum_difference, void *from, __u32 from_size, void *to, __u32 to_size, __u32 seed);
 HELPER(46, __u64, socket_cookie, void *context);
+HELPER(59, long, set_callbacks, struct bpf_sock_ops *socket, int flags);
 HELPER(107, void *, socket_storage, void *map, void *socket, void *initial, __u64 flags);
 HELPER(122, __u64, namespace_cookie, void *context);
+HELPER(130, long, ring_output, void *ring, void *data, __u64 size, __u64 flags);
 HELPER(187, int, set_result, int value);

@@ -100,12 +100,18 @@ enum flow_flags {
 	ANSWERED = 4,
 	// Another endpoint is left that has not been tried: a refusal is held back, and the repeated SYN goes there.
 	OTHERS_LEFT = 8,
+	// Of a socket of this node that was given an endpoint when it connected, and another when it repeated its SYN.
+	MOVED = 16,
+	// A FIN or a RST has gone this way.
+	CLOSED = 32,
 };
 
 struct flow {
 	struct endpoint to;
 	__u32 id;
 	__u32 flags;
+	// With IP headers.
+	__u64 bytes;
 	__u64 seen;
 };
 
@@ -120,6 +126,19 @@ struct socket_key {
 struct peer {
 	struct endpoint asked;
 	struct endpoint given;
+	// Who answers: not the one that was given, if that did not and the SYN was repeated.
+	struct endpoint actual;
+	// When its SYN was sent.
+	__u64 begun;
+	__u32 phase;
+	// Other endpoints could have been given.
+	__u32 others;
+};
+
+enum peer_phase {
+	CHOSEN = 1,
+	SENT = 2,
+	ENDED = 3,
 };
 
 struct network {

@@ -12,7 +12,7 @@ use services::{FrontendId, Protocol};
 use crate::NodeView;
 
 /// Grows whenever a map changes its form.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// How many networks of each kind a node can tell apart.
 const NETWORKS: usize = 8;
@@ -30,7 +30,7 @@ pub const LAYOUTS: [Layout; 5] = [
 pub const NODES: Layout = Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 };
 
 /// Connections whose packets are translated; filled by packets.
-pub const FLOWS: Layout = Layout { name: "flows", key_size: 40, value_size: 40, limit: 1 << 17 };
+pub const FLOWS: Layout = Layout { name: "flows", key_size: 40, value_size: 48, limit: 1 << 17 };
 
 /// When a packet of the flow was last seen, on the clock of `linux::bpf::now`.
 pub fn flow_seen(flow: &[u8]) -> Duration {
@@ -145,7 +145,7 @@ pub enum Value {
     Present,
 }
 
-fn write_address(bytes: &mut Vec<u8>, address: IpAddr) {
+pub(super) fn write_address(bytes: &mut Vec<u8>, address: IpAddr) {
     let mapped = match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped(),
         IpAddr::V6(v6) => v6,
@@ -154,24 +154,28 @@ fn write_address(bytes: &mut Vec<u8>, address: IpAddr) {
 }
 
 /// Reads fixed fields one after the other; the kernel gives whole entries.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub &'a [u8]);
 
 impl Reader<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
+    pub fn take<const N: usize>(&mut self) -> [u8; N] {
         let (field, rest) = self.0.split_first_chunk().expect("an entry has the length of its layout");
         self.0 = rest;
         *field
     }
 
-    fn number(&mut self) -> u32 {
+    pub fn number(&mut self) -> u32 {
         u32::from_ne_bytes(self.take())
     }
 
-    fn port(&mut self) -> u16 {
+    pub fn port(&mut self) -> u16 {
         u16::from_be_bytes(self.take())
     }
 
-    fn address(&mut self) -> IpAddr {
+    pub fn long(&mut self) -> u64 {
+        u64::from_ne_bytes(self.take())
+    }
+
+    pub fn address(&mut self) -> IpAddr {
         IpAddr::from(Ipv6Addr::from(self.take::<16>())).to_canonical()
     }
 }

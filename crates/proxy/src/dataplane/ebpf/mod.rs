@@ -3,6 +3,8 @@
 //!
 //! - `*.h`, `proxy.c`: the programs and the maps, compiled by `build.rs`
 //! - `layout`: the same maps as values
+//! - `contacts`: those in which the programs of `watch.h` count
+//! - `ended`: what becomes of connections whose time is over
 //! - `plan`: a frontend's entries
 //! - `commit`: entries that frontends share, what the kernel held before, the order of changes
 //! - `retire`: what is left when another mode takes over
@@ -13,6 +15,8 @@
 //! by address. A refusal is the error of `connect`. SCTP, fragments and IPv6 extension headers are not translated.
 
 mod commit;
+pub(crate) mod contacts;
+pub(crate) mod ended;
 mod layout;
 mod plan;
 mod retire;

@@ -3,243 +3,14 @@
 // source where it leaves, in both directions; between them lies the node's own routing and firewall.
 #pragma once
 
-#include "pick.h"
+#include "refusal.h"
 
-#define TCP_FLAGS 13
-#define TCP_SYN 2
-#define TCP_RST 4
-#define TCP_ACK 16
-// Known to kernels since 6.16; older ones refuse it.
-#define CHECKSUM_OF_IPV6 (1ULL << 7)
-#define INVALID 22
 // Ports for masquerading: below those that sockets of the node take by themselves, and below node ports.
 #define FIRST_PORT 1024
 #define PORTS 28976
 #define PORT_TRIES 32
 // How often a SYN that was not answered is drawn again until it goes to another endpoint.
-#define OTHER_PICKS 4
-// A UDP client that was silent for so long is a new one; a SYN that comes later than this is no repetition.
-#define UDP_IDLE (120 * SECOND)
-#define SYN_REPEATS (5 * SECOND)
-
-struct packet {
-	struct flow_key key;
-	__u32 transport;
-	__u8 is_ipv6;
-	__u8 tcp_flags;
-};
-
-// Whether this is a packet that Services are about.
-inlined int parse(struct __sk_buff *skb, struct packet *packet, __u8 leaving)
-{
-	__be16 ports[2];
-
-	__builtin_memset(packet, 0, sizeof(*packet));
-	packet->key.leaving = leaving;
-	if (skb->protocol == big16(ETH_P_IP)) {
-		struct iphdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)))
-			return 0;
-		// Ports are in the first fragment only: fragments are not translated at all.
-		if (header.ihl < 5 || header.frag_off & big16(0x3fff))
-			return 0;
-		set_ipv4(&packet->key.source, header.saddr);
-		set_ipv4(&packet->key.destination, header.daddr);
-		packet->key.protocol = header.protocol;
-		packet->transport = ETH_HLEN + header.ihl * 4;
-	} else if (skb->protocol == big16(ETH_P_IPV6)) {
-		struct ipv6hdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)))
-			return 0;
-		__builtin_memcpy(&packet->key.source, &header.saddr, 16);
-		__builtin_memcpy(&packet->key.destination, &header.daddr, 16);
-		packet->key.protocol = header.nexthdr;
-		packet->transport = ETH_HLEN + sizeof(header);
-		packet->is_ipv6 = 1;
-	} else {
-		return 0;
-	}
-	if (packet->key.protocol != IPPROTO_TCP && packet->key.protocol != IPPROTO_UDP)
-		return 0;
-	if (load_bytes(skb, packet->transport, ports, sizeof(ports)))
-		return 0;
-	packet->key.source_port = ports[0];
-	packet->key.destination_port = ports[1];
-	if (packet->key.protocol == IPPROTO_TCP)
-		load_bytes(skb, packet->transport + TCP_FLAGS, &packet->tcp_flags, 1);
-	return 1;
-}
-
-inlined int is_first_syn(const struct packet *packet)
-{
-	return (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-}
-
-// Writes a new destination or source, address and port.
-separate int rewrite(struct __sk_buff *skb, const struct packet *packet, const struct endpoint *to, int source)
-{
-	union address from, address;
-	__u32 transport, checksum;
-	__be16 from_port, port;
-	__u64 flags = 0;
-
-	if (!packet || !to)
-		return TC_ACT_SHOT;
-	from = source ? packet->key.source : packet->key.destination;
-	from_port = source ? packet->key.source_port : packet->key.destination_port;
-	address = to->address;
-	port = to->port;
-	transport = packet->transport;
-	checksum = transport + 16;
-	if (packet->key.protocol == IPPROTO_UDP) {
-		checksum = transport + 6;
-		// A UDP packet without a checksum stays without.
-		flags = BPF_F_MARK_MANGLED_0;
-	}
-	if (packet->is_ipv6) {
-		long difference = checksum_difference(&from, 16, &address, 16, 0);
-
-		if (replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | CHECKSUM_OF_IPV6 | flags) == -INVALID)
-			replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | flags);
-		store_bytes(skb, ETH_HLEN + (source ? 8 : 24), &address, 16, 0);
-	} else {
-		replace_l4_checksum(skb, checksum, from.words[3], address.words[3], BPF_F_PSEUDO_HDR | flags | 4);
-		replace_l3_checksum(skb, ETH_HLEN + 10, from.words[3], address.words[3], 4);
-		store_bytes(skb, ETH_HLEN + (source ? 12 : 16), &address.words[3], 4, 0);
-	}
-	replace_l4_checksum(skb, checksum, from_port, port, flags | 2);
-	if (store_bytes(skb, transport + (source ? 0 : 2), &port, 2, 0))
-		return TC_ACT_SHOT;
-	return TC_ACT_OK;
-}
-
-#define ICMP_CHECKSUM 2
-#define ICMP_HEADER 8
-
-// An ICMP error and the packet it is about. `key` is that packet's answer, which has the same flow.
-struct error {
-	struct flow_key key;
-	union address source;
-	union address destination;
-	__u32 icmp;
-	__u32 inner;
-	__u32 inner_transport;
-	__u8 is_ipv6;
-};
-
-// Whether this is an error about a packet that Services may be about.
-inlined int parse_error(struct __sk_buff *skb, struct error *error, __u8 leaving)
-{
-	__be16 ports[2];
-	__u8 type;
-
-	__builtin_memset(error, 0, sizeof(*error));
-	error->key.leaving = leaving;
-	if (skb->protocol == big16(ETH_P_IP)) {
-		struct iphdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.protocol != IPPROTO_ICMP)
-			return 0;
-		if (header.ihl < 5 || header.frag_off & big16(0x3fff))
-			return 0;
-		set_ipv4(&error->source, header.saddr);
-		set_ipv4(&error->destination, header.daddr);
-		error->icmp = ETH_HLEN + header.ihl * 4;
-		error->inner = error->icmp + ICMP_HEADER;
-		// Unreachable, time exceeded, bad parameter.
-		if (load_bytes(skb, error->icmp, &type, 1) || (type != 3 && type != 11 && type != 12))
-			return 0;
-		if (load_bytes(skb, error->inner, &header, sizeof(header)) || header.ihl < 5)
-			return 0;
-		set_ipv4(&error->key.destination, header.saddr);
-		set_ipv4(&error->key.source, header.daddr);
-		error->key.protocol = header.protocol;
-		error->inner_transport = error->inner + header.ihl * 4;
-	} else if (skb->protocol == big16(ETH_P_IPV6)) {
-		struct ipv6hdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.nexthdr != IPPROTO_ICMPV6)
-			return 0;
-		__builtin_memcpy(&error->source, &header.saddr, 16);
-		__builtin_memcpy(&error->destination, &header.daddr, 16);
-		error->icmp = ETH_HLEN + sizeof(header);
-		error->inner = error->icmp + ICMP_HEADER;
-		// Unreachable, too big, time exceeded, bad parameter.
-		if (load_bytes(skb, error->icmp, &type, 1) || type < 1 || type > 4)
-			return 0;
-		if (load_bytes(skb, error->inner, &header, sizeof(header)))
-			return 0;
-		__builtin_memcpy(&error->key.destination, &header.saddr, 16);
-		__builtin_memcpy(&error->key.source, &header.daddr, 16);
-		error->key.protocol = header.nexthdr;
-		error->inner_transport = error->inner + sizeof(header);
-		error->is_ipv6 = 1;
-	} else {
-		return 0;
-	}
-	if (error->key.protocol != IPPROTO_TCP && error->key.protocol != IPPROTO_UDP)
-		return 0;
-	if (load_bytes(skb, error->inner_transport, ports, sizeof(ports)))
-		return 0;
-	error->key.destination_port = ports[0];
-	error->key.source_port = ports[1];
-	return 1;
-}
-
-// Writes an address of the error itself. Its checksum covers addresses in IPv6 only.
-separate int rewrite_outer(struct __sk_buff *skb, const struct error *error, const union address *to, int source)
-{
-	union address from, address;
-
-	if (!error || !to)
-		return 0;
-	from = source ? error->source : error->destination;
-	address = *to;
-	if (error->is_ipv6) {
-		__u32 checksum = error->icmp + ICMP_CHECKSUM;
-		long difference = checksum_difference(&from, 16, &address, 16, 0);
-
-		if (replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR | CHECKSUM_OF_IPV6) == -INVALID)
-			replace_l4_checksum(skb, checksum, 0, difference, BPF_F_PSEUDO_HDR);
-		store_bytes(skb, ETH_HLEN + (source ? 8 : 24), &address, 16, 0);
-	} else {
-		replace_l3_checksum(skb, ETH_HLEN + 10, from.words[3], address.words[3], 4);
-		store_bytes(skb, ETH_HLEN + (source ? 12 : 16), &address.words[3], 4, 0);
-	}
-	return 0;
-}
-
-// Writes an end of the packet that the error is about. Its own transport checksum may be cut off, and nobody looks at it.
-separate int rewrite_inner(struct __sk_buff *skb, const struct error *error, const struct endpoint *to, int source)
-{
-	union address from, address;
-	__be16 from_port, port;
-	__u32 checksum;
-
-	if (!error || !to)
-		return 0;
-	// The key is the answer's: the other way round.
-	from = source ? error->key.destination : error->key.source;
-	from_port = source ? error->key.destination_port : error->key.source_port;
-	address = to->address;
-	port = to->port;
-	checksum = error->icmp + ICMP_CHECKSUM;
-	if (error->is_ipv6) {
-		long difference = checksum_difference(&from, 16, &address, 16, 0);
-
-		replace_l4_checksum(skb, checksum, 0, difference, 0);
-		store_bytes(skb, error->inner + (source ? 8 : 24), &address, 16, 0);
-	} else {
-		// The inner header's checksum makes up for its address: the outer one does not change.
-		replace_l3_checksum(skb, error->inner + 10, from.words[3], address.words[3], 4);
-		store_bytes(skb, error->inner + (source ? 12 : 16), &address.words[3], 4, 0);
-	}
-	replace_l4_checksum(skb, checksum, from_port, port, 2);
-	store_bytes(skb, error->inner_transport + (source ? 0 : 2), &port, 2, 0);
-	return 0;
-}
+#define OTHER_PICKS 12
 
 // An error is translated like the answer that it stands for.
 separate int translate_error(struct __sk_buff *skb, int leaving)
@@ -252,9 +23,11 @@ separate int translate_error(struct __sk_buff *skb, int leaving)
 		return TC_ACT_OK;
 	flow = map_lookup(&flows, &error.key);
 	if (!flow)
-		return TC_ACT_OK;
+		return leaving && error.is_unreachable && note_refused_attempt(&error.key) ? TC_ACT_SHOT : TC_ACT_OK;
 	to = flow->to;
 	if (leaving) {
+		if (error.is_unreachable && note_refusal(&error.key, flow))
+			return TC_ACT_SHOT;
 		rewrite_inner(skb, &error, &to, 0);
 		// From the endpoint itself, not from a router on the way.
 		if (same_address(&error.source, &error.key.source))
@@ -299,7 +72,7 @@ separate int masquerade(const struct packet *packet, const struct endpoint *endp
 	return 0;
 }
 
-// Beside OTHERS_LEFT.
+// Beside OTHERS_LEFT and MOVED.
 #define START_MASQUERADED 1
 
 // Writes down where this flow goes and how its answers are translated back.
@@ -320,13 +93,23 @@ separate int start_flow(const struct packet *packet, const struct endpoint *endp
 	key.leaving = 1;
 	flow.to.address = packet->key.destination;
 	flow.to.port = packet->key.destination_port;
-	flow.flags = ANSWER | (how & OTHERS_LEFT);
+	flow.flags = ANSWER | (how & (OTHERS_LEFT | MOVED));
 	if (map_update(&flows, &key, &flow, BPF_ANY))
 		return 0;
 	key = packet->key;
 	flow.to = *endpoint;
-	flow.flags = PICKED;
+	flow.flags = PICKED | (how & MOVED);
+	flow.bytes = packet->length;
 	return !map_update(&flows, &key, &flow, BPF_ANY);
+}
+
+// A packet that goes on in its flow.
+inlined void note_packet(const struct packet *packet, struct flow *flow, __u64 now)
+{
+	flow->seen = now;
+	flow->bytes += packet->length;
+	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+		flow->flags |= CLOSED;
 }
 
 // Whether a packet goes on in its flow, or is the first of a new one that looks the same.
@@ -339,11 +122,12 @@ inlined int goes_on(const struct packet *packet, struct flow *flow)
 		if (packet->key.protocol == IPPROTO_UDP) {
 			if (idle > UDP_IDLE || !is_member(flow->id, 1, &flow->to))
 				return 0;
-		} else if (is_first_syn(packet) && (!(flow->flags & ANSWERED) || idle > SYN_REPEATS)) {
-			return 0;
+		} else if (is_first_syn(packet)) {
+			if (idle > SYN_REPEATS || !(flow->flags & (ANSWERED | MOVED)))
+				return 0;
 		}
 	}
-	flow->seen = now;
+	note_packet(packet, flow, now);
 	return 1;
 }
 
@@ -382,6 +166,11 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 0);
 	}
+	// The same client and endpoint as in a flow of old, but this time it is this endpoint that was given.
+	if (flow && flow->flags & MOVED) {
+		map_delete(&flows, &packet.key);
+		return TC_ACT_OK;
+	}
 	if (flow && packet.key.protocol == IPPROTO_TCP && !(flow->flags & ANSWERED) && now_ns() - flow->seen < SYN_REPEATS) {
 		again = 1;
 		tried = flow->to;
@@ -396,9 +185,11 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
 	if (!frontend) {
 		// An address of a Service that nobody has: forwarded, it would come back.
-		int nobodys = in_networks(&packet.key.destination, node->services, node->service_networks);
-
-		return nobodys ? TC_ACT_SHOT : TC_ACT_OK;
+		if (in_networks(&packet.key.destination, node->services, node->service_networks))
+			return TC_ACT_SHOT;
+		if (is_first_syn(&packet) && note_straight(&packet.key.destination, packet.key.destination_port))
+			return TC_ACT_SHOT;
+		return TC_ACT_OK;
 	}
 	in_pods = in_networks(&packet.key.source, node->pods, node->pod_networks);
 	if (!may_use(frontend, &packet.key.source))
@@ -427,31 +218,23 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		    same_address(&endpoint.address, &packet.key.source))
 			how |= START_MASQUERADED;
 		// Once: if the second refuses, too, the client is told.
-		if (count > 1 && !again)
+		if (count > 1 && !again && holds_refusals())
 			how |= OTHERS_LEFT;
 	}
+	if (count)
+		note_start(&packet, &endpoint, again ? &tried : NULL, count > 1);
 	// A full table: the client asks again.
 	if (!start_flow(&packet, &endpoint, frontend->id, how))
 		return TC_ACT_SHOT;
 	return rewrite(skb, &packet, &endpoint, 0);
 }
 
-// Tells the client's direction that its endpoint has answered.
-inlined void note_answer(const struct packet *packet, struct flow *answer)
+// A reset has the number that the other side expects next, and 0 where a SYN expects none.
+inlined int answers_syn(struct __sk_buff *skb, const struct packet *packet)
 {
-	struct flow_key key = {.protocol = packet->key.protocol};
-	struct flow *flow;
+	__be32 sequence;
 
-	if (answer->flags & ANSWERED || packet->tcp_flags & TCP_RST)
-		return;
-	answer->flags |= ANSWERED;
-	key.source = packet->key.destination;
-	key.source_port = packet->key.destination_port;
-	key.destination = answer->to.address;
-	key.destination_port = answer->to.port;
-	flow = map_lookup(&flows, &key);
-	if (flow)
-		flow->flags |= ANSWERED;
+	return !load_bytes(skb, packet->transport + TCP_SEQUENCE, &sequence, sizeof(sequence)) && !sequence;
 }
 
 SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
@@ -464,15 +247,19 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 		return translate_error(skb, 1);
 	flow = map_lookup(&flows, &packet.key);
 	if (flow) {
-		flow->seen = now_ns();
+		note_packet(&packet, flow, now_ns());
 		// The client repeats its SYN, which then goes to another endpoint.
-		if (packet.tcp_flags & TCP_RST && (flow->flags & (OTHERS_LEFT | ANSWERED)) == OTHERS_LEFT)
+		if (packet.tcp_flags & TCP_RST && note_refusal(&packet.key, flow))
 			return TC_ACT_SHOT;
 		if (flow->flags & ANSWER)
 			note_answer(&packet, flow);
 		endpoint = flow->to;
 		return rewrite(skb, &packet, &endpoint, 1);
 	}
+	if ((packet.tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK) && is_too_late(&packet.key))
+		return TC_ACT_SHOT;
+	if (packet.tcp_flags & TCP_RST && answers_syn(skb, &packet) && note_refused_attempt(&packet.key))
+		return TC_ACT_SHOT;
 	// From a socket of this node that was left alone: to an address that only others may use, or that nobody has.
 	if (!skb->ingress_ifindex) {
 		struct frontend *frontend;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use linux::bpf::{self, Hooks, Kernel, Pinned};
 
 use super::OBJECT;
+use super::contacts::{CONTACTS, LISTENERS, SETTINGS, Settings};
 use super::layout::{FLOWS, LAYOUT, Map, NODES, flow_seen};
 use crate::Error;
 
@@ -36,11 +37,14 @@ pub fn retire(hooks: &Hooks, namespace: Option<BorrowedFd<'_>>) -> Result<Retire
         let zeroes = vec![0; node.values.len()];
         kernel.put(NODES.name, &bpf::Entries { keys: node.keys, values: zeroes })?;
     }
-    for map in Map::ALL {
-        let held = kernel.entries(map.layout().name)?;
+    if !kernel.entries(SETTINGS.name)?.keys.is_empty() {
+        Settings::default().put(&mut kernel)?;
+    }
+    for layout in Map::ALL.map(Map::layout).into_iter().chain([CONTACTS, LISTENERS]) {
+        let held = kernel.entries(layout.name)?;
         // Whoever was killed early may not have made the map.
         if !held.keys.is_empty() {
-            kernel.remove(map.layout().name, &held.keys)?;
+            kernel.remove(layout.name, &held.keys)?;
         }
     }
     let now = bpf::now();

@@ -4,6 +4,7 @@
 mod dns;
 mod list;
 mod memory;
+mod plot;
 mod pods;
 mod proxy;
 mod up;

@@ -1,6 +1,6 @@
 //! The Service data path beside its floors and beside kube-proxy's shape, which our iptables mode is to the letter.
 //!
-//! `crates/proxy/examples/path.rs` measures; this runs it in rounds and makes ratios.
+//! `crates/proxy/examples/path/` measures; this runs it in rounds and makes ratios.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,12 +8,17 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::plot::{Plot, Series};
 use super::{ROUNDS, Row, median};
 use crate::shell;
 
-/// Modes whose plan is programmed and walked, and beside them the peer.
-const MODES: &[&str] = &["nftables"];
-const PEER: &str = "iptables";
+/// Modes whose figures count, and beside them what kube-proxy makes: its iptables mode is ours to the letter.
+const MODES: &[&str] = &["nftables", "ebpf"];
+const PEERS: &[&str] = &["iptables", "kube-proxy-nftables"];
+/// Of the peers, the one with a proxy that can watch, or not.
+const PEER: &str = PEERS[0];
+/// Modes whose connections are drawn beside these.
+const DRAWN: &[&str] = &["userspace"];
 const SIZES: &[usize] = &[1_000, 10_000, 30_000];
 const DIE_ROUNDS: usize = 3;
 /// Loading more takes kube-proxy's shape half a minute for each world.
@@ -43,7 +48,8 @@ struct Load {
 }
 
 fn program(path: &PathBuf) -> Result<Vec<Row>> {
-    let mut loads = vec![Load { mode: PEER, services: 10_000, endpoints: 5, changes: 5, rounds: 3, wanted: "" }];
+    let peer = |mode| Load { mode, services: 10_000, endpoints: 5, changes: 6, rounds: 1, wanted: "" };
+    let mut loads: Vec<Load> = PEERS.iter().copied().map(peer).collect();
     for mode in MODES {
         let load =
             |services, endpoints, wanted| Load { mode, services, endpoints, changes: 400, rounds: ROUNDS, wanted };
@@ -78,8 +84,17 @@ fn program(path: &PathBuf) -> Result<Vec<Row>> {
         let cold = format!("{:.0} ms, CPU {:.0} ms", middle(index, "cold_ms")?, middle(index, "cold_cpu_ms")?);
         rows.push(row("cold start", cold, load.wanted));
         let times = format!("{:.2} / {:.2} ms", middle(index, "change_p50_ms")?, middle(index, "change_p99_ms")?);
-        rows.push(row("one endpoint, p50 / p99", times, if load.mode == PEER { "" } else { "p99 under 5 ms" }));
-        let memory_wanted = if (load.services, load.endpoints) == (10_000, 5) { "under 60 MB" } else { "" };
+        rows.push(row(
+            "one endpoint, p50 / p99",
+            times,
+            if PEERS.contains(&load.mode) { "" } else { "p99 under 5 ms" },
+        ));
+        if load.mode == "kube-proxy-nftables" {
+            // It is the bench itself that makes these rules.
+            continue;
+        }
+        let is_limited = MODES.contains(&load.mode) && (load.services, load.endpoints) == (10_000, 5);
+        let memory_wanted = if is_limited { "under 60 MB" } else { "" };
         rows.push(row("memory (PSS)", format!("{:.0} MB", middle(index, "pss_mb")?), memory_wanted));
     }
     for mode in MODES {
@@ -134,11 +149,12 @@ fn die(path: &PathBuf) -> Result<Vec<Row>> {
 
 fn connect(path: &PathBuf) -> Result<Vec<Row>> {
     let join = |sizes: &[usize]| sizes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    let modes: Vec<&str> = MODES.iter().copied().chain([PEER]).collect();
+    let modes: Vec<&str> = MODES.iter().chain(PEERS).chain(DRAWN).copied().collect();
     let mut command = Command::new(path);
     command.args(["connect", "--rounds", &ROUNDS.to_string(), "--services", &join(SIZES)]);
-    command.args(["--modes", &modes.join(","), "--iptables-limit", &PEER_LIMIT.to_string()]);
+    command.args(["--modes", &modes.join(","), "--peer-limit", &PEER_LIMIT.to_string()]);
     let printed: Vec<Value> = serde_json::from_str(&shell::output(&mut command)?).context("path did not print JSON")?;
+    draw(&printed, &modes)?;
     let floor = find(&printed, "one constant dnat rule")?;
     let direct = find(&printed, "direct")?;
     let with_nat = find(&printed, "direct, an empty nat chain and one ct rule")?;
@@ -154,19 +170,54 @@ fn connect(path: &PathBuf) -> Result<Vec<Row>> {
                 (floor, "the constant rule", "p50 at most 1.15, rate at least 0.90")
             } else if name.starts_with("ebpf") {
                 (direct, "direct", "p50 at most 1.05, rate at least 0.97")
-            } else if name.starts_with(PEER) {
+            } else if PEERS.iter().any(|peer| name.starts_with(peer)) {
                 (floor, "the constant rule", "")
             } else {
                 (direct, "direct", "")
             };
             let p50 = median(figures(row, "p50_us")?);
+            if figures(row, "per_second")?.is_empty() {
+                return Ok(Row {
+                    what: format!("{name}: connect p50 {p50:.1} us, to its relay; to direct"),
+                    measured: format!("{:.2}", to(direct, "p50_us")?),
+                    wanted: String::new(),
+                });
+            }
             Ok(Row {
                 what: format!("{name}: connect p50 {p50:.1} us; to {base}"),
-                measured: format!("{:.2}, rate {:.2}", to(beside, "p50_us")?, to(beside, "per_second")?),
+                measured: format!(
+                    "{:.2}, rate {:.2}, CPU per connection {:.2}",
+                    to(beside, "p50_us")?,
+                    to(beside, "per_second")?,
+                    to(beside, "cpu_us")?
+                ),
                 wanted: wanted.into(),
             })
         })
         .collect()
+}
+
+/// Puts the drawing of README into the target directory: who measures on the machine that README names copies it.
+fn draw(printed: &[Value], modes: &[&str]) -> Result<()> {
+    let mut series = Vec::new();
+    for mode in modes {
+        let mut points = Vec::new();
+        for size in SIZES {
+            let Ok(row) = find(printed, &format!("{mode} {size}")) else { continue };
+            points.push((*size as f64, median(figures(row, "p50_us")?)));
+        }
+        let name = if *mode == PEER { format!("{mode} (kube-proxy's, too)") } else { (*mode).to_owned() };
+        series.push(Series { name, points });
+    }
+    for floor in ["direct", "one constant dnat rule"] {
+        let p50 = median(figures(find(printed, floor)?, "p50_us")?);
+        series.push(Series { name: floor.into(), points: SIZES.iter().map(|size| (*size as f64, p50)).collect() });
+    }
+    let plot = Plot { title: "Connect through a Service, median", across: "Services", up: "microseconds", series };
+    let path = shell::target_dir()?.join("connect-latency.svg");
+    std::fs::write(&path, plot.svg()).with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("bench: drawn in {}", path.display());
+    Ok(())
 }
 
 fn find<'a>(printed: &'a [Value], name: &str) -> Result<&'a Value> {

@@ -16,6 +16,9 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Debian's bundle, which other distributions have there, too.
 const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
+/// A domain, and the servers that know it.
+type Stub = (String, Vec<UpstreamServer>);
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Switch {
     #[default]
@@ -85,7 +88,7 @@ fn checked_local(text: &str) -> Result<IpAddr, String> {
 
 impl DnsOptions {
     /// Upstream servers and stub domains, read.
-    fn servers(&self) -> anyhow::Result<(Vec<UpstreamServer>, Vec<(String, Vec<UpstreamServer>)>)> {
+    fn servers(&self) -> anyhow::Result<(Vec<UpstreamServer>, Vec<Stub>)> {
         let upstreams = self.dns_upstream.iter().map(|text| text.parse()).collect::<Result<Vec<_>, _>>()?;
         let stubs = self.dns_stub.iter().map(|text| parse_stub(text)).collect::<Result<Vec<_>, _>>()?;
         Ok((upstreams, stubs))

@@ -4,10 +4,12 @@
 
 use crate::auth::{Identity, MASTERS};
 use crate::server::ApiServer;
+use api::kinds::SERVICE_CIDRS;
 use api::{ObjectExt, Status};
 use bytes::Bytes;
 use http::Request;
 use http_body_util::{BodyExt, Full};
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -28,6 +30,21 @@ pub async fn run(server: &ApiServer, components: &[Component]) -> Result<(), Str
     for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         ensure(&master, "/api/v1/namespaces", &namespace, false).await?;
+    }
+    let wanted: Vec<IpNet> = server.registry().allocation.service_cidrs.iter().map(IpNet::trunc).collect();
+    let range = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": wanted},
+    });
+    ensure(&master, &SERVICE_CIDRS.path(""), &range, false).await?;
+    let held = server.registry().read(&SERVICE_CIDRS, "", "kubernetes").map(|held| held.parse());
+    if let Some(held) = held.filter(|held| held["spec"]["cidrs"] != json!(wanted)) {
+        tracing::warn!(
+            "cluster IPs are taken from {} as the ServiceCIDR `kubernetes` says, not from {}; to change it, add a \
+             ServiceCIDR with the new ranges and delete this one",
+            held["spec"]["cidrs"],
+            json!(wanted)
+        );
     }
     for (name, rules, groups) in roles() {
         role(

@@ -4,11 +4,12 @@ use crate::auth::rbac::Rbac;
 use crate::cache::{Stored, WatchCache};
 use crate::catalog::{Catalog, Row};
 use api::Status;
+use bytes::Bytes;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use store::{Outcome, Revision, Store, Txn};
+use store::{Compare, Outcome, Revision, Store, Txn};
 use tokio_util::sync::CancellationToken;
 
 /// Where cluster IPs and node ports are taken from.
@@ -31,18 +32,27 @@ pub struct Registry {
     pub token: CancellationToken,
 }
 
-/// A claim on something there is one of: key under `claims/` and who holds it.
+/// A claim on something there is one of: a key under `claims/`, or that of an object which stands for it; and what is
+/// written there, such as who holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     pub key: String,
-    pub holder: String,
+    pub value: Bytes,
+}
+
+impl Claim {
+    pub fn held_by(key: String, holder: &str) -> Claim {
+        Claim { key, value: holder.to_owned().into() }
+    }
 }
 
 /// What a write takes and gives back in its own transaction.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Claims {
     pub take: Vec<Claim>,
     pub release: Vec<String>,
+    /// What must still be so when the write happens.
+    pub given: Vec<Compare>,
 }
 
 impl Registry {

@@ -127,6 +127,29 @@ pub const SERVICE: &[Column] = &[
     AGE,
     wide("Selector", |o, _| json!(or_none(&pairs(o.pointer("/spec/selector"))))),
 ];
+pub const SERVICE_CIDR: &[Column] = &[
+    NAME,
+    col("CIDRs", |o, _| {
+        let cidrs: Vec<String> = list(o, "/spec/cidrs").iter().map(|cidr| plain(Some(cidr))).collect();
+        json!(cidrs.join(","))
+    }),
+    AGE,
+];
+pub const IP_ADDRESS: &[Column] = &[
+    NAME,
+    col("ParentRef", |o, _| {
+        let text = |field: &str| o.text(&format!("/spec/parentRef/{field}"));
+        if text("resource").is_empty() {
+            return json!("<none>");
+        }
+        let resource = [text("resource"), text("group")];
+        let resource: Vec<&str> = resource.into_iter().filter(|part| !part.is_empty()).collect();
+        let parts = [resource.join(".").to_lowercase(), text("namespace").into(), text("name").into()];
+        let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        json!(parts.join("/"))
+    }),
+    AGE,
+];
 pub const DEPLOYMENT: &[Column] = &[
     NAME,
     col("Ready", |o, _| json!(format!("{}/{}", int(o, "/status/readyReplicas"), int(o, "/spec/replicas")))),

@@ -2,7 +2,7 @@
 
 use crate::endpointslice::pack::pack;
 use crate::endpointslice::slice::{
-    Conditions, Endpoint, EndpointSlice, Head, MANAGED_BY, SERVICE_NAME, TargetRef, write,
+    Conditions, Endpoint, EndpointSlice, Head, MANAGED_BY, SERVICE_NAME, TargetRef, Trigger, write,
 };
 use crate::expectations::{Expectations, PATIENCE, generated_name};
 use crate::owners::controller_of;
@@ -135,6 +135,7 @@ fn plan(
             labels,
             annotations: Some(annotations),
             owner: controller_of(&ENDPOINTS, metadata),
+            trigger: Trigger::Kept,
         };
         for packed in pack(groups, &existing) {
             changes.extend(write(&head, family, packed, &mut name));

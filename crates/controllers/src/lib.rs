@@ -29,6 +29,7 @@ pub mod revisions;
 pub mod rootca;
 pub mod service;
 pub mod serviceaccount;
+pub mod servicecidr;
 pub mod statefulset;
 pub mod template;
 
@@ -71,6 +72,7 @@ pub const ALL: &[Descriptor] = &[
     endpoints::DESCRIPTOR,
     endpointslice::DESCRIPTOR,
     endpointslicemirroring::DESCRIPTOR,
+    servicecidr::DESCRIPTOR,
     nodelifecycle::DESCRIPTOR,
     podgc::DESCRIPTOR,
     garbagecollector::DESCRIPTOR,

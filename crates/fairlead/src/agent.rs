@@ -6,9 +6,9 @@ mod socket;
 
 use crate::node_object::Node;
 use crate::proxy as standalone;
-use crate::{barrier, cli, join, local, serve, server, warnings};
+use crate::{barrier, cli, join, local, serve, server, service_cidrs, warnings};
 use anyhow::{Context, bail};
-use api::kinds::NODES;
+use api::kinds::{NODES, SERVICE_CIDRS};
 use apiserver::Identity;
 use apiserver::auth::authenticate;
 use clap::{Args, ValueEnum};
@@ -20,7 +20,7 @@ use linux::netns::Netns;
 use outer::OuterSockets;
 use podnet::{OverlayKind, PeerNode, PodNetConfig};
 use proxy::configuration::{HEALTHZ_PORT, METRICS_PORT};
-use proxy::{Mode, NodeView};
+use proxy::{Feature, Mode, NodeView};
 use reconcile::{Cache, ObjectRef, Recorder, Scope, ServiceFeed};
 use runtime::image::PullConfig;
 use runtime::{Builtin, BuiltinConfig};
@@ -78,6 +78,10 @@ pub struct AgentArgs {
     /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
     #[arg(long)]
     pub localhost_node_ports: bool,
+    /// Switches of the proxy, NAME=false: EndpointEjection, FirstPacketRetry, ServiceTraffic, EndPolicy, ModeHandOver,
+    /// RemovalBarrier.
+    #[arg(long, value_name = "LIST", default_value = "")]
+    pub feature_gates: proxy::Features,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -227,13 +231,14 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if let Some(mode) = mode {
         let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
         let (switch, requests) = proxy::switch();
-        switchable = (Some(switch), Some(proxy_events.clone()));
+        let is_switchable = args.feature_gates.is_on(Feature::HandOver);
+        switchable = (is_switchable.then_some(switch), Some(proxy_events.clone()));
         let metrics: Arc<proxy::Metrics> = Arc::default();
         let recorder = proxy_events.clone();
         let watching = proxy::Watching {
             lost_nodes: Some(lost_seen),
-            notices: Some(Arc::new(move |notice| standalone::tell(&recorder, notice))),
-            ..proxy::Watching::default()
+            notices: Some(Arc::new(move |notice| standalone::events::tell(&recorder, notice))),
+            ..proxy::Watching::by(&args.feature_gates)
         };
         let (node, metrics_of_run) = (view_seen.clone(), metrics.clone());
         let proxy_config = proxy::Config {
@@ -265,13 +270,25 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         }
         let local = SocketAddr::from(([127, 0, 0, 1], METRICS_PORT));
         if let Some(listener) = standalone::listen("metrics", local, false)? {
-            let respond = standalone::scrapes(mode, metrics, feed.clone(), view_seen.clone(), proxy_seen.clone());
-            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+            let scraped = standalone::Scraped {
+                mode,
+                features: args.feature_gates.clone(),
+                hooks: hooks.clone(),
+                metrics,
+                feed: feed.clone(),
+                view: view_seen.clone(),
+                status: proxy_seen.clone(),
+            };
+            tasks.spawn(proxy::http::serve(listener, scraped.respond(), token.clone()));
         }
+        let ranges = reconcile::watch(&proxy_client, &SERVICE_CIDRS, Scope::all());
+        tasks.spawn(service_cidrs::follow(ranges, views.clone(), token.clone()));
         tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), proxy_events.clone(), token.clone()));
-        tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
+        if args.feature_gates.is_on(Feature::Barrier) {
+            tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
+        }
         let about = ObjectRef::new("v1", "Node", "", &name, &name);
-        tasks.spawn(standalone::tell_errors(proxy_seen.clone(), proxy_events, about, token.clone()));
+        tasks.spawn(standalone::events::follow(proxy_seen.clone(), proxy_events, about, token.clone()));
         let (health, status, health_token) = (health.clone(), proxy_seen.clone(), token.clone());
         tasks.spawn(async move { health.follow(status, health_token).await });
         let proxy_token = token.clone();

@@ -24,6 +24,7 @@ pub fn all() -> Vec<Component> {
             vec![
                 rule("", &["services", "nodes"], &READ),
                 rule("discovery.k8s.io", &["endpointslices"], &READ),
+                rule("networking.k8s.io", &["servicecidrs"], &READ),
                 rule("coordination.k8s.io", &["leases"], &["create", "get", "update", "patch"]),
                 events(),
             ],

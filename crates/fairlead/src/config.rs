@@ -23,6 +23,9 @@ pub struct ClusterConfig {
     pub localhost_node_ports: bool,
     #[serde(default)]
     pub dns: DnsOptions,
+    /// Switches of every node's proxy that are not as they are by default.
+    #[serde(default)]
+    pub feature_gates: String,
 }
 
 fn path(dir: &Path) -> PathBuf {

@@ -26,6 +26,7 @@ mod proxy;
 mod publish;
 mod serve;
 mod server;
+mod service_cidrs;
 mod signer;
 mod status;
 mod top;

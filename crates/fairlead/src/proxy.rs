@@ -3,6 +3,7 @@
 //! It needs what kube-proxy needs: root on the node, and an identity that may do what the cluster role
 //! `system:node-proxier` allows. When it ends the rules stay, and the next start begins with what is there.
 
+pub mod events;
 mod flags;
 mod node;
 
@@ -14,7 +15,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use api::Resource;
-use api::kinds::{ENDPOINT_SLICES, NODES, SERVICES};
+use api::kinds::{ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES};
 use http::Request;
 use kube::client::Body;
 use linux::cgroup_v1v2::Hierarchies;
@@ -22,9 +23,8 @@ use linux::link::{AddressWatch, Links};
 use linux::netns::Netns;
 use proxy::configuration::{Configuration, Settings};
 use proxy::http::{Answer, Respond};
-use proxy::{Feed, Health, HealthChecks, Metrics, Mode, NodeView, Status};
+use proxy::{Feature, Features, Feed, Health, HealthChecks, Metrics, Mode, NodeView, Status};
 use reconcile::{Change, EventKind, ObjectRef, Recorder, Scope, ServiceFeed};
-use serde::Deserialize;
 use serde_json::Value;
 use services::ServiceTable;
 use tokio::net::TcpListener;
@@ -34,17 +34,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::node_object::Node;
+use crate::service_cidrs::ServiceCidr;
 use crate::{access, barrier, cli, local, warnings};
 pub use flags::ProxyArgs;
 use node::Inputs;
-
-const SERVICE_CIDRS: Resource = Resource {
-    group: "networking.k8s.io",
-    version: "v1",
-    plural: "servicecidrs",
-    kind: "ServiceCIDR",
-    namespaced: false,
-};
 
 /// kube-proxy's name for what it does when nothing is said: it should be the last to go when memory is short.
 const OOM_SCORE: i32 = -999;
@@ -161,6 +154,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     access::check_rights(&client, &[&SERVICES, &ENDPOINT_SLICES, &NODES], "system:node-proxier").await?;
 
     let mode = settings.mode;
+    let features = args.features(&settings);
     if args.first_packet_timeout.is_some() && mode != proxy::Mode::Ebpf {
         anyhow::bail!("--first-packet-timeout: the {mode} mode cannot set it; leave it out, or use --proxy-mode=ebpf");
     }
@@ -217,17 +211,27 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     if let Some(at) = settings.metrics
         && let Some(listener) = listen("metricsBindAddress", at, settings.bind_hard_fail)?
     {
-        let respond = scrapes(mode, metrics.clone(), feed.clone(), view_seen.clone(), status_seen.clone());
-        tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+        let scraped = Scraped {
+            mode,
+            features: features.clone(),
+            hooks: hooks.clone(),
+            metrics: metrics.clone(),
+            feed: feed.clone(),
+            view: view_seen.clone(),
+            status: status_seen.clone(),
+        };
+        tasks.spawn(proxy::http::serve(listener, scraped.respond(), token.clone()));
     }
     tasks.spawn({
         let (health, status, token) = (health.clone(), status_seen.clone(), token.clone());
         async move { health.follow(status, token).await }
     });
     // Without the right to write a Lease it says so once; only kubelets of ours wait for it.
-    tasks.spawn(barrier::report(client.clone(), name.clone(), status_seen.clone(), token.clone()));
+    if features.is_on(Feature::Barrier) {
+        tasks.spawn(barrier::report(client.clone(), name.clone(), status_seen.clone(), token.clone()));
+    }
     tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), events.clone(), token.clone()));
-    tasks.spawn(tell_errors(status_seen, events.clone(), about.clone(), token.clone()));
+    tasks.spawn(events::follow(status_seen, events.clone(), about.clone(), token.clone()));
     tasks.spawn(proxy::serve_health_checks(
         HealthChecks {
             namespace: None,
@@ -264,12 +268,10 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     });
     let recorder = events.clone();
     let watching = proxy::Watching {
-        ejection: args.ejection,
-        retry: args.first_packet_retry,
         first_timeout: args.first_packet_timeout.map(std::time::Duration::from_millis),
         lost_nodes: Some(lost_seen),
-        notices: Some(Arc::new(move |notice| tell(&recorder, notice))),
-        ..proxy::Watching::default()
+        notices: Some(Arc::new(move |notice| events::tell(&recorder, notice))),
+        ..proxy::Watching::by(&features)
     };
     let config = proxy::Config { mode, node: view_seen, namespace: None, hooks: Some(hooks), metrics, watching };
     let run = proxy::run(config, Feed { table: feed.table.clone(), changes }, status, token.clone());
@@ -301,19 +303,6 @@ struct Sources {
     lost_nodes: watch::Sender<BTreeSet<Arc<str>>>,
     service_cidrs: Option<mpsc::Receiver<Change<ServiceCidr>>>,
     addresses: Option<AddressWatch>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct ServiceCidr {
-    metadata: api::object::Metadata,
-    spec: ServiceCidrSpec,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
-struct ServiceCidrSpec {
-    cidrs: Vec<ipnet::IpNet>,
 }
 
 impl Sources {
@@ -357,13 +346,9 @@ impl Sources {
                     health.set_taints(node.taints());
                 }
             }
-            change = cidrs => match change.context("the watch on ServiceCIDRs has ended")? {
-                Change::Reset(all) => {
-                    inputs.service_cidrs = all.into_iter().map(|one| (one.metadata.name, one.spec.cidrs)).collect();
-                }
-                Change::Apply(one) => drop(inputs.service_cidrs.insert(one.metadata.name, one.spec.cidrs)),
-                Change::Delete(one) => drop(inputs.service_cidrs.remove(&one.metadata.name)),
-            },
+            change = cidrs => {
+                inputs.service_cidrs.take(change.context("the watch on ServiceCIDRs has ended")?);
+            }
             changed = addresses => {
                 changed?;
                 inputs.held = held_addresses()?;
@@ -395,69 +380,48 @@ pub fn listen(field: &str, at: SocketAddr, hard_fail: bool) -> anyhow::Result<Op
     }
 }
 
-/// `/metrics`, `/proxyMode` and `/healthz` of the metrics port.
-pub fn scrapes(
-    mode: Mode,
-    metrics: Arc<Metrics>,
-    feed: ServiceFeed,
-    view: watch::Receiver<Arc<NodeView>>,
-    status: watch::Receiver<Status>,
-) -> Respond {
-    Arc::new(move |path| match path {
-        "/metrics" => {
-            let (view, status) = (view.borrow().clone(), status.borrow().clone());
-            let table = feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Answer {
-                content_type: "text/plain; version=0.0.4; charset=utf-8",
-                ..Answer::text(metrics.text(mode, &table, &view, &status))
-            }
-        }
-        "/proxyMode" => Answer::text(mode.to_string()),
-        "/healthz" => Answer::text("ok"),
-        _ => Answer::not_found(),
-    })
+/// What a scrape is answered from.
+pub struct Scraped {
+    /// The mode that the proxy was started in.
+    pub mode: Mode,
+    pub features: Features,
+    pub hooks: proxy::Hooks,
+    pub metrics: Arc<Metrics>,
+    pub feed: ServiceFeed,
+    pub view: watch::Receiver<Arc<NodeView>>,
+    pub status: watch::Receiver<Status>,
 }
 
-/// Writes events about an endpoint that left the pick of this node, or is back in it.
-pub fn tell(recorder: &Recorder, notice: proxy::Notice) {
-    let (address, _) = notice.endpoint;
-    for (namespace, service) in &notice.services {
-        let about = ObjectRef::new("v1", "Service", namespace, service, "");
-        match notice.ejected {
-            Some(evidence) => {
-                let message = format!("endpoint {address} gets no new connections from this node: {evidence}");
-                recorder.event(&about, EventKind::Warning, "EndpointEjected", message);
+impl Scraped {
+    /// `/metrics`, `/proxyMode` and `/healthz` of the metrics port.
+    pub fn respond(self) -> Respond {
+        Arc::new(move |path| match path {
+            "/metrics" => {
+                Answer { content_type: "text/plain; version=0.0.4; charset=utf-8", ..Answer::text(self.text()) }
             }
-            None => {
-                let message = format!("endpoint {address} answers again");
-                recorder.event(&about, EventKind::Normal, "EndpointReturned", message);
-            }
-        }
+            "/proxyMode" => Answer::text(self.mode().to_string()),
+            "/healthz" => Answer::text("ok"),
+            _ => Answer::not_found(),
+        })
     }
-}
 
-/// An event at the Node for each error that is new.
-pub async fn tell_errors(
-    mut status: watch::Receiver<Status>,
-    events: Recorder,
-    about: ObjectRef,
-    token: CancellationToken,
-) {
-    let mut told: Option<String> = None;
-    loop {
-        let error = status.borrow_and_update().error.clone();
-        if error != told {
-            match &error {
-                Some(error) => events.event(&about, EventKind::Warning, "ProxyRulesFailed", error.clone()),
-                None => {
-                    events.event(&about, EventKind::Normal, "ProxyRulesCommitted", "the rules are in the kernel again")
-                }
+    fn mode(&self) -> Mode {
+        self.status.borrow().mode.unwrap_or(self.mode)
+    }
+
+    fn text(&self) -> String {
+        let (mode, status) = (self.mode(), self.status.borrow().clone());
+        let mut view = NodeView::clone(&self.view.borrow());
+        view.ejected.extend(&status.ejected);
+        let table = self.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut text = self.metrics.text(mode, &table, &view, &status);
+        if self.features.is_on(Feature::Traffic) {
+            match proxy::traffic(mode, None, Some(&self.hooks), &table, &view) {
+                Ok(traffic) => text.push_str(&traffic.metrics()),
+                Err(proxy::Error::NotCounted(_)) => {}
+                Err(error) => warn!(%error, "this scrape says nothing of Services' traffic"),
             }
-            told = error;
         }
-        tokio::select! {
-            changed = status.changed() => if changed.is_err() { return },
-            () = token.cancelled() => return,
-        }
+        text
     }
 }

@@ -29,6 +29,10 @@ pub struct UpArgs {
     /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
     #[arg(long)]
     pub localhost_node_ports: bool,
+    /// Switches of every node's proxy, NAME=false: EndpointEjection, FirstPacketRetry, ServiceTraffic, EndPolicy,
+    /// ModeHandOver, RemovalBarrier.
+    #[arg(long, value_name = "LIST", default_value = "")]
+    pub feature_gates: proxy::Features,
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
@@ -102,6 +106,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         nodes,
         localhost_node_ports: args.localhost_node_ports,
         dns: args.dns.clone().absolute()?,
+        feature_gates: args.feature_gates.to_string(),
     };
     config.save(dir)?;
     let outcome = bring_up(&args, &lab, &config).and_then(|()| match proxy {
@@ -247,6 +252,9 @@ fn start_agent(
         arguments.push("--localhost-node-ports".into());
     }
     arguments.extend(config.dns.flags());
+    if !config.feature_gates.is_empty() {
+        arguments.extend(["--feature-gates".into(), config.feature_gates.clone()]);
+    }
     let mut command = node.command(std::env::current_exe()?, arguments)?;
     command.env("FAIRLEAD_TOKEN", token);
     let started = start(command, name, &dir.join("log"))?;

@@ -1,10 +1,11 @@
-//! Tells people, beside a Service, what of it the data path does not understand.
+//! Tells people, beside a Service or a slice, what of it the data path does not understand.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 
+use api::kinds::{ENDPOINT_SLICES, SERVICES};
 use reconcile::{EventKind, ObjectRef, Recorder, ServiceFeed};
-use services::{Changes, Service, ServiceKey};
+use services::{Changes, Refused, Service, ServiceKey};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +25,9 @@ pub async fn tell(
         let table = || feed.table.read().unwrap_or_else(PoisonError::into_inner);
         match received {
             Ok(changes) => {
+                if let Some(refused) = &changes.refused {
+                    told.refuse(refused);
+                }
                 let table = table();
                 changes.services.iter().for_each(|key| told.look(key, table.service(&key.0, &key.1)));
             }
@@ -42,6 +46,14 @@ struct Told {
 }
 
 impl Told {
+    /// An object that the table does not take, since a field of it makes no sense.
+    fn refuse(&self, refused: &Refused) {
+        let version =
+            if refused.kind == SERVICES.kind { SERVICES.api_version() } else { ENDPOINT_SLICES.api_version() };
+        let about = ObjectRef::new(&version, refused.kind, &refused.namespace, &refused.name, &refused.uid);
+        self.recorder.event(&about, EventKind::Warning, "NotUnderstood", refused.why.clone());
+    }
+
     fn look(&mut self, key: &ServiceKey, service: Option<&Service>) {
         let Some((service, warnings)) = service.and_then(|s| Some((s, s.warnings.as_deref()?))) else {
             self.warnings.remove(key);

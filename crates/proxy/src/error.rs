@@ -4,6 +4,11 @@
 pub enum Error {
     #[error("--proxy-mode={0:?} is no proxy mode; use nftables, iptables, ipvs, ebpf or userspace")]
     UnknownMode(String),
+    #[error(
+        "{0:?} is no switch: say NAME=true or NAME=false, where the name is one of EndpointEjection, FirstPacketRetry, \
+         ServiceTraffic, EndPolicy, ModeHandOver, RemovalBarrier"
+    )]
+    Gate(String),
     #[error("Services stay in {from} mode, since {to} mode cannot take over: {cause}")]
     HandOver { from: crate::Mode, to: crate::Mode, cause: String },
     #[error("the proxy has ended; see the agent's log for why")]

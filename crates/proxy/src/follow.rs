@@ -18,7 +18,7 @@ use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{Alternatives, Target, WatchTable, Watcher};
-use crate::{Config, Error, Feed, NodeView, Status};
+use crate::{Config, Error, Feed, NodeView, Status, Unsupported};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -84,7 +84,7 @@ impl<D: Dataplane> Loop<D> {
             self.status.send_modify(|status| status.about = about);
         }
         let namespace = self.config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-        self.end = End::new(namespace, self.config.hooks.clone(), self.config.mode)?;
+        self.end = End::new(namespace, &self.config)?;
         let mut attempt = Attempt::Whole;
         let mut back_off = FIRST_RETRY;
         let mut retry_at: Option<Instant> = None;
@@ -236,16 +236,21 @@ impl<D: Dataplane> Loop<D> {
     fn tell_unsupported(&self, changes: &[Change<D::Entries>]) {
         let mut told = self.status.borrow().unsupported.clone();
         for change in changes {
-            let what = change.after.as_ref().and_then(D::unsupported);
-            let Some(what) = what else {
+            let frontend = self.read_table().frontend(change.id).cloned();
+            let (Some(after), Some(frontend)) = (&change.after, frontend) else {
                 told.remove(&change.id);
                 continue;
             };
-            let name = self.read_table().frontend(change.id).map(|frontend| frontend.name.to_string());
-            let what = format!("{}: {what}", name.unwrap_or_default());
-            if told.get(&change.id) != Some(&what) {
-                tracing::warn!("proxy: {what}");
-                told.insert(change.id, what);
+            let what: Vec<&'static str> =
+                D::unsupported(after).into_iter().chain(self.end.unsupported(&frontend)).collect();
+            if what.is_empty() {
+                told.remove(&change.id);
+                continue;
+            }
+            let now = Unsupported { name: frontend.name.clone(), what };
+            if told.get(&change.id) != Some(&now) {
+                tracing::warn!("proxy: {now}");
+                told.insert(change.id, now);
             }
         }
         self.status.send_if_modified(|status| {

@@ -100,6 +100,7 @@ impl Node {
                     } else {
                         let (next, outcome) = self.hand_over(session, mode).await?;
                         session = next;
+                        self.config.metrics.handed_over(outcome.is_ok());
                         outcome
                     };
                     // Whoever asked may have gone; the mode is what it is.

@@ -45,12 +45,18 @@ impl Answer {
     }
 }
 
-/// From the path of a request to its answer; never waits.
+/// From the path of a request to its answer. It may ask the kernel, which blocks for milliseconds.
 pub type Respond = Arc<dyn Fn(&str) -> Answer + Send + Sync>;
 
-fn answer(request: &Request<Incoming>, respond: &Respond) -> Response<Full<Bytes>> {
+async fn answer(request: &Request<Incoming>, respond: &Respond) -> Response<Full<Bytes>> {
     let answer = match *request.method() {
-        Method::GET | Method::HEAD => respond(request.uri().path()),
+        Method::GET | Method::HEAD => {
+            let (path, respond) = (request.uri().path().to_owned(), respond.clone());
+            tokio::task::spawn_blocking(move || respond(&path)).await.unwrap_or_else(|error| Answer {
+                status: StatusCode::INTERNAL_SERVER_ERROR,
+                ..Answer::text(format!("this answer died: {error}\n"))
+            })
+        }
         _ => Answer { status: StatusCode::METHOD_NOT_ALLOWED, ..Answer::text("only GET is answered here\n") },
     };
     let mut response = Response::new(Full::new(Bytes::from(answer.body)));
@@ -90,7 +96,7 @@ pub async fn serve(listener: TcpListener, respond: Respond, token: CancellationT
             let _held = slot;
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
                 let respond = respond.clone();
-                async move { Ok::<_, Infallible>(answer(&request, &respond)) }
+                async move { Ok::<_, Infallible>(answer(&request, &respond).await) }
             });
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(PATIENCE);

@@ -85,6 +85,10 @@ struct Counts {
     triggers: Vec<Timestamp>,
     /// By probe and code.
     probes: BTreeMap<(bool, u16), u64>,
+    /// Connections that were reset because their endpoint went, as an end policy says.
+    ended: u64,
+    /// Changes of the mode, asked for and done, and those that failed.
+    handed_over: [u64; 2],
     /// By method and code; `None` where no answer came.
     requests: BTreeMap<(String, Option<u16>), u64>,
 }
@@ -107,6 +111,8 @@ impl Default for Metrics {
             endpoints: Flow::default(),
             triggers: Vec::new(),
             probes: BTreeMap::new(),
+            ended: 0,
+            handed_over: [0; 2],
             requests: BTreeMap::new(),
         }))
     }
@@ -169,6 +175,16 @@ impl Metrics {
         }
     }
 
+    /// So many connections were reset, as an end policy says.
+    pub(crate) fn ended(&self, connections: usize) {
+        self.counts().ended += connections as u64;
+    }
+
+    /// The mode was to be changed.
+    pub(crate) fn handed_over(&self, succeeded: bool) {
+        self.counts().handed_over[usize::from(!succeeded)] += 1;
+    }
+
     /// `/healthz` (the one that asks for the node, too) or `/livez` was answered.
     pub(crate) fn probed(&self, with_node: bool, code: u16) {
         *self.counts().probes.entry((with_node, code)).or_default() += 1;
@@ -226,6 +242,22 @@ impl Metrics {
         out.one("counter", "fairlead_proxy_first_packet_retries_total", retries, status.retries);
         let ejected = "Endpoints that are out of the pick of this node now.";
         out.one("gauge", "fairlead_proxy_ejected_endpoints", ejected, status.ejected.len());
+        let ended = "Connections that were reset because their endpoint went, as their Service's end policy says.";
+        out.one("counter", "fairlead_proxy_end_policy_resets_total", ended, counts.ended);
+        let name = "fairlead_proxy_mode_handovers_total";
+        out.head("counter", name, "Changes of the mode while the proxy ran.");
+        for (result, count) in ["done", "refused"].into_iter().zip(counts.handed_over) {
+            out.line(&format!("{name}{{result=\"{result}\"}}"), count);
+        }
+        let name = "fairlead_proxy_mode";
+        out.head("gauge", name, "The mode whose rules the kernel holds.");
+        out.line(&format!("{name}{{mode=\"{mode}\"}}"), 1);
+        let repairs = "Changes by others of the proxy's own table that were made undone.";
+        out.one("counter", "fairlead_proxy_table_repairs_total", repairs, status.repairs);
+        let waited_for = "Slices with a terminating endpoint whose applied version kubelets are told.";
+        out.one("gauge", "fairlead_proxy_removal_barrier_slices", waited_for, status.applied.len());
+        let unsupported = "Service ports that ask for what the mode cannot do.";
+        out.one("gauge", "fairlead_proxy_unsupported_service_ports", unsupported, status.unsupported.len());
         let name = "rest_client_requests_total";
         out.head("counter", name, "Requests to the API server by method and code.");
         for ((method, code), count) in &counts.requests {
@@ -259,18 +291,18 @@ fn without_local_endpoints(table: &ServiceTable, node: &NodeView) -> [(&'static 
 }
 
 /// The text format while it is written; writing to a string cannot fail.
-struct Text(String);
+pub(crate) struct Text(pub String);
 
 impl Text {
-    fn head(&mut self, kind: &str, name: &str, help: &str) {
+    pub fn head(&mut self, kind: &str, name: &str, help: &str) {
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn line(&mut self, name: &str, value: impl Display) {
+    pub fn line(&mut self, name: &str, value: impl Display) {
         let _ = writeln!(self.0, "{name} {value}");
     }
 
-    fn one(&mut self, kind: &str, name: &str, help: &str, value: impl Display) {
+    pub fn one(&mut self, kind: &str, name: &str, help: &str, value: impl Display) {
         self.head(kind, name, help);
         self.line(name, value);
     }
@@ -320,7 +352,7 @@ mod tests {
 
     fn status() -> Status {
         let ejected = [("10.244.0.1:80".parse().expect("an endpoint"), services::Protocol::Tcp)].into();
-        Status { ejections: 3, retries: 5, ejected, ..Status::default() }
+        Status { ejections: 3, retries: 5, repairs: 2, ejected, ..Status::default() }
     }
 
     fn text(metrics: &Metrics, table: &ServiceTable) -> String {
@@ -342,6 +374,8 @@ mod tests {
         metrics.committed_at(true, Duration::from_millis(3), true, at("2030-01-01T00:00:02.5Z"));
         metrics.committed_at(false, Duration::from_micros(500), true, at("2030-01-01T00:00:03Z"));
         metrics.probed(true, 503);
+        metrics.ended(4);
+        [true, false, false].into_iter().for_each(|done| metrics.handed_over(done));
         metrics.requested("GET", Some(200));
         metrics.requested("GET", None);
         let text = text(&metrics, &table);
@@ -367,6 +401,13 @@ mod tests {
             "fairlead_proxy_ejections_total 3",
             "fairlead_proxy_first_packet_retries_total 5",
             "fairlead_proxy_ejected_endpoints 1",
+            "fairlead_proxy_end_policy_resets_total 4",
+            "fairlead_proxy_mode_handovers_total{result=\"done\"} 1",
+            "fairlead_proxy_mode_handovers_total{result=\"refused\"} 2",
+            "fairlead_proxy_mode{mode=\"nftables\"} 1",
+            "fairlead_proxy_table_repairs_total 2",
+            "fairlead_proxy_removal_barrier_slices 0",
+            "fairlead_proxy_unsupported_service_ports 0",
             "rest_client_requests_total{code=\"200\",method=\"GET\"} 1",
             "rest_client_requests_total{code=\"<error>\",method=\"GET\"} 1",
         ] {

@@ -116,7 +116,7 @@ pub(crate) fn localhost(
         hooks: None,
         // Of the mode beside it commits are told.
         metrics: Arc::default(),
-        watching: Watching { ejection: false, ..Watching::default() },
+        watching: Watching { ejection: false, end_policy: false, ..Watching::default() },
     };
     let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
     let dataplane = Userspace::<Socket, Sockets>::new(None, relays);

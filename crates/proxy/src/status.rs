@@ -1,9 +1,10 @@
 //! How a node's proxy is doing, for whoever wants to know.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{Display, Formatter};
 use std::sync::Arc;
 
-use services::FrontendId;
+use services::{FrontendId, PortName};
 use tokio::sync::watch;
 
 use crate::Mode;
@@ -34,10 +35,24 @@ pub struct Status {
     pub ejected: BTreeSet<Target>,
     /// Why endpoints that do not answer go unnoticed; `None` if they do not.
     pub watch_error: Option<String>,
-    /// Services that ask for what the mode cannot do, and what that is.
-    pub unsupported: BTreeMap<FrontendId, String>,
+    /// Service ports that ask for what the mode cannot do, and what that is.
+    pub unsupported: BTreeMap<FrontendId, Unsupported>,
     /// How often somebody else's change of the proxy's own table was made undone.
     pub repairs: u64,
 }
 
 pub type StatusHandle = watch::Receiver<Status>;
+
+/// What a Service asks for in vain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsupported {
+    pub name: PortName,
+    /// Sentences, each of which says what to do.
+    pub what: Vec<&'static str>,
+}
+
+impl Display for Unsupported {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.name, self.what.join("; "))
+    }
+}

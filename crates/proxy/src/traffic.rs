@@ -11,6 +11,7 @@ use linux::nft::Socket;
 use services::{PortName, Protocol, ServiceTable};
 
 use crate::dataplane::ebpf::contacts::{Pair, contacts, flows};
+use crate::metrics::Text;
 use crate::run::pinned;
 use crate::{Error, Mode, NodeView, stale, watch};
 
@@ -80,6 +81,82 @@ impl ServiceTraffic {
 
     pub fn open(&self) -> u64 {
         self.endpoints.iter().map(|endpoint| endpoint.open).sum()
+    }
+}
+
+impl Traffic {
+    /// For Prometheus: endpoints that have had traffic, and the connection table.
+    pub fn metrics(&self) -> String {
+        let mut out = Text(String::new());
+        let all =
+            || self.services.iter().flat_map(|service| service.endpoints.iter().map(move |one| (&service.name, one)));
+        let labels = |name: &PortName, endpoint: &EndpointTraffic| {
+            format!(
+                "namespace=\"{}\",service=\"{}\",port=\"{}\",protocol=\"{}\",endpoint=\"{}\"",
+                name.namespace, name.service, name.port, name.protocol, endpoint.address
+            )
+        };
+        let connections = "fairlead_service_connections_total";
+        out.head(
+            "counter",
+            connections,
+            "Connections that this node sent to an endpoint of a Service, answered or not.",
+        );
+        for (name, endpoint) in all().filter(|(_, endpoint)| endpoint.connections > 0) {
+            out.line(&format!("{connections}{{{}}}", labels(name, endpoint)), endpoint.connections);
+        }
+        let open = "fairlead_service_open_connections";
+        out.head("gauge", open, "Flows to an endpoint of a Service that the kernel knows now.");
+        for (name, endpoint) in all().filter(|(_, endpoint)| endpoint.open > 0) {
+            out.line(&format!("{open}{{{}}}", labels(name, endpoint)), endpoint.open);
+        }
+        let bytes = "fairlead_service_open_bytes";
+        out.head("gauge", bytes, "Bytes that these flows have carried, where the kernel counts them.");
+        for (name, endpoint) in all() {
+            for (direction, count) in
+                ["sent", "received"].into_iter().zip(endpoint.bytes.map(<[u64; 2]>::from).into_iter().flatten())
+            {
+                out.line(&format!("{bytes}{{{},direction=\"{direction}\"}}", labels(name, endpoint)), count);
+            }
+        }
+        // What became of connections, where the mode knows it.
+        let answers = || all().filter_map(|(name, one)| Some((labels(name, one), one.answers?)));
+        type Count = fn(&Answers) -> u64;
+        let kinds: [(&str, &str, Count); 3] = [
+            ("refused", "Connections that an endpoint refused.", |answers| answers.refused),
+            ("retried", "Clients that were sent to another endpoint, after this one did not answer.", |answers| {
+                answers.retried
+            }),
+            ("reset", "Connections that ended without both sides having closed.", |answers| answers.resets),
+        ];
+        for (kind, help, count) in kinds {
+            let metric = format!("fairlead_service_connections_{kind}_total");
+            out.head("counter", &metric, help);
+            for (labels, answers) in answers().filter(|(_, answers)| count(answers) > 0) {
+                out.line(&format!("{metric}{{{labels}}}"), count(&answers));
+            }
+        }
+        let latency = "fairlead_service_connect_duration_seconds";
+        out.head("summary", latency, "Time from a first SYN to its answer.");
+        for (labels, answers) in answers().filter(|(_, answers)| answers.answered > 0) {
+            out.line(&format!("{latency}_sum{{{labels}}}"), answers.waited.as_secs_f64());
+            out.line(&format!("{latency}_count{{{labels}}}"), answers.answered);
+        }
+        let ejected = "fairlead_service_endpoint_ejected";
+        out.head(
+            "gauge",
+            ejected,
+            "Endpoints of a Service that are out of the pick of this node, because they do not answer.",
+        );
+        for (name, endpoint) in all().filter(|(_, endpoint)| endpoint.is_ejected) {
+            out.line(&format!("{ejected}{{{}}}", labels(name, endpoint)), 1);
+        }
+        let Fill { entries, limit, dropped } = self.conntrack;
+        out.one("gauge", "fairlead_conntrack_entries", "Connections in the kernel's table.", entries);
+        out.one("gauge", "fairlead_conntrack_limit", "The most connections that the kernel's table holds.", limit);
+        let text = "First packets that the kernel dropped, since its table of connections was full.";
+        out.one("counter", "fairlead_conntrack_drops_total", text, dropped);
+        out.0
     }
 }
 
@@ -217,5 +294,51 @@ impl Accounts {
             endpoints: endpoints.into_values().collect(),
         };
         Traffic { services: self.services.into_iter().map(service).collect(), conntrack }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traffic_is_told_to_prometheus() {
+        let address = |port| SocketAddr::from(([10, 244, 0, 7], port));
+        let busy = EndpointTraffic {
+            connections: 7,
+            open: 2,
+            bytes: Some((100, 2000)),
+            answers: Some(Answers {
+                answered: 4,
+                refused: 1,
+                waited: Duration::from_millis(500),
+                ..Answers::default()
+            }),
+            ..EndpointTraffic::none(address(8080), true)
+        };
+        let name =
+            PortName { namespace: "shop".into(), service: "web".into(), port: "http".into(), protocol: Protocol::Tcp };
+        let idle = EndpointTraffic::none(address(8081), false);
+        let traffic = Traffic {
+            services: vec![ServiceTraffic { name, endpoints: vec![busy, idle] }],
+            conntrack: Fill { entries: 12, limit: 262_144, dropped: 3 },
+        };
+        let text = traffic.metrics();
+        let labels = r#"namespace="shop",service="web",port="http",protocol="tcp",endpoint="10.244.0.7:8080""#;
+        for line in [
+            format!("fairlead_service_connections_total{{{labels}}} 7"),
+            format!("fairlead_service_open_connections{{{labels}}} 2"),
+            format!("fairlead_service_open_bytes{{{labels},direction=\"sent\"}} 100"),
+            format!("fairlead_service_open_bytes{{{labels},direction=\"received\"}} 2000"),
+            format!("fairlead_service_connections_refused_total{{{labels}}} 1"),
+            format!("fairlead_service_connect_duration_seconds_sum{{{labels}}} 0.5"),
+            format!("fairlead_service_connect_duration_seconds_count{{{labels}}} 4"),
+            format!("fairlead_service_endpoint_ejected{{{labels}}} 1"),
+            "fairlead_conntrack_entries 12".into(),
+            "fairlead_conntrack_drops_total 3".into(),
+        ] {
+            assert!(text.lines().any(|held| held == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("8081"), "an endpoint without traffic costs no line\n{text}");
     }
 }

@@ -7,7 +7,7 @@ use api::kinds::{ENDPOINT_SLICES, SERVICES};
 use api::object::Metadata;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use services::{Changes, Seed, ServiceTable};
+use services::{Changes, Refused, Seed, ServiceTable};
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::broadcast;
@@ -118,8 +118,15 @@ impl ServiceFeed {
                 Kind::Slice => table.upsert_slice(bytes),
             };
             result.unwrap_or_else(|error| {
-                warn!(%error, "an object is left out of the service table");
-                Changes::default()
+                warn!(%error, "an object is not taken into the service table, which holds what it said before");
+                let metadata = head(item).map(|head| head.metadata).unwrap_or_default();
+                let Metadata { namespace, name, uid, .. } = metadata;
+                let kind = match kind {
+                    Kind::Service => SERVICES.kind,
+                    Kind::Slice => ENDPOINT_SLICES.kind,
+                };
+                let refused = Refused { kind, namespace, name, uid, why: error.to_string() };
+                Changes { refused: Some(Box::new(refused)), ..Changes::default() }
             })
         });
     }
@@ -127,4 +134,27 @@ impl ServiceFeed {
 
 fn head(item: &RawValue) -> Option<Head> {
     serde_json::from_str(item.get()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Such an object comes from an API server that checks less than ours.
+    #[test]
+    fn an_object_that_makes_no_sense_is_told_of() {
+        let feed =
+            ServiceFeed { table: Arc::new(RwLock::new(ServiceTable::new())), changes: broadcast::Sender::new(4) };
+        let mut changes = feed.subscribe();
+        let slice = r#"{"metadata": {"namespace": "shop", "name": "web-1", "uid": "u"}, "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.244.0.1"]}], "ports": [{"port": 70000}]}"#;
+        feed.upsert(Kind::Slice, &RawValue::from_string(slice.into()).expect("JSON"));
+        let told = changes.try_recv().expect("a change");
+        let refused = told.refused.as_deref().expect("what was refused");
+        assert_eq!(
+            (refused.kind, refused.namespace.as_str(), refused.name.as_str()),
+            ("EndpointSlice", "shop", "web-1")
+        );
+        assert!(refused.uid == "u" && refused.why.contains("ports.port is \"70000\""), "{refused:?}");
+    }
 }

@@ -12,7 +12,7 @@ mod table;
 pub use endpoint::{Categories, Endpoint, Hints, Place, categorize_endpoints};
 pub use frontend::{Affinity, EndPolicy, Frontend, FrontendId, PortName, Protocol, TrafficPolicy};
 pub use object::{Service, ServiceKind, ServicePort, Slice, SliceEndpoint, SlicePort, SliceVersion, Warnings};
-pub use table::{Changes, FrontendChange, Owner, Seed, ServiceKey, ServiceTable, SliceChange};
+pub use table::{Changes, FrontendChange, Owner, Refused, Seed, ServiceKey, ServiceTable, SliceChange};
 
 /// Why an object was kept out of the table.
 #[derive(Debug, thiserror::Error)]

@@ -424,7 +424,7 @@ impl Slice {
             ports.push(SlicePort {
                 name: port.name.as_deref().unwrap_or_default().into(),
                 protocol: check.protocol(port.protocol.as_deref())?,
-                port: check.optional_port("ports.port", port.port)?.map(NonZeroU16::get),
+                port: port.port.map(|port| check.port("ports.port", port)).transpose()?.map(NonZeroU16::get),
             });
         }
         let mut endpoints = Vec::new();

@@ -46,11 +46,26 @@ pub struct Changes {
     pub slices: Vec<SliceChange>,
     /// The table became complete with this event.
     pub synced: bool,
+    /// An object that says what makes no sense: the table holds what it said before, if anything.
+    pub refused: Option<Box<Refused>>,
+}
+
+/// An object that was not taken over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// `Service` or `EndpointSlice`
+    pub kind: &'static str,
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+    /// The object, its field, and what is expected there.
+    pub why: String,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.services.is_empty() && self.slices.is_empty() && !self.synced
+        let is_silent = self.frontends.is_empty() && self.services.is_empty() && self.slices.is_empty();
+        is_silent && !self.synced && self.refused.is_none()
     }
 
     fn append(&mut self, mut later: Changes) {
@@ -59,6 +74,7 @@ impl Changes {
         self.triggered.append(&mut later.triggered);
         self.slices.append(&mut later.slices);
         self.synced |= later.synced;
+        self.refused = later.refused.or(self.refused.take());
     }
 }
 

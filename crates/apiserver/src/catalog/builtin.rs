@@ -2,8 +2,8 @@
 
 use super::{Row, Subresource};
 use crate::strategy::{
-    self, ACCOUNT, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, INGRESS, JOB, LEASE, NAMESPACE, NODE,
-    PLAIN, POD, RBAC, REPLICA_SET, REVIEW, SERVICE, SLICE, STATEFUL_SET, Strategy,
+    self, ACCOUNT, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, INGRESS, IP_ADDRESS, JOB, LEASE,
+    NAMESPACE, NODE, PLAIN, POD, RBAC, REPLICA_SET, REVIEW, SERVICE, SERVICE_CIDR, SLICE, STATEFUL_SET, Strategy,
 };
 use crate::table::{self as t, Column};
 use api::schema;
@@ -144,6 +144,8 @@ pub fn rows() -> Vec<Row> {
         row("batch", "Job", "jobs", true).all().status().is(&JOB).cols(t::JOB).selectable(&[("status.successful", "/status/succeeded")]),
         row("policy", "PodDisruptionBudget", "poddisruptionbudgets", true).short(&["pdb"]).status().cols(t::DISRUPTION_BUDGET).is(&BUDGET),
         row("networking.k8s.io", "IngressClass", "ingressclasses", false),
+        row("networking.k8s.io", "IPAddress", "ipaddresses", false).short(&["ip"]).is(&IP_ADDRESS).cols(t::IP_ADDRESS),
+        row("networking.k8s.io", "ServiceCIDR", "servicecidrs", false).status().is(&SERVICE_CIDR).cols(t::SERVICE_CIDR),
         row("networking.k8s.io", "Ingress", "ingresses", true).short(&["ing"]).status().is(&INGRESS).cols(t::INGRESS),
         row("discovery.k8s.io", "EndpointSlice", "endpointslices", true).is(&SLICE).cols(t::SLICE),
         row(RBAC_GROUP, "ClusterRoleBinding", "clusterrolebindings", false).is(&RBAC).cols(t::BINDING),

@@ -5,6 +5,7 @@ mod meta;
 mod node;
 mod pod;
 mod service;
+mod service_cidr;
 mod slice;
 mod workload;
 
@@ -115,6 +116,7 @@ pub use ingress::INGRESS;
 pub use node::{LEASE, NODE};
 pub use pod::POD;
 pub use service::SERVICE;
+pub use service_cidr::{IP_ADDRESS, SERVICE_CIDR};
 pub use slice::SLICE;
 pub use workload::{CRON_JOB, DAEMON_SET, DEPLOYMENT, JOB, REPLICA_SET, STATEFUL_SET};
 

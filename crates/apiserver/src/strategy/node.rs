@@ -114,7 +114,7 @@ impl Strategy for Node {
                 let cause = Cause::invalid("spec.podCIDRs", cidr, "another node has this range");
                 return Err(Status::invalid("", "Node", &holder, vec![cause]));
             }
-            claims.take.push(Claim { key, holder: holder.clone() });
+            claims.take.push(Claim::held_by(key, &holder));
         }
         let keep: Vec<String> = wanted.iter().map(key).collect();
         claims.release = held.into_iter().filter(|k| !keep.contains(k)).collect();

@@ -1,12 +1,18 @@
-//! Services: defaults, checks, and the claims on cluster IPs and node ports.
+//! Services: defaults and checks. `claims` takes cluster IPs and node ports, `ports` and `addresses` choose them.
+
+mod addresses;
+mod claims;
+mod ports;
 
 use super::{Strategy, set_default};
 use crate::auth::Identity;
-use crate::registry::{Allocation, Claim, Claims, Registry};
+use crate::registry::{Claims, Registry};
 use api::{Cause, ObjectExt, Status, names};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use std::net::IpAddr;
+
+pub use claims::ip_key;
 
 pub struct Service;
 pub static SERVICE: Service = Service;
@@ -17,6 +23,11 @@ fn kind(object: &Value) -> &str {
 
 fn is_headless(object: &Value) -> bool {
     object.text("/spec/clusterIP") == "None"
+}
+
+/// Whether this is one of the Service's cluster IPs.
+pub fn holds(service: &Value, ip: IpAddr) -> bool {
+    strings(service, "/spec/clusterIPs").iter().any(|text| text.parse() == Ok(ip))
 }
 
 fn strings<'a>(object: &'a Value, pointer: &str) -> Vec<&'a str> {
@@ -30,14 +41,6 @@ fn ports(object: &Value) -> &[Value] {
 
 fn family_name(ip: IpAddr) -> &'static str {
     if ip.is_ipv4() { "IPv4" } else { "IPv6" }
-}
-
-fn ip_key(ip: IpAddr) -> String {
-    format!("claims/clusterip/{ip}")
-}
-
-fn port_key(protocol: &str, port: u64) -> String {
-    format!("claims/nodeport/{protocol}/{port}")
 }
 
 fn wants_node_ports(object: &Value) -> bool {
@@ -277,335 +280,12 @@ impl Strategy for Service {
     }
 
     fn claims(&self, registry: &Registry, object: &mut Value, old: Option<&Value>) -> Result<Claims, Status> {
-        let name = object.name().to_string();
-        let holder = format!("{}/{name}", object.namespace());
-        let mut claims = Claims::default();
-        let held: Vec<String> = old.map(held_claims).unwrap_or_default();
-        if kind(object) != "ExternalName" {
-            fill_addresses(registry, object, &name, &held, &mut claims, &holder)?;
-        }
-        fill_node_ports(registry, object, &name, &held, &mut claims, &holder)?;
-        let keep = held_claims(object);
-        claims.release = held.into_iter().filter(|key| !keep.contains(key)).collect();
-        Ok(claims)
+        claims::of(registry, object, old)
     }
 
     fn released(&self, object: &Value) -> Vec<String> {
-        held_claims(object)
+        claims::held(object)
     }
-}
-
-/// The claims an object in this state holds.
-fn held_claims(object: &Value) -> Vec<String> {
-    let mut keys = Vec::new();
-    for text in strings(object, "/spec/clusterIPs") {
-        if let Ok(ip) = text.parse() {
-            keys.push(ip_key(ip));
-        }
-    }
-    for port in ports(object) {
-        if let Some(number) = port.get("nodePort").and_then(Value::as_u64) {
-            let key = port_key(port.text("/protocol"), number);
-            if !keys.contains(&key) {
-                keys.push(key);
-            }
-        }
-    }
-    if let Some(number) = object.pointer("/spec/healthCheckNodePort").and_then(Value::as_u64) {
-        keys.push(port_key("TCP", number));
-    }
-    keys
-}
-
-fn invalid(name: &str, cause: Cause) -> Status {
-    Status::invalid("", "Service", name, vec![cause])
-}
-
-fn fill_addresses(
-    registry: &Registry,
-    object: &mut Value,
-    name: &str,
-    held: &[String],
-    claims: &mut Claims,
-    holder: &str,
-) -> Result<(), Status> {
-    let cidrs = &registry.allocation.service_cidrs;
-    let available: Vec<&str> = cidrs.iter().map(|c| family_name(c.addr())).collect();
-    let headless = is_headless(object);
-    let mut asked: Vec<String> = strings(object, "/spec/clusterIPs").into_iter().map(str::to_string).collect();
-    let first = object.text("/spec/clusterIP").to_string();
-    if asked.is_empty() && !first.is_empty() {
-        asked.push(first);
-    }
-    let mut families: Vec<String> = strings(object, "/spec/ipFamilies").into_iter().map(str::to_string).collect();
-    let policy = object.text("/spec/ipFamilyPolicy").to_string();
-    let policy = if policy.is_empty() {
-        if families.len() > 1 || asked.len() > 1 { "RequireDualStack" } else { "SingleStack" }
-    } else {
-        policy.as_str()
-    };
-    let selectorless = object.pointer("/spec/selector").and_then(Value::as_object).is_none_or(|m| m.is_empty());
-    if policy == "RequireDualStack" && available.len() < 2 && !(headless && selectorless) {
-        return Err(invalid(
-            name,
-            Cause::invalid(
-                "spec.ipFamilyPolicy",
-                "\"RequireDualStack\"",
-                "this cluster is not configured for dual-stack services",
-            ),
-        ));
-    }
-    // A literal address names its family.
-    for text in &asked {
-        if let Ok(ip) = text.parse::<IpAddr>()
-            && !families.iter().any(|f| f == family_name(ip))
-            && families.len() < asked.len()
-        {
-            families.push(family_name(ip).into());
-        }
-    }
-    if families.is_empty() {
-        families.push(available.first().copied().unwrap_or("IPv4").into());
-    }
-    for (i, family) in families.iter().enumerate() {
-        let any_family = headless && selectorless;
-        if !available.contains(&family.as_str()) && !any_family {
-            return Err(invalid(
-                name,
-                Cause::invalid(
-                    format!("spec.ipFamilies[{i}]"),
-                    format!("{family:?}"),
-                    "not configured on this cluster",
-                ),
-            ));
-        }
-    }
-    let wants = if policy == "SingleStack" { 1 } else { available.len().max(1) };
-    for family in &available {
-        if families.len() < wants && !families.iter().any(|f| f == family) {
-            families.push((*family).into());
-        }
-    }
-    if policy == "SingleStack" {
-        families.truncate(1);
-        asked.truncate(1);
-    }
-    if !headless {
-        for (i, family) in families.iter().enumerate() {
-            let Some(cidr) = cidrs.iter().find(|c| family_name(c.addr()) == family) else { continue };
-            match asked.get(i).filter(|a| !a.is_empty()) {
-                Some(text) => {
-                    let Ok(ip) = text.parse::<IpAddr>() else { continue };
-                    let key = ip_key(ip);
-                    if held.contains(&key) {
-                        continue;
-                    }
-                    if !cidr.contains(&ip) {
-                        return Err(invalid(
-                            name,
-                            Cause::invalid(
-                                "spec.clusterIPs",
-                                json!(asked).to_string().replace(',', ", "),
-                                format!(
-                                    "failed to allocate IP {ip}: the provided IP ({ip}) is not in the valid range. The range of valid IPs is {cidr}"
-                                ),
-                            ),
-                        ));
-                    }
-                    if registry.cache.is_claimed(&key) {
-                        return Err(invalid(
-                            name,
-                            Cause::invalid(
-                                "spec.clusterIPs",
-                                json!(asked).to_string(),
-                                format!("failed to allocate IP {ip}: provided IP is already allocated"),
-                            ),
-                        ));
-                    }
-                    claims.take.push(Claim { key, holder: holder.into() });
-                }
-                None => {
-                    let ip = free_address(registry, cidr).ok_or_else(|| {
-                        Status::internal(format!("failed to allocate a serviceIP: range {cidr} is full"))
-                    })?;
-                    claims.take.push(Claim { key: ip_key(ip), holder: holder.into() });
-                    asked.resize(i + 1, String::new());
-                    asked[i] = ip.to_string();
-                }
-            }
-        }
-    } else {
-        asked = vec!["None".into()];
-    }
-    if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
-        spec.insert("clusterIP".into(), json!(asked.first().cloned().unwrap_or_default()));
-        spec.insert("clusterIPs".into(), json!(asked));
-        spec.insert("ipFamilies".into(), json!(families));
-        spec.insert("ipFamilyPolicy".into(), json!(policy));
-    }
-    Ok(())
-}
-
-fn nth_address(cidr: &IpNet, n: u128) -> IpAddr {
-    match cidr {
-        IpNet::V4(net) => IpAddr::from((u32::from(net.network()).wrapping_add(n as u32)).to_be_bytes()),
-        IpNet::V6(net) => IpAddr::from((u128::from(net.network()).wrapping_add(n)).to_be_bytes()),
-    }
-}
-
-/// A free address: from the upper band first, so that the lower one stays free for addresses chosen by people (KEP-3070).
-fn free_address(registry: &Registry, cidr: &IpNet) -> Option<IpAddr> {
-    let bits = match cidr {
-        IpNet::V4(_) => 32,
-        IpNet::V6(_) => 128,
-    } - u32::from(cidr.prefix_len());
-    let size = if bits >= 64 { u128::from(u64::MAX) } else { 1u128 << bits };
-    // Network and, in IPv4, broadcast are no service addresses.
-    let last = if cidr.addr().is_ipv4() { size.saturating_sub(2) } else { size - 1 };
-    let band = (size / 16).clamp(16, 256).min(last);
-    let free = |n: u128| {
-        let ip = nth_address(cidr, n);
-        (!registry.cache.is_claimed(&ip_key(ip))).then_some(ip)
-    };
-    let upper = last.checked_sub(band)?;
-    if upper > 0 {
-        let start = random() % upper;
-        // A few random tries find a place in any but a nearly full range; then every place is tried.
-        for i in 0..upper.min(65_536) {
-            if let Some(ip) = free(band + 1 + (start + i) % upper) {
-                return Some(ip);
-            }
-        }
-    }
-    (1..=band).find_map(free)
-}
-
-fn random() -> u128 {
-    let mut bytes = [0u8; 8];
-    // Without entropy the first free place is as good.
-    match getrandom::fill(&mut bytes) {
-        Ok(()) => u128::from(u64::from_le_bytes(bytes)),
-        Err(_) => 0,
-    }
-}
-
-fn free_node_port(registry: &Registry, allocation: &Allocation, protocol: &str, chosen: &[String]) -> Option<u16> {
-    let (low, high) = (*allocation.node_ports.start(), *allocation.node_ports.end());
-    let size = u32::from(high - low) + 1;
-    // Called the static band in KEP-3668.
-    let band = (size / 32).clamp(16, 128).min(size);
-    let free = |port: u16| {
-        let key = port_key(protocol, port.into());
-        (!registry.cache.is_claimed(&key) && !chosen.contains(&key)).then_some(port)
-    };
-    let upper = size - band;
-    if upper > 0 {
-        let start = (random() % u128::from(upper)) as u32;
-        for i in 0..upper {
-            let port = low + u16::try_from(band + (start + i) % upper).unwrap_or(0);
-            if let Some(port) = free(port) {
-                return Some(port);
-            }
-        }
-    }
-    (low..low + band as u16).find_map(free)
-}
-
-fn fill_node_ports(
-    registry: &Registry,
-    object: &mut Value,
-    name: &str,
-    held: &[String],
-    claims: &mut Claims,
-    holder: &str,
-) -> Result<(), Status> {
-    let wants = wants_node_ports(object);
-    let range = &registry.allocation.node_ports;
-    let mut chosen: Vec<String> = Vec::new();
-    let count = ports(object).len();
-    for i in 0..count {
-        let port = ports(object)[i].clone();
-        let protocol = port.text("/protocol").to_string();
-        let explicit = port.get("nodePort").and_then(Value::as_u64).filter(|p| *p != 0);
-        let number = match explicit {
-            Some(number) => {
-                let key = port_key(&protocol, number);
-                if !held.contains(&key) && !chosen.contains(&key) {
-                    let field = format!("spec.ports[{i}].nodePort");
-                    if !u16::try_from(number).is_ok_and(|p| range.contains(&p)) {
-                        return Err(invalid(
-                            name,
-                            Cause::invalid(
-                                field,
-                                number,
-                                format!(
-                                    "provided port is not in the valid range. The range of valid ports is {}-{}",
-                                    range.start(),
-                                    range.end()
-                                ),
-                            ),
-                        ));
-                    }
-                    if registry.cache.is_claimed(&key) {
-                        return Err(invalid(name, Cause::invalid(field, number, "provided port is already allocated")));
-                    }
-                    claims.take.push(Claim { key: key.clone(), holder: holder.into() });
-                }
-                chosen.push(key);
-                number
-            }
-            None if wants => {
-                // The same port number over TCP and UDP shares one node port where it can.
-                let twin = ports(object)[..i]
-                    .iter()
-                    .filter(|p| p.get("port") == port.get("port") && p.text("/protocol") != protocol)
-                    .find_map(|p| p.get("nodePort").and_then(Value::as_u64))
-                    .filter(|n| !registry.cache.is_claimed(&port_key(&protocol, *n)));
-                let number = match twin {
-                    Some(number) => number,
-                    None => free_node_port(registry, &registry.allocation, &protocol, &chosen)
-                        .map(u64::from)
-                        .ok_or_else(|| Status::internal("failed to allocate a nodePort: range is full"))?,
-                };
-                let key = port_key(&protocol, number);
-                chosen.push(key.clone());
-                claims.take.push(Claim { key, holder: holder.into() });
-                number
-            }
-            None => continue,
-        };
-        if let Some(port) = object.pointer_mut(&format!("/spec/ports/{i}")).and_then(Value::as_object_mut) {
-            port.insert("nodePort".into(), json!(number));
-        }
-    }
-    let health = object.pointer("/spec/healthCheckNodePort").and_then(Value::as_u64);
-    if wants_health_port(object) {
-        match health {
-            Some(number) => {
-                let key = port_key("TCP", number);
-                if !held.contains(&key) {
-                    if registry.cache.is_claimed(&key) {
-                        return Err(invalid(
-                            name,
-                            Cause::invalid("spec.healthCheckNodePort", number, "provided port is already allocated"),
-                        ));
-                    }
-                    claims.take.push(Claim { key, holder: holder.into() });
-                }
-            }
-            None => {
-                let number = free_node_port(registry, &registry.allocation, "TCP", &chosen)
-                    .ok_or_else(|| Status::internal("failed to allocate a HealthCheck NodePort: range is full"))?;
-                claims.take.push(Claim { key: port_key("TCP", number.into()), holder: holder.into() });
-                if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
-                    spec.insert("healthCheckNodePort".into(), json!(number));
-                }
-            }
-        }
-    } else if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
-        spec.remove("healthCheckNodePort");
-    }
-    Ok(())
 }
 
 fn port_causes(object: &Value, causes: &mut Vec<Cause>) {

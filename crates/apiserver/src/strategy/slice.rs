@@ -100,6 +100,11 @@ impl Strategy for Slice {
             for problem in names::dns_label(name).into_iter().filter(|_| !name.is_empty()) {
                 causes.push(Cause::invalid(format!("ports[{i}].name"), format!("{name:?}"), problem));
             }
+            // Kubernetes takes any number, which no packet could be sent to.
+            if let Some(number) = port.get("port").and_then(Value::as_i64).filter(|port| !(1..=65535).contains(port)) {
+                let why = "must be between 1 and 65535, inclusive";
+                causes.push(Cause::invalid(format!("ports[{i}].port"), number, why));
+            }
             let protocol = port.text("/protocol");
             if !matches!(protocol, "TCP" | "UDP" | "SCTP") {
                 causes.push(Cause::unsupported(format!("ports[{i}].protocol"), protocol, &["TCP", "UDP", "SCTP"]));

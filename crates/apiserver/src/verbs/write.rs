@@ -162,8 +162,9 @@ fn namespace_takes(call: &Call, namespace: &str, name: &str) -> Result<(), Statu
 fn with_claims(mut txn: Txn, claims: &Claims) -> Txn {
     for claim in &claims.take {
         txn.compare.push(Compare::Absent(claim.key.clone()));
-        txn.ops.push(Op::Put { key: claim.key.clone(), value: claim.holder.clone().into() });
+        txn.ops.push(Op::Put { key: claim.key.clone(), value: claim.value.clone() });
     }
+    txn.compare.extend(claims.given.iter().cloned());
     for key in &claims.release {
         txn.ops.push(Op::Delete { key: key.clone() });
     }

@@ -39,6 +39,8 @@ fn smallest(kind: &str) -> Option<String> {
         "PodDisruptionBudget" => r#"{"spec":{"minAvailable":1,"selector":{"matchLabels":{"app":"a"}}}}"#.into(),
         "IngressClass" => r#"{"spec":{"controller":"example.com/c"}}"#.into(),
         "Ingress" => r#"{"spec":{"defaultBackend":{"service":{"name":"s","port":{"number":80}}}}}"#.into(),
+        "IPAddress" => r#"{"spec":{"parentRef":{"resource":"gateways","name":"g"}}}"#.into(),
+        "ServiceCIDR" => r#"{"spec":{"cidrs":["192.0.2.0/24"]}}"#.into(),
         "EndpointSlice" => {
             r#"{"addressType":"IPv4","endpoints":[{"addresses":["10.244.1.5"]}],"ports":[{"port":80}]}"#.into()
         }
@@ -95,8 +97,10 @@ async fn life(cluster: &Cluster, row: &Row) -> Result<(), String> {
     let mut object: Value = serde_json::from_str(&text).map_err(|e| format!("{text}: {e}"))?;
     object["apiVersion"] = json!(row.api_version());
     object["kind"] = json!(row.kind);
-    object["metadata"] = json!({"name": "one"});
-    let (all, one) = (collection(row), format!("{}/one", collection(row)));
+    // The name of an IPAddress is the address.
+    let name = if *row.kind == *"IPAddress" { "192.0.2.1" } else { "one" };
+    object["metadata"] = json!({"name": name});
+    let (all, one) = (collection(row), format!("{}/{name}", collection(row)));
     let want = |what: &str, answer: &crate::cluster::Answer, code: u16| {
         if answer.code == code {
             return Ok(());
@@ -112,7 +116,7 @@ async fn life(cluster: &Cluster, row: &Row) -> Result<(), String> {
     if got.json() != made.json() {
         return Err(format!("what was made is not what is there:\n{}\n{}", made.json(), got.json()));
     }
-    let listed = admin.get(&format!("{all}?fieldSelector=metadata.name%3Done")).await;
+    let listed = admin.get(&format!("{all}?fieldSelector=metadata.name%3D{name}")).await;
     want("list", &listed, 200)?;
     if listed.json()["items"] != json!([got.json()]) {
         return Err(format!("list has something else: {}", listed.json()));
@@ -134,7 +138,7 @@ async fn life(cluster: &Cluster, row: &Row) -> Result<(), String> {
     let json_patch = json!([{"op": "add", "path": "/metadata/annotations/json", "value": "yes"}]);
     want("JSON patch", &admin.patch(&one, "json-patch+json", &json_patch).await, 200)?;
     let config = json!({"apiVersion": row.api_version(), "kind": row.kind,
-        "metadata": {"name": "one", "annotations": {"apply": "yes"}}});
+        "metadata": {"name": name, "annotations": {"apply": "yes"}}});
     let applied = admin.patch(&format!("{one}?fieldManager=me"), "apply-patch+yaml", &config).await;
     want("apply", &applied, 200)?;
     let annotations = json!({"put": "yes", "merge": "yes", "strategic": "yes", "json": "yes", "apply": "yes"});
@@ -162,6 +166,11 @@ async fn life(cluster: &Cluster, row: &Row) -> Result<(), String> {
     if *row.kind == *"Namespace" {
         let empty = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "one"}, "spec": {}});
         want("finalize", &admin.send("PUT", &format!("{one}/finalize"), &empty).await, 200)?;
+    }
+    if *row.kind == *"ServiceCIDR" {
+        // Its controller lets go of it.
+        let empty = json!({"metadata": {"finalizers": []}});
+        want("finalize", &admin.patch(&one, "merge-patch+json", &empty).await, 200)?;
     }
     want("get after delete", &admin.get(&one).await, 404)?;
     want("delete again", &admin.delete(&one).await, 404)

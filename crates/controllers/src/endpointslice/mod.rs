@@ -8,6 +8,7 @@ pub mod pack;
 pub mod slice;
 #[cfg(test)]
 mod tests;
+pub mod trigger;
 
 use crate::expectations::{Expectations, PATIENCE, generated_name};
 use crate::owners::controller_of;
@@ -18,11 +19,13 @@ use api::ObjectExt;
 use api::kinds::{ENDPOINT_SLICES, NODES, PODS, SERVICES};
 use api::object::{Key, Metadata};
 use hints::Topology;
+use jiff::Timestamp;
 use reconcile::{Cache, Client, Named, Outcome, Queue, Scope, feed, run_queue};
 use serde::Deserialize;
-use slice::{Conditions, Endpoint, EndpointSlice, Head, MANAGED_BY, SERVICE_NAME, TargetRef};
+use slice::{Conditions, Endpoint, EndpointSlice, Head, MANAGED_BY, SERVICE_NAME, TargetRef, Trigger};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use trigger::Triggers;
 
 pub const DESCRIPTOR: Descriptor = Descriptor {
     name: "endpointslice",
@@ -96,6 +99,8 @@ pub struct Seen<'a> {
     pub nodes: &'a BTreeMap<String, Arc<Node>>,
     /// Its slices that are ours.
     pub slices: &'a [Arc<EndpointSlice>],
+    /// When what has changed now began to.
+    pub trigger: Option<Timestamp>,
 }
 
 /// What has to change so that the slices show the pods behind the Service. `name` gives a new slice its name.
@@ -111,6 +116,7 @@ pub fn plan(seen: &Seen<'_>, mut name: impl FnMut() -> String) -> Vec<Change> {
         labels: labels(service),
         annotations: None,
         owner: controller_of(&SERVICES, &service.metadata),
+        trigger: Trigger::At(seen.trigger),
     };
     let mut changes = Vec::new();
     for family in &families {
@@ -158,6 +164,7 @@ struct Controller {
     nodes: Cache<Node>,
     slices: Cache<EndpointSlice>,
     expectations: Arc<Expectations>,
+    triggers: Triggers,
 }
 
 async fn run(context: Context) {
@@ -193,7 +200,8 @@ async fn run(context: Context) {
     pods.synced().await;
     nodes.synced().await;
     slices.synced().await;
-    let controller = Arc::new(Controller { client, services, pods, nodes, slices, expectations });
+    let triggers = Triggers::default();
+    let controller = Arc::new(Controller { client, services, pods, nodes, slices, expectations, triggers });
     run_queue("endpointslice", queue, 4, token, move |key: Key| {
         let controller = controller.clone();
         async move { controller.sync(&key).await }
@@ -210,6 +218,7 @@ impl Controller {
         slices.retain(|s| s.is_managed_by(MANAGER) && s.metadata.labels.get(SERVICE_NAME) == Some(&key.name));
         let Some(service) = self.services.get(key) else {
             self.expectations.forget(key);
+            self.triggers.forget(key);
             for slice in slices {
                 act(&self.client, &Change::delete(ENDPOINT_SLICES, slice.metadata.key(), &slice.metadata.uid)).await?;
             }
@@ -221,7 +230,8 @@ impl Controller {
             pods.retain(|p| selector.matches_map(&p.metadata.labels));
         }
         let nodes: BTreeMap<_, _> = self.nodes.list().into_iter().map(|n| (n.metadata.name.clone(), n)).collect();
-        let seen = Seen { service: &service, pods: &pods, nodes: &nodes, slices: &slices };
+        let trigger = self.triggers.look(&service, &pods);
+        let seen = Seen { service: &service, pods: &pods, nodes: &nodes, slices: &slices, trigger };
         for change in plan(&seen, || generated_name(&format!("{}-", key.name))) {
             self.write(key, &change).await?;
         }

@@ -6,6 +6,7 @@ use crate::service::{EndpointPort, Family};
 use api::ObjectExt;
 use api::kinds::ENDPOINT_SLICES;
 use api::object::{Key, Metadata, OwnerReference};
+use jiff::Timestamp;
 use reconcile::Named;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -127,7 +128,19 @@ pub struct Head {
     /// `None` leaves those that are there.
     pub annotations: Option<BTreeMap<String, String>>,
     pub owner: OwnerReference,
+    pub trigger: Trigger,
 }
+
+/// What a slice that is written says of when the change of its endpoints began.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Trigger {
+    /// As it was.
+    Kept,
+    /// `None`: nobody knows.
+    At(Option<Timestamp>),
+}
+
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// The write that makes a slice hold what was packed into it; none if it does. `name` gives a new slice its name.
 pub fn write(head: &Head, family: Family, packed: Packed, name: impl FnOnce() -> String) -> Option<Change> {
@@ -137,7 +150,7 @@ pub fn write(head: &Head, family: Family, packed: Packed, name: impl FnOnce() ->
         return Some(Change::delete(ENDPOINT_SLICES, slice.metadata.key(), &slice.metadata.uid));
     };
     let held = slice.as_ref().map(|s| s.metadata.annotations.clone()).unwrap_or_default();
-    let annotations = head.annotations.clone().unwrap_or_else(|| held.clone());
+    let mut annotations = head.annotations.clone().unwrap_or_else(|| held.clone());
     if let Some(slice) = &slice {
         let is_same = slice.endpoints() == endpoints.as_slice()
             && slice.ports() == ports.as_slice()
@@ -145,6 +158,13 @@ pub fn write(head: &Head, family: Family, packed: Packed, name: impl FnOnce() ->
             && held == annotations;
         if is_same {
             return None;
+        }
+    }
+    // Only with another change: by itself it is no reason to write.
+    if let Trigger::At(time) = &head.trigger {
+        match time {
+            Some(time) => drop(annotations.insert(TRIGGER_TIME.into(), api::time::seconds(*time))),
+            None => drop(annotations.remove(TRIGGER_TIME)),
         }
     }
     let mut object = json!({

@@ -50,7 +50,7 @@ fn changes(service: &Service, pods: &[Arc<Backend>], slices: &[Arc<EndpointSlice
         number += 1;
         format!("web-{number}")
     };
-    plan(&Seen { service, pods, nodes: &nodes(), slices }, names)
+    plan(&Seen { service, pods, nodes: &nodes(), slices, trigger: None }, names)
 }
 
 /// Applies writes to the slices, as the API server would.

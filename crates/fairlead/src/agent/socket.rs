@@ -43,7 +43,8 @@ impl Local {
     /// Returns when the node is in the mode, or says why it stays in its own.
     async fn change_mode(&self, mode: Mode) -> anyhow::Result<()> {
         let from = self.mode().context(NO_PROXY)?;
-        let (switch, events) = (self.switch.as_ref().context(NO_PROXY)?, self.events.as_ref().context(NO_PROXY)?);
+        let switch = self.switch.as_ref().context("this node keeps its mode (--feature-gates ModeHandOver=false)")?;
+        let events = self.events.as_ref().context(NO_PROXY)?;
         let node = ObjectRef::new("v1", "Node", "", &self.name, "");
         let outcome = switch.to(mode).await;
         match &outcome {

@@ -10,6 +10,7 @@ use proxy::configuration::{
     API_VERSION, ClientConnection, Configuration, ConntrackSection, DetectLocal, GoDuration, Iptables, Ipvs, KIND,
     Logging, Nftables, Settings,
 };
+use proxy::{Feature, Features};
 use serde_json::Value;
 
 #[derive(Args, Debug, Clone)]
@@ -277,6 +278,17 @@ impl ProxyArgs {
             Ok(Value::Object(fields)) => fields.into_iter().map(|(name, _)| name).collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// The gates, and the two flags that say the same as one each.
+    pub fn features(&self, settings: &Settings) -> Features {
+        let mut features = settings.features.clone();
+        for (feature, on) in [(Feature::Ejection, self.ejection), (Feature::Retry, self.first_packet_retry)] {
+            if !on {
+                features.set(feature, false);
+            }
+        }
+        features
     }
 
     /// An empty address and port 0 mean: nowhere. A file cannot say that.

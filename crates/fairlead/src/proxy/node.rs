@@ -1,14 +1,13 @@
 //! The view of the node that a stand-alone proxy makes of its Node object, its settings and its interfaces.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
 use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
 use proxy::{Mode, NodeView, Pods};
 use services::Place;
 
 use crate::node_object::Node;
+use crate::service_cidrs::ServiceCidrs;
 
 /// Addresses of the ipvs mode's own device belong to Services, not to the node.
 pub fn is_node_port_link(link: &str) -> bool {
@@ -19,15 +18,14 @@ pub fn is_node_port_link(link: &str) -> bool {
 pub struct Inputs {
     settings: Settings,
     pub node: Option<Node>,
-    /// By name of the ServiceCIDR.
-    pub service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    pub service_cidrs: ServiceCidrs,
     /// The addresses of the host's interfaces.
     pub held: Vec<IpAddr>,
 }
 
 impl Inputs {
     pub fn new(settings: Settings) -> Self {
-        Inputs { settings, node: None, service_cidrs: BTreeMap::new(), held: Vec::new() }
+        Inputs { settings, node: None, service_cidrs: ServiceCidrs::default(), held: Vec::new() }
     }
 
     /// `None` as long as nobody knows an address of the node.
@@ -52,10 +50,7 @@ impl Inputs {
             nets.dedup();
         }
         let place = Place { node: node.name().into(), zone: node.zone() };
-        let mut service_cidrs: Vec<IpNet> = self.service_cidrs.values().flatten().map(IpNet::trunc).collect();
-        service_cidrs.sort();
-        service_cidrs.dedup();
-        let mut view = NodeView::new(place, addresses, Vec::new(), service_cidrs);
+        let mut view = NodeView::new(place, addresses, Vec::new(), self.service_cidrs.ranges());
         let is_usable = |address: &&IpAddr| match address {
             IpAddr::V4(_) => true,
             // A link-local address says nothing without its interface.
@@ -116,7 +111,8 @@ mod tests {
         assert!(inputs("nodePortAddresses: [primary, localhost]", node()).view().expect("a view").relay_localhost);
         let mut with = inputs(text, node());
         with.held = ["127.0.0.1", "192.0.2.1", "198.51.100.1", "fe80::1"].map(|ip| ip.parse().expect("ip")).to_vec();
-        with.service_cidrs.insert("kubernetes".into(), vec!["10.96.0.0/12".parse().expect("net")]);
+        let cidr = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}});
+        with.service_cidrs.take(reconcile::Change::Apply(serde_json::from_value(cidr).expect("a ServiceCIDR")));
         let view = with.view().expect("a view");
         assert_eq!(view.addresses[0].to_string(), "198.51.100.1");
         assert_eq!(view.node_port_addresses, Some(vec!["198.51.100.1".parse().expect("ip")]));

@@ -38,20 +38,31 @@ spec:
 
 #[test]
 fn a_rolling_update_fails_no_request_with_nftables() {
-    rolling_update("nftables");
+    rolling_update("nftables", &[]);
 }
 
 #[test]
 fn a_rolling_update_fails_no_request_with_iptables() {
-    rolling_update("iptables");
+    rolling_update("iptables", &[]);
 }
 
 #[test]
 fn a_rolling_update_fails_no_request_with_userspace() {
-    rolling_update("userspace");
+    rolling_update("userspace", &[]);
 }
 
-fn rolling_update(mode: &str) {
+#[test]
+fn a_rolling_update_fails_no_request_while_the_mode_changes_twice() {
+    rolling_update("nftables", &["iptables", "nftables"]);
+}
+
+#[test]
+fn a_rolling_update_fails_no_request_while_relays_take_over_and_give_back() {
+    rolling_update("iptables", &["userspace", "iptables"]);
+}
+
+/// The modes that follow are those that every node changes to while its pods are replaced.
+fn rolling_update(mode: &str, then: &[&str]) {
     let cluster = Cluster::up_with(&kubectls()[0], NODES, &["--proxy-mode", mode]);
     let expect = |line: &str, input: &str| {
         let seen = cluster.run(line, input, SECONDS);
@@ -80,6 +91,11 @@ fn rolling_update(mode: &str) {
     let before = expect("kubectl get pods -l app=web -o name", "");
     for _ in 0..if many_cases() { 3 } else { 1 } {
         expect("kubectl rollout restart deployment/web", "");
+        for next in then {
+            for node in lab.nodes() {
+                expect(&format!("fairlead node mode --data-dir $DIR {} {next}", node.name), "");
+            }
+        }
         expect("kubectl rollout status deployment/web --timeout=100s", "");
     }
     let old: String = before.split_whitespace().map(|name| format!("{name} ")).collect();
@@ -87,7 +103,7 @@ fn rolling_update(mode: &str) {
     let lasted = begun.elapsed();
     let tally = load.end();
     println!(
-        "{mode}: {} answers in {lasted:.1?}, {} requests repeated on a new connection, the slowest took {:?}",
+        "{mode} {then:?}: {} answers in {lasted:.1?}, {} requests repeated on a new connection, the slowest took {:?}",
         tally.answers, tally.repeats, tally.slowest
     );
     let enough = 8.0 * f64::from(per_second) * lasted.as_secs_f64() / 2.0;
@@ -98,6 +114,12 @@ fn rolling_update(mode: &str) {
     for command in include_str!("../../../../docs/rolling-updates.md").lines() {
         if let Some(command) = command.trim_start().strip_prefix("$ ") {
             expect(command, "");
+        }
+    }
+    if !then.is_empty() {
+        let events = expect("kubectl get events -A --field-selector reason=ProxyModeChanged", "");
+        for next in then {
+            assert!(events.contains(&format!("to {next} mode")), "{mode}: {events}");
         }
     }
     let events = expect("kubectl get events --field-selector reason=NotUnderstood,involvedObject.name=web", "");

@@ -10,7 +10,7 @@ use linux::ipvs::{Scheduler, Timeouts};
 use super::{
     Configuration, Conntrack, GoDuration, Logging, LoggingStreams, NodePortAddress, NumberOrText, Winkernel, problem,
 };
-use crate::{Error, IpvsSettings, Mode};
+use crate::{Error, Feature, Features, IpvsSettings, Mode};
 
 /// Where kube-proxy answers probes and scrapes.
 pub const HEALTHZ_PORT: u16 = 10256;
@@ -81,6 +81,8 @@ pub struct Settings {
     pub conntrack: Conntrack,
     /// What the ipvs mode asks for; default values in other modes.
     pub ipvs: IpvsSettings,
+    /// What this proxy does beyond kube-proxy: feature gates of its own.
+    pub features: Features,
     /// klog's: from 4 on the log is verbose.
     pub verbosity: u32,
 }
@@ -157,6 +159,7 @@ impl Configuration {
             oom_score_adj: self.oom_score_adj()?,
             conntrack: self.conntrack(),
             ipvs: self.ipvs_settings(mode)?,
+            features: self.features(),
             verbosity: self.logging.as_ref().and_then(|logging| logging.verbosity).unwrap_or(0),
         })
     }
@@ -305,10 +308,21 @@ impl Configuration {
         }
     }
 
+    fn features(&self) -> Features {
+        let mut features = Features::default();
+        for (gate, on) in self.feature_gates.iter().flatten() {
+            if let Some(feature) = Feature::of_gate(gate) {
+                features.set(feature, *on);
+            }
+        }
+        features
+    }
+
     fn refuse_what_is_not_done(&self) -> Result<(), Error> {
         for (gate, wanted) in self.feature_gates.iter().flatten() {
             let field = format!("featureGates.{gate}");
             match GATES.iter().find(|(known, _)| known == gate) {
+                None if Feature::of_gate(gate).is_some() => {}
                 None => return Err(problem(&field, "this gate is not known; take it out")),
                 Some((_, done)) => {
                     refuse(&field, done != wanted, &format!("it is always {done} here; take it out"))?;

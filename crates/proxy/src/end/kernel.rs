@@ -26,7 +26,8 @@ const AFTER_DNAT: i32 = -90;
 
 /// What knows the connections of a mode, and ends them.
 pub(super) trait Ways: Send {
-    fn act(&mut self, due: Due) -> Result<(), Error>;
+    /// Does what is due; how many connections have been reset.
+    fn act(&mut self, due: Due) -> Result<usize, Error>;
 
     /// The ways that clients of these addresses have to anybody but these endpoints.
     fn strays(
@@ -79,10 +80,10 @@ impl Kernel {
         result
     }
 
-    /// Does what is due.
-    pub async fn act(&mut self, due: &Due) -> Result<(), Error> {
+    /// Does what is due; how many connections have been reset.
+    pub async fn act(&mut self, due: &Due) -> Result<usize, Error> {
         if due.begin.is_empty() && due.forget.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let due = due.clone();
         self.work(move |ways| ways.act(due)).await
@@ -103,7 +104,7 @@ impl Kernel {
 }
 
 impl Ways for Sockets {
-    fn act(&mut self, due: Due) -> Result<(), Error> {
+    fn act(&mut self, due: Due) -> Result<usize, Error> {
         let (tcp, others): (Vec<Way>, Vec<Way>) = due.begin.into_iter().partition(|way| way.protocol == Protocol::Tcp);
         self.forget(&others.into_iter().collect())?;
         self.end(&tcp.into_iter().collect(), &due.forget)
@@ -148,7 +149,7 @@ impl Sockets {
     }
 
     /// Refuses the connections of some ways from now on, and those of others no longer.
-    fn end(&mut self, begin: &BTreeSet<Way>, forget: &[Way]) -> Result<(), Error> {
+    fn end(&mut self, begin: &BTreeSet<Way>, forget: &[Way]) -> Result<usize, Error> {
         let mut wanted = self.held.clone();
         let mut late: BTreeMap<Way, BTreeSet<SocketAddr>> = BTreeMap::new();
         for way in forget {
@@ -173,15 +174,16 @@ impl Sockets {
                 tracing::debug!("proxy: cannot provoke {}: {error}", connection.client);
             }
         }
-        if !ended.is_empty() {
-            let count = ended.len();
+        let count = ended.len();
+        if count > 0 {
             tracing::info!(
                 "proxy: reset {count} connections to endpoints that have gone, as their Services' end policies say"
             );
         }
         // Whoever still has a flow did not hear: its next packet is looked at as if it were the first.
         let is_late = |way: &Way, client: &SocketAddr| late.get(way).is_some_and(|clients| clients.contains(client));
-        self.delete_flows(late.keys(), is_late)
+        self.delete_flows(late.keys(), is_late)?;
+        Ok(count)
     }
 
     /// Makes the table hold these connections and no others.

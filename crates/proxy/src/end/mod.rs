@@ -13,11 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use linux::bpf::Hooks;
-use services::Frontend;
+use services::{EndPolicy, Frontend};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::{Error, Mode, NodeView};
+use crate::{Config, Error, Metrics, Mode, NodeView};
 use kernel::{Kernel, Sockets, Ways};
 use plan::{Change, Endings, changes};
 use programs::Programs;
@@ -30,7 +30,9 @@ pub(crate) struct End {
     namespace: Option<OwnedFd>,
     hooks: Option<Hooks>,
     mode: Mode,
-    said: bool,
+    /// The switch.
+    is_on: bool,
+    metrics: Arc<Metrics>,
     worker: Option<Worker>,
 }
 
@@ -40,12 +42,13 @@ struct Worker {
 }
 
 impl End {
-    /// `namespace` as in the proxy's configuration. Removes what a proxy left that did not come to its end.
-    pub fn new(namespace: Option<OwnedFd>, hooks: Option<Hooks>, mode: Mode) -> Result<Self, Error> {
+    /// Removes what a proxy left that did not come to its end.
+    pub fn new(namespace: Option<OwnedFd>, config: &Config) -> Result<Self, Error> {
+        let (mode, is_on, metrics) = (config.mode, config.watching.end_policy, config.metrics.clone());
         if matches!(mode, Mode::Nftables | Mode::Iptables) {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
-        Ok(End { namespace, hooks, mode, ..End::default() })
+        Ok(End { namespace, hooks: config.hooks.clone(), mode, is_on, metrics, worker: None })
     }
 
     /// Whoever knows the mode's connections; `None`: nobody does.
@@ -58,8 +61,20 @@ impl End {
         })
     }
 
+    /// What of the Service's end policy is not done.
+    pub fn unsupported(&self, frontend: &Frontend) -> Option<&'static str> {
+        let is_able = !matches!(self.mode, Mode::Ipvs | Mode::Userspace);
+        let is_asked = self.is_on && !is_able && frontend.end_policy != EndPolicy::default();
+        is_asked.then_some(
+            "the end policy is not followed in this mode, connections are kept; use a mode of nftables, iptables and ebpf",
+        )
+    }
+
     /// One frontend as the kernel had it and has it now.
     pub fn notice(&mut self, before: Option<&Arc<Frontend>>, after: Option<&Arc<Frontend>>, node: &NodeView) {
+        if !self.is_on {
+            return;
+        }
         let found = changes(before.map(|f| &**f), after.map(|f| &**f), node);
         if found.is_empty() {
             return;
@@ -68,12 +83,13 @@ impl End {
             match self.open() {
                 Ok(Some(ways)) => {
                     let (changes, received) = mpsc::unbounded_channel();
-                    self.worker = Some(Worker { changes, task: tokio::spawn(work(Kernel::new(ways), received)) });
+                    self.worker = Some(Worker {
+                        changes,
+                        task: tokio::spawn(work(Kernel::new(ways), received, self.metrics.clone())),
+                    });
                 }
-                Ok(None) if std::mem::replace(&mut self.said, true) => {}
-                Ok(None) => tracing::warn!(
-                    "proxy: this mode keeps connections, whatever end policies say; nftables, iptables and ebpf end them"
-                ),
+                // `unsupported` has said so.
+                Ok(None) => return,
                 Err(error) => tracing::warn!("proxy: connections are kept, whatever end policies say: {error}"),
             }
         }
@@ -93,7 +109,7 @@ impl End {
     }
 }
 
-async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Change>>) {
+async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Change>>, metrics: Arc<Metrics>) {
     let mut endings = Endings::default();
     loop {
         let next = endings.next();
@@ -120,9 +136,12 @@ async fn work(mut kernel: Kernel, mut received: mpsc::UnboundedReceiver<Vec<Chan
         }
         let now = Instant::now();
         let due = endings.due(now);
-        if let Err(error) = kernel.act(&due).await {
-            tracing::warn!("proxy: connections to endpoints that have gone are not ended yet: {error}");
-            endings.retry(due, now + RETRY);
+        match kernel.act(&due).await {
+            Ok(ended) => metrics.ended(ended),
+            Err(error) => {
+                tracing::warn!("proxy: connections to endpoints that have gone are not ended yet: {error}");
+                endings.retry(due, now + RETRY);
+            }
         }
     }
     if let Err(error) = kernel.close().await {

@@ -112,7 +112,7 @@ impl Programs {
 }
 
 impl Ways for Programs {
-    fn act(&mut self, due: Due) -> Result<(), Error> {
+    fn act(&mut self, due: Due) -> Result<usize, Error> {
         for way in &due.forget {
             // Whoever comes later is told nothing: it is as if the flow had never been.
             forget_flows(&mut self.kernel, &self.ending.remove(way).unwrap_or_default())?;
@@ -130,7 +130,7 @@ impl Ways for Programs {
             forget_senders(&mut self.kernel, is_gone)?;
         }
         if tcp.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let count = self.abort_sockets(&tcp)? + self.reset_flows(&tcp)?;
         if count > 0 {
@@ -138,7 +138,7 @@ impl Ways for Programs {
                 "proxy: reset {count} connections to endpoints that have gone, as their Services' end policies say"
             );
         }
-        Ok(())
+        Ok(count)
     }
 
     fn strays(

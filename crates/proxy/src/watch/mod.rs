@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::ebpf::contacts::Settings;
 use crate::run::pinned;
-use crate::{Config, Error, Feed, Mode, Status, leftovers};
+use crate::{Config, Error, Feature, Features, Feed, Mode, Status, leftovers};
 
 /// What is done for requests whose endpoint does not answer. All of it is on by default.
 #[derive(Clone)]
@@ -56,6 +56,8 @@ pub struct Watching {
     pub retry: bool,
     /// Connections are counted, for whoever asks ([`crate::traffic`]).
     pub traffic: bool,
+    /// Connections to an endpoint that goes away end as their Service's end policy says; otherwise they are kept.
+    pub end_policy: bool,
     /// How long sockets of this node that are sent to an endpoint wait for an answer to their first packet before they
     /// repeat it; `None`: as long as the kernel says, which is a second. Only the ebpf mode can set it.
     pub first_timeout: Option<Duration>,
@@ -67,11 +69,30 @@ pub struct Watching {
 
 impl Default for Watching {
     fn default() -> Self {
-        Watching { ejection: true, retry: true, traffic: true, first_timeout: None, lost_nodes: None, notices: None }
+        Watching {
+            ejection: true,
+            retry: true,
+            traffic: true,
+            end_policy: true,
+            first_timeout: None,
+            lost_nodes: None,
+            notices: None,
+        }
     }
 }
 
 impl Watching {
+    /// As the switches say.
+    pub fn by(features: &Features) -> Self {
+        Watching {
+            ejection: features.is_on(Feature::Ejection),
+            retry: features.is_on(Feature::Retry),
+            traffic: features.is_on(Feature::Traffic),
+            end_policy: features.is_on(Feature::EndPolicy),
+            ..Watching::default()
+        }
+    }
+
     fn is_wanted(&self) -> bool {
         self.ejection || self.retry || self.traffic || self.first_timeout.is_some()
     }

@@ -7,6 +7,7 @@ use proxy::{Config, Feed, Mode, Status};
 use services::ServiceTable;
 
 use crate::case::{Objects, node};
+use crate::cgroup::Attached;
 use crate::net::Namespace;
 use crate::ring::Proxy;
 
@@ -17,10 +18,14 @@ fn a_service_that_asks_for_what_a_mode_cannot_do_is_named() {
         namespace.ip(&format!("addr add {address} dev lo"));
     }
     let lines = ["service s 10.96.0.10 53/SCTP", "service t 10.96.0.11 53/TCP", "endpoint t 10.244.1.5:53 node-2"];
-    for (mode, expected) in [(Mode::Nftables, None), (Mode::Iptables, None), (Mode::Userspace, Some("default/s: SCTP"))]
+    let attached = Attached::new();
+    let in_vain = Some("default/s: SCTP");
+    for (mode, expected) in
+        [(Mode::Nftables, None), (Mode::Iptables, None), (Mode::Userspace, in_vain), (Mode::Ebpf, in_vain)]
     {
-        let mut proxy = Proxy::start(&namespace.path, mode, &Objects::parse(&lines), None);
-        let told: Vec<String> = proxy.status.borrow().unsupported.values().cloned().collect();
+        let hooks = (mode == Mode::Ebpf).then(|| attached.hooks());
+        let mut proxy = Proxy::start(&namespace.path, mode, &Objects::parse(&lines), hooks);
+        let told: Vec<String> = proxy.status.borrow().unsupported.values().map(ToString::to_string).collect();
         assert_eq!(told.len(), usize::from(expected.is_some()), "{mode}: {told:?}");
         assert!(told.iter().zip(expected).all(|(told, expected)| told.starts_with(expected)), "{mode}: {told:?}");
         proxy.apply(&Objects::parse(&lines[1..]));

@@ -185,6 +185,7 @@ fn a_bad_slice_is_kept_out_and_says_why() {
     for (object, says) in [
         (bad("/ports/0/port", json!(70_000)), "a port from 1 to 65535"),
         (bad("/ports/0/port", json!(-1)), "a port from 1 to 65535"),
+        (bad("/ports/0/port", json!(0)), "a port from 1 to 65535"),
         (bad("/ports/0/protocol", json!("ICMP")), "TCP, UDP or SCTP"),
         (bad("/endpoints/0/addresses/0", json!("10.244.0.256")), "not an IP address"),
         (bad("/endpoints/0/addresses/0", json!("fd00::1")), "not an address of the slice's addressType"),
@@ -197,8 +198,8 @@ fn a_bad_slice_is_kept_out_and_says_why() {
         assert!(error.contains(says), "{error}");
         assert_eq!(addresses(&table, "http"), ["10.244.0.1:8080"]);
     }
-    // Port 0 is no port: nothing can be sent there. An endpoint without an address is none.
-    for empty in [bad("/ports/0/port", json!(0)), bad("/endpoints/0/addresses", json!([]))] {
+    // No port means every port, which no Service uses. An endpoint without an address is none.
+    for empty in [bad("/ports/0/port", json!(null)), bad("/endpoints/0/addresses", json!([]))] {
         table.upsert_slice(&empty).expect("slice");
         assert!(addresses(&table, "http").is_empty());
     }

@@ -180,6 +180,10 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
         self.kernel.about()
     }
 
+    fn unsupported(entries: &Entries) -> Option<&'static str> {
+        entries.unserved.map(|_| "SCTP is not translated, its addresses are refused; use --proxy-mode=nftables")
+    }
+
     fn read(&mut self) -> Result<Seed, Error> {
         Ok(seed(&self.held()?))
     }
@@ -238,12 +242,6 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
         }
         for change in changes {
             self.uncertain.remove(&change.id);
-            if let (Some(protocol), None) = (change.after.as_ref().and_then(|after| after.unserved), &change.before) {
-                tracing::warn!(
-                    "proxy: frontend {} is not served: the ebpf mode has no {protocol}; use --proxy-mode=nftables",
-                    change.id.0
-                );
-            }
         }
         Ok(())
     }

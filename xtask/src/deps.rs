@@ -30,6 +30,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("binutils", "tests: strip, so that a test fits into that machine"),
     ("docker-registry", "tests: a real registry"),
     ("ca-certificates", "tests: pull over TLS"),
+    ("bind9-dnsutils", "tests: dig asks cluster DNS"),
+    ("knot-dnsutils", "tests: kdig does, too"),
 ];
 
 const POLICY: &str = "/usr/sbin/policy-rc.d";
@@ -38,8 +40,14 @@ const POLICY_BEFORE: &str = "/usr/sbin/policy-rc.d.before-fairlead";
 const POLICY_TEXT: &str = "#!/bin/sh\n# fairlead: start no daemon while its test packages are installed\nexit 101\n";
 
 pub fn run(_args: &[String]) -> Result<()> {
+    let names: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
+    ensure(&names)
+}
+
+/// Installs what is missing of these packages. For peers that only one bench needs.
+pub fn ensure(names: &[&'static str]) -> Result<()> {
     restore_policy().context("cannot put the old policy-rc.d back")?;
-    let missing = missing()?;
+    let missing = missing(names)?;
     if missing.is_empty() {
         return Ok(());
     }
@@ -55,18 +63,17 @@ pub fn run(_args: &[String]) -> Result<()> {
     installed
 }
 
-fn missing() -> Result<Vec<&'static str>> {
-    let names = PACKAGES.iter().map(|(name, _)| *name);
+fn missing(names: &[&'static str]) -> Result<Vec<&'static str>> {
     // dpkg-query complains of a package it never heard of and goes on: what it prints is the answer.
     let answer = Command::new("dpkg-query")
         .args(["--show", "--showformat", "${Package} ${db:Status-Status}\n"])
-        .args(names.clone())
+        .args(names)
         .stderr(Stdio::null())
         .output()
         .context("cannot run dpkg-query: this needs Debian 12 or a relative of it")?;
     let installed = String::from_utf8_lossy(&answer.stdout).into_owned();
     let is_installed = |name: &str| installed.lines().any(|line| line == format!("{name} installed"));
-    Ok(names.filter(|name| !is_installed(name)).collect())
+    Ok(names.iter().copied().filter(|name| !is_installed(name)).collect())
 }
 
 fn install(missing: &[&str]) -> Result<()> {

@@ -1,7 +1,8 @@
 //! A question and its answer, apart from the message that carries them.
 
 use hickory_proto::op::ResponseCode;
-use hickory_proto::rr::{Name, Record, RecordType};
+use hickory_proto::rr::rdata::CNAME;
+use hickory_proto::rr::{Name, RData, Record, RecordType};
 
 /// What a client wants to know, always of class IN.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,11 +19,6 @@ impl Question {
         Question { name, record_type, dnssec_ok: false }
     }
 
-    /// A transfer of a whole zone, which nobody gets.
-    pub fn is_transfer(&self) -> bool {
-        matches!(self.record_type, RecordType::AXFR | RecordType::IXFR)
-    }
-
     pub fn wants_address(&self) -> bool {
         matches!(self.record_type, RecordType::A | RecordType::AAAA)
     }
@@ -36,34 +32,40 @@ pub struct Answer {
     pub answers: Vec<Record>,
     pub authorities: Vec<Record>,
     pub additionals: Vec<Record>,
-    /// The answer is an alias for this name, whose records the client wants too.
-    pub follow: Option<Name>,
 }
 
 impl Answer {
     /// Nothing but a response code.
     pub fn code(code: ResponseCode) -> Self {
-        Answer {
-            code,
-            authoritative: false,
-            answers: Vec::new(),
-            authorities: Vec::new(),
-            additionals: Vec::new(),
-            follow: None,
-        }
+        Answer { code, authoritative: false, answers: Vec::new(), authorities: Vec::new(), additionals: Vec::new() }
+    }
+
+    /// Says that the records of another name stand for this one's.
+    pub fn alias(name: &Name, ttl: u32, target: &Name) -> Self {
+        let record = Record::from_rdata(name.clone(), ttl, RData::CNAME(CNAME(target.clone())));
+        Answer { answers: vec![record], authoritative: true, ..Answer::code(ResponseCode::NoError) }
+    }
+
+    /// There are records, and nothing went wrong.
+    pub fn is_positive(&self) -> bool {
+        self.code == ResponseCode::NoError && !self.answers.is_empty()
+    }
+
+    /// The server could not say anything of the name.
+    pub fn is_failure(&self) -> bool {
+        !matches!(self.code, ResponseCode::NoError | ResponseCode::NXDomain)
     }
 
     /// This alias with what was found behind it.
     pub fn followed_by(mut self, target: Answer) -> Self {
         // The alias itself is a good answer, even when its target cannot be resolved now.
-        if !matches!(target.code, ResponseCode::ServFail | ResponseCode::Refused) {
+        if !target.is_failure() {
             self.code = target.code;
         }
         self.authoritative &= target.authoritative;
         self.answers.extend(target.answers);
         self.authorities.extend(target.authorities);
         self.additionals.extend(target.additionals);
-        self.follow = target.follow;
         self
     }
 

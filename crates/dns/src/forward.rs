@@ -1,42 +1,60 @@
-//! Asks upstream servers, over UDP and, when an answer does not fit, over TCP.
+//! Which upstream servers are asked about a name, in which order, and for how long.
 
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hickory_proto::op::{Edns, Message, MessageType, Query, ResponseCode};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UdpSocket;
-use tokio::time::timeout;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use hickory_proto::op::ResponseCode;
+use hickory_proto::rr::Name;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use crate::answer::{Answer, Question};
-use crate::config::{HostSockets, SocketMaker};
-use crate::message::UDP_PAYLOAD;
+use crate::upstream::Upstream;
 
-/// How long one server may think. Clients ask again after five seconds.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// A single server is asked again once, because UDP loses packets.
+/// When a server is silent for so long, the next is asked too; what the first says still counts.
+const NEXT: Duration = Duration::from_millis(400);
+/// Clients ask again after five seconds: until then they are to know.
+const PATIENCE: Duration = Duration::from_millis(2500);
+/// A single server is asked again, because UDP loses packets.
 const MIN_ATTEMPTS: usize = 2;
 const MAX_ATTEMPTS: usize = 4;
 
-/// The upstream servers.
+/// The servers that know the same names.
+pub struct Group {
+    servers: Vec<Upstream>,
+}
+
+/// All servers, by the domain that each group is for.
 pub struct Forward {
-    servers: Vec<SocketAddr>,
-    sockets: Arc<dyn SocketMaker>,
-    /// The server that answered last: it is asked first.
-    preferred: AtomicUsize,
+    /// The longest domain first.
+    stubs: Vec<(Name, Group)>,
+    others: Group,
 }
 
 impl Forward {
-    pub fn new(servers: Vec<SocketAddr>, sockets: Arc<dyn SocketMaker>) -> Self {
-        Forward { servers, sockets, preferred: AtomicUsize::new(0) }
+    pub fn new(mut stubs: Vec<(Name, Group)>, others: Group) -> Self {
+        stubs.sort_by_key(|(name, _)| std::cmp::Reverse(name.num_labels()));
+        Forward { stubs, others }
     }
 
     pub fn nowhere() -> Self {
-        Forward::new(Vec::new(), Arc::new(HostSockets))
+        Forward::new(Vec::new(), Group::new(Vec::new()))
+    }
+
+    pub fn group(&self, name: &Name) -> &Group {
+        self.stubs.iter().find(|(zone, _)| zone.zone_of(name)).map_or(&self.others, |(_, group)| group)
+    }
+}
+
+impl Group {
+    pub fn new(servers: Vec<Upstream>) -> Self {
+        Group { servers }
+    }
+
+    /// Every server has failed lately: nothing good is to be expected soon.
+    pub fn rests(&self, now: Instant) -> bool {
+        self.servers.iter().all(|server| server.rests(now))
     }
 
     /// The first good answer; SERVFAIL when no server gives one, REFUSED when there is no server.
@@ -44,82 +62,50 @@ impl Forward {
         if self.servers.is_empty() {
             return Answer::code(ResponseCode::Refused);
         }
-        let first = self.preferred.load(Ordering::Relaxed);
-        let attempts = self.servers.len().clamp(MIN_ATTEMPTS, MAX_ATTEMPTS);
         let mut last = Answer::code(ResponseCode::ServFail);
-        for attempt in 0..attempts {
-            let index = (first + attempt) % self.servers.len();
-            let server = self.servers[index];
-            match timeout(PATIENCE, self.exchange(server, question)).await {
-                Ok(Ok(answer)) if matches!(answer.code, ResponseCode::ServFail | ResponseCode::Refused) => {
-                    last = answer;
-                }
-                Ok(Ok(answer)) => {
-                    self.preferred.store(index, Ordering::Relaxed);
-                    return answer;
-                }
-                Ok(Err(error)) => debug!(%server, %error, "an upstream DNS server did not answer"),
-                Err(_) => debug!(%server, "an upstream DNS server took too long"),
-            }
-        }
-        last
+        let good = timeout(PATIENCE, self.race(question, &mut last)).await;
+        good.ok().flatten().unwrap_or(last)
     }
 
-    async fn exchange(&self, server: SocketAddr, question: &Question) -> io::Result<Answer> {
-        let mut request = Message::query();
-        request.metadata.recursion_desired = true;
-        request.add_query(Query::query(question.name.clone(), question.record_type));
-        let mut edns = Edns::new();
-        edns.set_max_payload(UDP_PAYLOAD).set_dnssec_ok(question.dnssec_ok);
-        request.set_edns(edns);
-        let bytes = request.to_vec().map_err(io::Error::other)?;
-
-        let reply = self.over_udp(server, &request, &bytes).await?;
-        let reply = if reply.metadata.truncation { self.over_tcp(server, &request, &bytes).await? } else { reply };
-        Ok(Answer {
-            answers: reply.answers,
-            authorities: reply.authorities,
-            additionals: reply.additionals,
-            ..Answer::code(reply.metadata.response_code)
-        })
-    }
-
-    async fn over_udp(&self, server: SocketAddr, request: &Message, bytes: &[u8]) -> io::Result<Message> {
-        // A socket of its own for every question: its random port is half of what a forger has to guess.
-        let socket = self.sockets.udp(server)?;
-        socket.set_nonblocking(true)?;
-        let socket = UdpSocket::from_std(socket)?;
-        socket.connect(server).await?;
-        socket.send(bytes).await?;
-        let mut buffer = vec![0; usize::from(u16::MAX)];
+    /// Asks one server after the other, without giving up those that were asked before.
+    async fn race(&self, question: &Question, last: &mut Answer) -> Option<Answer> {
+        let now = Instant::now();
+        // As configured, but who failed lately comes last.
+        let mut order: Vec<&Upstream> = self.servers.iter().collect();
+        order.sort_by_key(|server| server.rests(now));
+        let attempts = order.len().clamp(MIN_ATTEMPTS, MAX_ATTEMPTS);
+        let mut turns = order.into_iter().cycle().take(attempts);
+        let mut asked = FuturesUnordered::new();
+        let mut latest = None;
         loop {
-            let length = socket.recv(&mut buffer).await?;
-            // Anything else is late or forged: the answer may still come.
-            if let Some(reply) = reply_to(request, &buffer[..length]) {
-                return Ok(reply);
+            if let Some(server) = turns.next() {
+                latest = Some(server);
+                asked.push(async move { (server, server.exchange(question).await) });
+            }
+            tokio::select! {
+                Some((server, outcome)) = asked.next() => match outcome {
+                    // It is there; it only knows nothing of this name.
+                    Ok(answer) if answer.is_failure() => {
+                        server.note(true, Instant::now());
+                        *last = answer;
+                    }
+                    Ok(answer) => {
+                        server.note(true, Instant::now());
+                        return Some(answer);
+                    }
+                    Err(error) => {
+                        debug!(server = %server.address(), %error, "an upstream DNS server did not answer");
+                        server.note(false, Instant::now());
+                    }
+                },
+                () = sleep(NEXT), if !asked.is_empty() => {
+                    // If it answers after all it is well again; until then the others come first.
+                    if let Some(silent) = latest.take() {
+                        silent.note(false, Instant::now());
+                    }
+                }
+                else => return None,
             }
         }
     }
-
-    async fn over_tcp(&self, server: SocketAddr, request: &Message, bytes: &[u8]) -> io::Result<Message> {
-        let mut stream = self.sockets.tcp(server)?.connect(server).await?;
-        let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
-        let mut framed = length.to_be_bytes().to_vec();
-        framed.extend_from_slice(bytes);
-        stream.write_all(&framed).await?;
-        let length = stream.read_u16().await?;
-        let mut buffer = vec![0; usize::from(length)];
-        stream.read_exact(&mut buffer).await?;
-        reply_to(request, &buffer).ok_or_else(|| io::Error::other("the answer belongs to another question"))
-    }
-}
-
-/// The message, if it answers this request.
-fn reply_to(request: &Message, bytes: &[u8]) -> Option<Message> {
-    let reply = Message::from_vec(bytes).ok()?;
-    let is_reply = reply.metadata.message_type == MessageType::Response && reply.metadata.id == request.metadata.id;
-    // Some servers leave the question out of an error.
-    let same_question = reply.queries == request.queries
-        || (reply.queries.is_empty() && reply.metadata.response_code != ResponseCode::NoError);
-    (is_reply && same_question).then_some(reply)
 }

@@ -1,73 +1,63 @@
-//! From an address back to the Service or endpoint that has it.
+//! From an address back to the Services and endpoints that have it.
+//!
+//! The table's own index answers: a second one, with names written out, would take more memory than all other answers.
 
-use hickory_proto::op::ResponseCode;
-use hickory_proto::rr::rdata::PTR;
-use hickory_proto::rr::{Name, RData, Record, RecordType};
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 use services::{Owner, ServiceTable};
 
-use crate::answer::{Answer, Question};
-use crate::records::{endpoint_name, service_name, soa};
+use crate::compile::{Held, labels, record};
+use crate::wire::{QUESTION_NAME, WireName, kind};
+use crate::zone::Found;
 
 /// The names under in-addr.arpa and ip6.arpa that the table knows.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ReverseZones {
-    zone: Name,
+    zone: WireName,
     ttl: u32,
     ranges: Vec<IpNet>,
 }
 
 impl ReverseZones {
     /// Names in `zone`; in `ranges` no other server is asked about unknown addresses.
-    pub fn new(zone: Name, ttl: u32, ranges: Vec<IpNet>) -> Self {
+    pub fn new(zone: WireName, ttl: u32, ranges: Vec<IpNet>) -> Self {
         ReverseZones { zone, ttl, ranges }
     }
 
-    /// The answer to a question about an address of the cluster; `None` for other names.
-    pub fn answer(&self, table: &ServiceTable, question: &Question) -> Option<Answer> {
-        let asked = question.name.parse_arpa_name().ok()?;
-        let is_ours = self.ranges.iter().any(|range| range.contains(&asked));
-        if asked.prefix_len() < asked.max_prefix_len() {
+    /// What is known of an address of the cluster; `None` for other names.
+    pub fn find(&self, table: &ServiceTable, name: &WireName, wanted: u16) -> Option<Found<'static>> {
+        let (address, parts) = name.reversed()?;
+        let is_ours = self.ranges.iter().any(|range| range.contains(&address));
+        if parts < if address.is_ipv4() { 4 } else { 32 } {
             // Between the zone and an address: exists, and has nothing.
-            return is_ours.then(|| self.negative(ResponseCode::NoError, question));
+            return is_ours.then_some(Found::Held(Held::NoData));
         }
         if !table.is_synced() {
-            return is_ours.then(|| Answer::code(ResponseCode::ServFail));
+            return is_ours.then_some(Found::NotYet);
         }
-        let owners = table.by_address(asked.addr());
+        let owners = table.by_address(address);
         if owners.is_empty() {
-            return is_ours.then(|| self.negative(ResponseCode::NXDomain, question));
+            return is_ours.then_some(Found::Held(Held::NoName));
         }
-        if !matches!(question.record_type, RecordType::PTR | RecordType::ANY) {
-            return Some(self.negative(ResponseCode::NoError, question));
+        if !matches!(wanted, kind::PTR | kind::ANY) {
+            return Some(Found::Held(Held::NoData));
         }
-        let mut names: Vec<Name> = owners.iter().filter_map(|owner| self.name(owner)).collect();
-        names.sort();
-        names.dedup();
-        let record = |name| Record::from_rdata(question.name.clone(), self.ttl, RData::PTR(PTR(name)));
-        Some(Answer {
-            authoritative: true,
-            answers: names.into_iter().map(record).collect(),
-            ..Answer::code(ResponseCode::NoError)
-        })
+        let targets: BTreeSet<Vec<u8>> = owners.iter().filter_map(|owner| self.target(owner)).collect();
+        let (mut answers, mut answer_count) = (Vec::new(), 0);
+        for target in targets {
+            record(&mut answers, QUESTION_NAME, kind::PTR, self.ttl, &target);
+            answer_count += 1;
+        }
+        Some(Found::Made { answers, answer_count, additionals: Vec::new(), additional_count: 0 })
     }
 
-    fn name(&self, owner: &Owner<'_>) -> Option<Name> {
-        match owner {
-            Owner::ClusterIp(service) => service_name(&service.namespace, &service.name, &self.zone),
-            Owner::Endpoint(service, endpoint) => {
-                endpoint_name(&endpoint.host(), &service.namespace, &service.name, &self.zone)
-            }
-        }
-    }
-
-    fn negative(&self, code: ResponseCode, question: &Question) -> Answer {
-        // in-addr.arpa or ip6.arpa: an ancestor of the name, so that resolvers cache the answer.
-        let owner = question.name.trim_to(2);
-        Answer {
-            authoritative: true,
-            authorities: soa(&owner, &self.zone, self.ttl).into_iter().collect(),
-            ..Answer::code(code)
-        }
+    fn target(&self, owner: &Owner<'_>) -> Option<Vec<u8>> {
+        let mut target = match owner {
+            Owner::ClusterIp(service) => labels(&[&service.name, &service.namespace, "svc"]),
+            Owner::Endpoint(service, endpoint) => labels(&[&endpoint.host(), &service.name, &service.namespace, "svc"]),
+        }?;
+        target.extend_from_slice(self.zone.bytes());
+        Some(target)
     }
 }

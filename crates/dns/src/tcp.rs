@@ -8,15 +8,14 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::chain::Progress;
-use crate::message::{Incoming, decode};
-use crate::metrics::Way;
-use crate::server::Desk;
+use crate::chain::Step;
+use crate::counts::Way;
+use crate::server::{Arrival, Desk};
 
 const MAX_CONNECTIONS: usize = 256;
 /// How long a connection may be silent between questions.
@@ -54,7 +53,9 @@ pub async fn serve(listener: TcpListener, desk: Arc<Desk>, token: CancellationTo
 }
 
 async fn converse(mut stream: TcpStream, peer: SocketAddr, desk: &Desk) -> io::Result<()> {
-    let way = Way { protocol: "tcp", is_ipv6: peer.is_ipv6() };
+    let way = Way { is_tcp: true, is_ipv6: peer.is_ipv6() };
+    let limit = Some(usize::from(u16::MAX));
+    let mut out = Vec::new();
     loop {
         let length = match timeout(IDLE, stream.read_u16()).await {
             Ok(Ok(length)) => usize::from(length),
@@ -66,31 +67,16 @@ async fn converse(mut stream: TcpStream, peer: SocketAddr, desk: &Desk) -> io::R
         let mut buffer = vec![0; length];
         timeout(PATIENCE, stream.read_exact(&mut buffer)).await??;
 
-        let (request, answer) = match decode(&buffer) {
-            Incoming::Ignore => return Ok(()),
-            Incoming::Refuse(request, answer) => {
-                let arrival = desk.arrive(way, None);
-                desk.leave(arrival, &answer, None);
-                (request, answer)
-            }
-            Incoming::Ask(request, question) => {
-                let arrival = desk.arrive(way, Some(question.record_type));
-                let (answer, source) = match desk.resolver.begin(&question, arrival.at) {
-                    Progress::Done(answer, source) => (answer, source),
-                    Progress::Waiting { so_far, question } => desk.resolver.finish(so_far, &question).await,
-                };
-                desk.leave(arrival, &answer, Some(source));
-                (request, answer)
-            }
+        let arrival = Arrival { at: Instant::now(), way, peer, size: length };
+        let step = match desk.resolver.receive(&buffer, peer.ip(), limit, arrival.at, &mut out) {
+            Step::Silence => return Ok(()),
+            Step::Wait(waiting) => desk.resolver.finish(*waiting, limit, &mut out).await,
+            step => step,
         };
-        let mut answer = answer;
-        answer.rotate(usize::from(request.id()));
-        let bytes = request
-            .encode(answer, usize::from(u16::MAX))
-            .ok_or_else(|| io::Error::other("the answer cannot be written"))?;
-        let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+        desk.leave(&arrival, &buffer, &step, &out);
+        let length = u16::try_from(out.len()).map_err(io::Error::other)?;
         let mut framed = length.to_be_bytes().to_vec();
-        framed.extend_from_slice(&bytes);
+        framed.extend_from_slice(&out);
         timeout(PATIENCE, stream.write_all(&framed)).await??;
     }
 }

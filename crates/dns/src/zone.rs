@@ -1,259 +1,249 @@
 //! The cluster's own zone: which name has which records, by the Kubernetes DNS specification 1.1.0.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use hickory_proto::op::ResponseCode;
-use hickory_proto::rr::rdata::{CNAME, NS, SRV, TXT};
-use hickory_proto::rr::{Name, RData, Record, RecordType};
-use services::{Service, ServiceKind, ServiceTable, Slice, SliceEndpoint};
-
-use crate::answer::{Answer, Question};
+use crate::compile::{self, Held, PREFERENCE, Records, key, labels, record};
 use crate::config::PodMode;
 use crate::error::DnsError;
-use crate::records::{address, endpoint_name, name_below, service_name, soa};
+use crate::names::Names;
+use crate::objects::Objects;
+use crate::wire::{HEADER, QUESTION_NAME, WireName, kind};
 
 /// The version of the specification that the records follow.
 const SCHEMA_VERSION: &str = "1.1.0";
 /// The Service behind which cluster DNS itself is found.
 const DNS_SERVICE: (&str, &str) = ("kube-system", "kube-dns");
+/// Fields of the SOA record besides its names and its minimum: nobody may transfer the zone, so nobody compares serials.
+const SOA: [u32; 4] = [1, 7200, 1800, 86_400];
 
-/// A zone whose content is a [`ServiceTable`].
-#[derive(Debug, Clone)]
+/// A zone whose content is the table of Services.
+#[derive(Clone)]
 pub struct Zone {
-    origin: Name,
+    text: String,
+    origin: WireName,
     ttl: u32,
     pods: PodMode,
 }
 
-/// Everything that stands at one name, of all types. A node without data still exists: no records, but no NXDOMAIN.
-#[derive(Default)]
-struct Node {
-    data: Vec<RData>,
-    additionals: Vec<Record>,
+/// What is known of a name and type.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// Compiled before.
+    Held(Held<'a>),
+    /// Written for this question.
+    Made { answers: Vec<u8>, answer_count: u16, additionals: Vec<u8>, additional_count: u16 },
+    /// The table is not complete: nothing can be said about it.
+    NotYet,
 }
 
-impl Node {
-    fn of(data: Vec<RData>) -> Self {
-        Node { data, additionals: Vec::new() }
+impl Found<'_> {
+    const NO_DATA: Found<'static> = Found::Held(Held::NoData);
+    const NO_NAME: Found<'static> = Found::Held(Held::NoName);
+
+    fn one(answer: Vec<u8>) -> Self {
+        Found::Made { answers: answer, answer_count: 1, additionals: Vec::new(), additional_count: 0 }
+    }
+
+    fn exists(exists: bool) -> Self {
+        if exists { Self::NO_DATA } else { Self::NO_NAME }
     }
 }
 
 impl Zone {
     pub fn new(origin: &str, ttl: u32, pods: PodMode) -> Result<Self, DnsError> {
-        let wrong = |reason: String| DnsError::Zone { zone: origin.to_owned(), reason };
-        let mut name = Name::from_ascii(origin).map_err(|error| wrong(error.to_string()))?;
-        if name.iter().next().is_none() {
-            return Err(wrong("the root is not ours".to_owned()));
+        let wrong = |reason: &str| DnsError::Zone { zone: origin.to_owned(), reason: reason.to_owned() };
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
+        if !origin.chars().all(is_plain) {
+            return Err(wrong("only letters, digits, hyphens and dots are in a zone's name"));
         }
-        name.set_fqdn(true);
-        Ok(Zone { origin: name, ttl, pods })
+        let wire = compile::name(origin).ok_or_else(|| wrong("labels have 1 to 63 letters, names up to 253"))?;
+        let origin = WireName::read(&wire, 0).ok_or_else(|| wrong("the name is too long"))?;
+        Ok(Zone { text: String::from_utf8_lossy(&wire).into_owned(), origin, ttl, pods })
     }
 
-    pub fn origin(&self) -> &Name {
+    pub fn origin(&self) -> &WireName {
         &self.origin
     }
 
-    /// The answer to a question about a name of this zone; `None` for other names.
-    pub fn answer(&self, table: &ServiceTable, question: &Question) -> Option<Answer> {
-        if !self.origin.zone_of(&question.name) {
-            return None;
-        }
-        if question.is_transfer() {
-            return Some(Answer::code(ResponseCode::Refused));
-        }
-        if !table.is_synced() {
-            return Some(Answer::code(ResponseCode::ServFail));
-        }
-        let origin_labels = self.origin.iter().count();
-        // Names in answers keep the case in which the client wrote the zone.
-        let zone = question.name.trim_to(origin_labels);
-        let below = question.name.iter().count() - origin_labels;
-        let labels: Vec<String> =
-            question.name.iter().take(below).map(|label| String::from_utf8_lossy(label).to_ascii_lowercase()).collect();
-        let path: Vec<&str> = labels.iter().map(String::as_str).collect();
-        Some(match self.node(table, &path, &zone) {
-            Some(node) => self.select(node, question, &zone),
-            None => self.negative(ResponseCode::NXDomain, &zone),
-        })
+    pub fn ttl(&self) -> u32 {
+        self.ttl
     }
 
-    fn node(&self, table: &ServiceTable, path: &[&str], zone: &Name) -> Option<Node> {
-        match path {
-            [] => self.apex(table, zone),
-            ["dns-version"] => Some(Node::of(vec![RData::TXT(TXT::new(vec![SCHEMA_VERSION.to_owned()]))])),
-            ["dns"] | ["svc"] => Some(Node::default()),
-            ["ns", "dns"] => Some(Node::of(own_addresses(table))),
-            [namespace, "svc"] => table.has_namespace(namespace).then(Node::default),
-            [service, namespace, "svc"] => self.service(table, namespace, service),
-            [below, service, namespace, "svc"] => self.below_service(table, namespace, service, below),
-            [port, protocol, service, namespace, "svc"] => {
-                let port = port.strip_prefix('_').filter(|port| !port.is_empty())?;
-                let protocol = protocol.strip_prefix('_')?;
-                self.port(table, table.service(namespace, service)?, port, protocol, zone)
-            }
-            ["pod"] => (self.pods == PodMode::Insecure).then(Node::default),
-            [namespace, "pod"] => self.has_pods(table, namespace).then(Node::default),
-            [pod, namespace, "pod"] if self.has_pods(table, namespace) => {
-                Some(Node::of(vec![address(parse_dashed(pod)?)]))
-            }
-            _ => None,
+    pub fn verifies_pods(&self) -> bool {
+        self.pods == PodMode::Verified
+    }
+
+    /// What the zone knows of a name that is `below` labels below it.
+    pub fn find<'a>(
+        &self,
+        names: &'a Names,
+        objects: &Objects,
+        name: &WireName,
+        wanted: u16,
+        below: usize,
+    ) -> Found<'a> {
+        if !names.synced {
+            return Found::NotYet;
         }
-    }
-
-    fn apex(&self, table: &ServiceTable, zone: &Name) -> Option<Node> {
-        let server = name_below(&["ns", "dns"], zone)?;
-        let start = soa(zone, zone, self.ttl)?;
-        let additionals = own_addresses(table).into_iter().map(|data| self.record(&server, data)).collect();
-        Some(Node { data: vec![start.data, RData::NS(NS(server))], additionals })
-    }
-
-    fn service(&self, table: &ServiceTable, namespace: &str, name: &str) -> Option<Node> {
-        let data = match &table.service(namespace, name)?.kind {
-            ServiceKind::ClusterIp(addresses) => addresses.iter().copied().map(address).collect(),
-            ServiceKind::Headless => {
-                let ready = ready_endpoints(table, namespace, name);
-                let addresses: BTreeSet<IpAddr> = ready.map(|(_, endpoint)| endpoint.address).collect();
-                if addresses.is_empty() {
-                    return None;
-                }
-                addresses.into_iter().map(address).collect()
-            }
-            ServiceKind::ExternalName(target) => vec![RData::CNAME(CNAME(external_name(target)?))],
-            ServiceKind::Pending => Vec::new(),
-        };
-        Some(Node::of(data))
-    }
-
-    /// An endpoint's name, or the `_tcp` between a Service and its ports.
-    fn below_service(&self, table: &ServiceTable, namespace: &str, name: &str, below: &str) -> Option<Node> {
-        let service = table.service(namespace, name)?;
-        if matches!(service.kind, ServiceKind::ExternalName(_)) {
-            return None;
-        }
-        if let Some(protocol) = below.strip_prefix('_') {
-            let has_port = service.ports.iter().any(|port| !port.name.is_empty() && port.protocol.name() == protocol);
-            let reachable = !matches!(service.kind, ServiceKind::Headless)
-                || ready_endpoints(table, namespace, name).next().is_some();
-            return (has_port && reachable).then(Node::default);
-        }
-        let named = table.endpoints_named(namespace, name, below);
-        let addresses: BTreeSet<IpAddr> = named.into_iter().map(|(_, endpoint)| endpoint.address).collect();
-        (!addresses.is_empty()).then(|| Node::of(addresses.into_iter().map(address).collect()))
-    }
-
-    /// The SRV records of one named port.
-    fn port(&self, table: &ServiceTable, service: &Service, port: &str, protocol: &str, zone: &Name) -> Option<Node> {
-        let mut targets: Vec<(u16, Name)> = Vec::new();
-        let mut additionals = Vec::new();
-        match &service.kind {
-            ServiceKind::ClusterIp(addresses) => {
-                let target = service_name(&service.namespace, &service.name, zone)?;
-                let named = service.ports.iter();
-                let named = named.filter(|one| *one.name == *port && one.protocol.name() == protocol);
-                targets.extend(named.map(|one| (one.port, target.clone())));
-                additionals.extend(addresses.iter().map(|ip| self.record(&target, address(*ip))));
-            }
-            ServiceKind::Headless => {
-                for (slice, endpoint) in ready_endpoints(table, &service.namespace, &service.name) {
-                    let target = endpoint_name(&endpoint.host(), &service.namespace, &service.name, zone);
-                    let Some(target) = target else { continue };
-                    let named = slice.ports.iter();
-                    let named = named.filter(|one| *one.name == *port && one.protocol.name() == protocol);
-                    let before = targets.len();
-                    // The slices of both families name one endpoint: one record, two addresses.
-                    for number in named.filter_map(|one| one.port) {
-                        targets.push((number, target.clone()));
+        let Some(last) = below.checked_sub(1) else { return self.apex(names, name, wanted) };
+        match (name.label(last), last) {
+            (b"svc", 0) => Found::NO_DATA,
+            (b"svc", 1) => Found::exists(has_namespace(names, objects, name.part(0, 1))),
+            (b"svc", _) => match names.service(name.part(last - 2, last)) {
+                Some(service) => {
+                    let held = service.find(name.part(0, last - 2), wanted);
+                    let is_preference = last == 5 && name.part(1, 3) == PREFERENCE;
+                    if held == Held::NoName && is_preference && service.find(PREFERENCE, wanted) != Held::NoName {
+                        // No endpoint is in that zone: any other will do.
+                        return Found::Held(service.find(&[], wanted));
                     }
-                    if targets.len() > before {
-                        additionals.push(self.record(&target, address(endpoint.address)));
+                    Found::Held(held)
+                }
+                None => Found::NO_NAME,
+            },
+            (b"dns-version", 0) => self.version(wanted),
+            (b"dns", 0) => Found::NO_DATA,
+            (b"dns", 1) if name.label(0) == b"ns" => self.own_address(names, wanted),
+            (b"pod", _) if self.pods != PodMode::Disabled => self.pod(names, objects, name, wanted, last),
+            _ => Found::NO_NAME,
+        }
+    }
+
+    fn version(&self, wanted: u16) -> Found<'static> {
+        if !matches!(wanted, kind::TXT | kind::ANY) {
+            return Found::NO_DATA;
+        }
+        let mut answer = Vec::new();
+        // A character string has its length before it, as a label has.
+        let text = labels(&[SCHEMA_VERSION]).unwrap_or_default();
+        record(&mut answer, QUESTION_NAME, kind::TXT, self.ttl, &text);
+        Found::one(answer)
+    }
+
+    fn own_address<'a>(&self, names: &'a Names, wanted: u16) -> Found<'a> {
+        let own = key(DNS_SERVICE.0, DNS_SERVICE.1).unwrap_or_default();
+        Found::Held(names.service(&own).map_or(Held::NoData, |service| service.find(&[], wanted)))
+    }
+
+    fn apex<'a>(&self, names: &'a Names, name: &WireName, wanted: u16) -> Found<'a> {
+        let mut answer = Vec::new();
+        match wanted {
+            kind::SOA | kind::ANY => {
+                self.write_soa(&mut answer, HEADER, HEADER, self.ttl);
+                Found::one(answer)
+            }
+            kind::NS => {
+                let mut data = b"\x02ns\x03dns".to_vec();
+                data.extend_from_slice(&QUESTION_NAME);
+                let target = HEADER + name.bytes().len() + 4 + compile::RECORD;
+                record(&mut answer, QUESTION_NAME, kind::NS, self.ttl, &data);
+                let (mut additionals, mut additional_count) = (Vec::new(), 0);
+                for family in [kind::A, kind::AAAA] {
+                    if let Found::Held(Held::Records(records)) = self.own_address(names, family) {
+                        let from = additionals.len();
+                        additionals.extend_from_slice(records.answers);
+                        retarget(&mut additionals[from..], target);
+                        additional_count += records.answer_count;
                     }
                 }
-                targets.sort();
-                targets.dedup();
+                Found::Made { answers: answer, answer_count: 1, additionals, additional_count }
             }
-            ServiceKind::ExternalName(_) | ServiceKind::Pending => {}
-        }
-        if targets.is_empty() {
-            return None;
-        }
-        let weight = u16::try_from(100 / targets.len()).unwrap_or(0).max(1);
-        let srv = |(number, target)| RData::SRV(SRV::new(0, weight, number, target));
-        Some(Node { data: targets.into_iter().map(srv).collect(), additionals })
-    }
-
-    fn has_pods(&self, table: &ServiceTable, namespace: &str) -> bool {
-        self.pods == PodMode::Insecure && table.has_namespace(namespace)
-    }
-
-    /// Picks the records of the wanted type; an alias stands for addresses too.
-    fn select(&self, node: Node, question: &Question, zone: &Name) -> Answer {
-        let wanted = question.record_type;
-        let follow = node.data.iter().find_map(|data| match data {
-            RData::CNAME(target) if question.wants_address() => Some(target.0.clone()),
-            _ => None,
-        });
-        let answers: Vec<Record> = node
-            .data
-            .into_iter()
-            .filter(|data| wanted == RecordType::ANY || data.record_type() == wanted || follow.is_some())
-            .map(|data| self.record(&question.name, data))
-            .collect();
-        if answers.is_empty() {
-            return self.negative(ResponseCode::NoError, zone);
-        }
-        Answer {
-            authoritative: true,
-            answers,
-            additionals: if wanted == RecordType::SOA { Vec::new() } else { node.additionals },
-            follow,
-            ..Answer::code(ResponseCode::NoError)
+            _ => Found::NO_DATA,
         }
     }
 
-    fn negative(&self, code: ResponseCode, zone: &Name) -> Answer {
-        Answer {
-            authoritative: true,
-            authorities: soa(zone, zone, self.ttl).into_iter().collect(),
-            ..Answer::code(code)
+    /// `1-2-3-4.NAMESPACE.pod`; `last` is the index of `pod`.
+    fn pod(&self, names: &Names, objects: &Objects, name: &WireName, wanted: u16, last: usize) -> Found<'static> {
+        if last == 0 {
+            return Found::NO_DATA;
         }
+        if !has_namespace(names, objects, name.part(last - 1, last)) {
+            return Found::NO_NAME;
+        }
+        let (1, Some(ip)) = (last - 1, parse_dashed(name.label(0))) else { return Found::exists(last == 1) };
+        let namespace = String::from_utf8_lossy(name.label(1));
+        if self.pods == PodMode::Verified && !objects.is_pod(&namespace, ip) {
+            return Found::NO_NAME;
+        }
+        let own = if ip.is_ipv4() { kind::A } else { kind::AAAA };
+        if wanted != own && wanted != kind::ANY {
+            return Found::NO_DATA;
+        }
+        let mut answer = Vec::new();
+        compile::address(&mut answer, QUESTION_NAME, self.ttl, ip);
+        Found::one(answer)
     }
 
-    fn record(&self, owner: &Name, data: RData) -> Record {
-        Record::from_rdata(owner.clone(), self.ttl, data)
+    /// Appends the start of authority, which tells clients how long they may believe that there is nothing.
+    ///
+    /// `owner` and `zone` are offsets of names in the reply: who has the record, and the cluster's zone; the latter is
+    /// written out when it is not there.
+    pub fn write_soa(&self, out: &mut Vec<u8>, owner: usize, zone: impl Into<Option<usize>>, ttl: u32) {
+        let mut data = Vec::with_capacity(64);
+        let zone = zone.into();
+        for host in [b"\x02ns\x03dns".as_slice(), b"\x0ahostmaster"] {
+            data.extend_from_slice(host);
+            match zone {
+                Some(at) => data.extend_from_slice(&pointer(at)),
+                None => data.extend_from_slice(self.origin.bytes()),
+            }
+        }
+        for number in SOA.into_iter().chain([self.ttl]) {
+            data.extend_from_slice(&number.to_be_bytes());
+        }
+        record(out, pointer(owner), kind::SOA, ttl, &data);
     }
 }
 
-fn own_addresses(table: &ServiceTable) -> Vec<RData> {
-    let (namespace, name) = DNS_SERVICE;
-    match table.service(namespace, name).map(|service| &service.kind) {
-        Some(ServiceKind::ClusterIp(addresses)) => addresses.iter().copied().map(address).collect(),
-        _ => Vec::new(),
+impl std::fmt::Debug for Zone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Zone({:?})", self.text)
     }
 }
 
-fn ready_endpoints<'a>(
-    table: &'a ServiceTable,
-    namespace: &str,
-    name: &str,
-) -> impl Iterator<Item = (&'a Slice, &'a SliceEndpoint)> + use<'a> {
-    let slices: Vec<&'a Slice> = table.slices(namespace, name).collect();
-    let all = slices.into_iter().flat_map(|slice| slice.endpoints.iter().map(move |endpoint| (slice, endpoint)));
-    all.filter(|(_, endpoint)| endpoint.ready)
+/// A name by where it stands in the reply. Questions end before byte 271, so that every part of one can be pointed to.
+pub fn pointer(at: usize) -> [u8; 2] {
+    ((at as u16 & 0x3fff) | 0xc000).to_be_bytes()
 }
 
-/// The target of an ExternalName Service. An address is not a name: it has no record.
-fn external_name(target: &str) -> Option<Name> {
-    if target.is_empty() || target.trim_end_matches('.').parse::<IpAddr>().is_ok() {
-        return None;
+/// Gives records with a pointer for a name another owner.
+fn retarget(records: &mut [u8], owner: usize) {
+    let mut at = 0;
+    while let Some(length) = record_len(&records[at..]) {
+        records[at..at + 2].copy_from_slice(&pointer(owner));
+        at += length;
     }
-    let mut name = Name::from_ascii(target).ok()?;
-    name.set_fqdn(true);
-    Some(name)
+}
+
+/// The bytes of the first record, whose name is a pointer.
+pub fn record_len(records: &[u8]) -> Option<usize> {
+    let length = records.get(10..12)?;
+    Some(compile::RECORD + usize::from(u16::from_be_bytes([length[0], length[1]])))
+}
+
+pub fn has_namespace(names: &Names, objects: &Objects, label: &[u8]) -> bool {
+    let text = std::str::from_utf8(label.get(1..).unwrap_or_default()).unwrap_or_default();
+    objects.has_namespace(text).unwrap_or_else(|| names.has_namespace(label))
 }
 
 /// `10-244-1-5` or `fd00-10-244--5`.
-fn parse_dashed(label: &str) -> Option<IpAddr> {
-    let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
-    v4.or_else(|_| label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)).ok()
+fn parse_dashed(label: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(label).ok()?;
+    let v4 = text.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
+    v4.or_else(|_| text.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)).ok()
+}
+
+/// The records of a found name, however they came to be.
+pub fn records<'a>(found: &'a Found<'_>) -> Option<Records<'a>> {
+    match found {
+        Found::Held(Held::Records(records)) => Some(*records),
+        Found::Made { answers, answer_count, additionals, additional_count } => Some(Records {
+            answers,
+            answer_count: *answer_count,
+            additionals,
+            additional_count: *additional_count,
+            zones: &[],
+        }),
+        _ => None,
+    }
 }

@@ -13,7 +13,7 @@ use apiserver::Identity;
 use apiserver::auth::authenticate;
 use clap::{Args, ValueEnum};
 use cluster::{cluster, register};
-use dns::{DnsConfig, Listen, Upstreams};
+use dns::{DnsConfig, Listen};
 use ipnet::IpNet;
 use kubelet::KubeletConfig;
 use linux::netns::Netns;
@@ -89,6 +89,8 @@ pub struct AgentArgs {
     /// How pods of other nodes are reached.
     #[arg(long, value_enum, default_value = "host-gw")]
     pub overlay: Overlay,
+    #[command(flatten)]
+    pub dns: crate::dns::DnsOptions,
     /// Labels of the node, key=value.
     #[arg(long, value_name = "KEY=VALUE")]
     pub label: Vec<String>,
@@ -170,7 +172,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let identity = join::join(&args.server, trust, &args.token, &name, &args.node_ip, &dir.join("pki")).await?;
     let kept = identity.keep_renewed(&args.server, token.clone())?;
     let node_client = kept.client.clone();
-    let cluster = cluster(&node_client).await?;
+    let mut cluster = cluster(&node_client).await?;
     let mut labels =
         json!({"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"});
     for label in &args.label {
@@ -215,6 +217,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         None => Seed::default(),
     };
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
+    let dns_feed = dns::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let mut view = NodeView::new(
         Place { node: name.as_str().into(), zone: None },
         args.node_ip.clone(),
@@ -345,7 +348,10 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         DnsConfig::new(args.node_ip.iter().map(|ip| Listen::Address(SocketAddr::new(*ip, server::DNS_PORT))).collect());
     dns_config.zone = cluster.dns.domain.clone();
     dns_config.reverse = cluster.service_cidrs.iter().chain(&cluster.pod_cidrs).copied().collect();
-    dns_config.upstreams = Upstreams::ResolvConf("/etc/resolv.conf".into());
+    dns_config.search_clients = cluster.pod_cidrs.clone();
+    args.dns.apply(&mut dns_config)?;
+    dns_config.listen.extend(crate::dns::local_address(&args.dns)?);
+    crate::dns::servers_of_pods(&args.dns, &mut cluster.dns.servers);
     dns_config.metrics = args
         .node_ip
         .first()
@@ -355,7 +361,11 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     if let Some(outer) = &outer {
         dns_config.sockets = Arc::new(OuterSockets(outer.clone()));
     }
-    let dns_server = dns::Server::bind(dns_config, feed.table.clone()).await.context("start cluster DNS")?;
+    let dns_client = join::component_client(&node_client, &args.server, &identity, "fairlead-dns").await?;
+    let (dns_client, outage) = crate::dns::observed(dns_client);
+    dns_config.outage = Some(outage);
+    crate::dns::follow_objects(&dns_client, &mut dns_config, &args.dns, &mut tasks, &token);
+    let dns_server = dns::Server::bind(dns_config, dns_feed).await.context("start cluster DNS")?;
     let dns_token = token.clone();
     tasks.spawn(async move {
         dns_server.run(dns_token).await;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, await_dns, client, down, explain, image, node, proxy, server, status, top, up};
+use crate::{agent, await_dns, client, dns, down, explain, image, node, proxy, server, status, top, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +46,8 @@ enum Command {
     Agent(agent::AgentArgs),
     /// Run the Service proxy alone, in kube-proxy's place, on a node of any Kubernetes.
     Proxy(Box<proxy::ProxyArgs>),
+    /// Run cluster DNS alone, in CoreDNS's place, for any Kubernetes.
+    Dns(Box<dns::DnsArgs>),
     /// Create or change objects from files (server-side apply).
     Apply(client::ApplyArgs),
     /// Show objects.
@@ -63,7 +65,10 @@ enum Command {
 
 impl Cli {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        if !matches!(self.command, Command::Server(_) | Command::Agent(_) | Command::Up(_) | Command::Proxy(_)) {
+        if !matches!(
+            self.command,
+            Command::Server(_) | Command::Agent(_) | Command::Up(_) | Command::Proxy(_) | Command::Dns(_)
+        ) {
             linux::sigpipe::end_on_closed_pipe();
         }
         match self.command {
@@ -77,6 +82,7 @@ impl Cli {
             Command::Server(args) => server::run(args),
             Command::Agent(args) => agent::run(args),
             Command::Proxy(args) => proxy::run(*args),
+            Command::Dns(args) => dns::run(*args),
             Command::Apply(args) => blocking(args.run()),
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),

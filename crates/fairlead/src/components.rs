@@ -31,7 +31,11 @@ pub fn all() -> Vec<Component> {
         ),
         component(
             "fairlead-dns",
-            vec![rule("", &["services", "namespaces"], &READ), rule("discovery.k8s.io", &["endpointslices"], &READ)],
+            vec![
+                // Pods for where their names are verified, as CoreDNS's role has them.
+                rule("", &["services", "namespaces", "pods"], &READ),
+                rule("discovery.k8s.io", &["endpointslices"], &READ),
+            ],
         ),
         component("fairlead-podnet", vec![rule("", &["nodes"], &READ)]),
         component(

@@ -1,5 +1,6 @@
 //! What a cluster was made with, kept in its data directory, so that `up` again means the same cluster.
 
+use crate::dns::DnsOptions;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ pub struct ClusterConfig {
     pub nodes: u32,
     #[serde(default)]
     pub localhost_node_ports: bool,
+    #[serde(default)]
+    pub dns: DnsOptions,
     /// Switches of every node's proxy that are not as they are by default.
     #[serde(default)]
     pub feature_gates: String,

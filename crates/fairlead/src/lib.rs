@@ -3,6 +3,7 @@
 //! Two hidden subcommands run before any thread exists: `enter` moves into a node and becomes another program, `pod-helper`
 //! holds a pod.
 
+mod access;
 mod agent;
 mod await_dns;
 mod barrier;
@@ -11,6 +12,7 @@ mod client;
 mod components;
 mod config;
 mod connector;
+mod dns;
 mod down;
 mod explain;
 mod image;

@@ -18,14 +18,13 @@ use api::Resource;
 use api::kinds::{ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES};
 use http::Request;
 use kube::client::Body;
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use linux::cgroup_v1v2::Hierarchies;
 use linux::link::{AddressWatch, Links};
 use linux::netns::Netns;
 use proxy::configuration::{Configuration, Settings};
 use proxy::http::{Answer, Respond};
 use proxy::{Feature, Features, Feed, Health, HealthChecks, Metrics, Mode, NodeView, Status};
-use reconcile::{ApiError, Change, EventKind, ObjectRef, Recorder, Scope, ServiceFeed};
+use reconcile::{Change, EventKind, ObjectRef, Recorder, Scope, ServiceFeed};
 use serde_json::Value;
 use services::ServiceTable;
 use tokio::net::TcpListener;
@@ -36,7 +35,7 @@ use tracing::{info, warn};
 
 use crate::node_object::Node;
 use crate::service_cidrs::ServiceCidr;
-use crate::{barrier, cli, local, warnings};
+use crate::{access, barrier, cli, local, warnings};
 pub use flags::ProxyArgs;
 use node::Inputs;
 
@@ -109,21 +108,11 @@ pub fn hooks(node_cgroup: &Path, dir: &Path) -> anyhow::Result<proxy::Hooks> {
 }
 
 async fn client(args: &ProxyArgs, settings: &Settings, metrics: Arc<Metrics>) -> anyhow::Result<kube::Client> {
-    let mut config = match &settings.kubeconfig {
-        Some(path) => {
-            let read = Kubeconfig::read_from(path).with_context(|| format!("read {}", path.display()))?;
-            kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
-                .await
-                .with_context(|| path.display().to_string())?
-        }
-        None => kube::Config::incluster()
-            .context("there is neither --kubeconfig nor clientConnection.kubeconfig, and this is no pod")?,
-    };
+    let sources = "--kubeconfig nor clientConnection.kubeconfig";
+    let mut config = access::config(settings.kubeconfig.as_deref(), sources).await?;
     if let Some(master) = &args.master {
         config.cluster_url = master.parse().with_context(|| format!("--master {master:?} is not a URL"))?;
     }
-    // Watches are silent for as long as nothing happens.
-    config.read_timeout = None;
     let plain = kube::Client::try_from(config).context("prepare a client of the API server")?;
     let service = tower::service_fn(move |request: Request<Body>| {
         let (plain, metrics) = (plain.clone(), metrics.clone());
@@ -135,23 +124,6 @@ async fn client(args: &ProxyArgs, settings: &Settings, metrics: Arc<Metrics>) ->
         }
     });
     Ok(kube::Client::new(service, "default"))
-}
-
-/// Asks once for each kind that is needed, so that missing rights are named instead of waited for.
-async fn check_rights(client: &kube::Client) -> anyhow::Result<()> {
-    for resource in [&SERVICES, &ENDPOINT_SLICES, &NODES] {
-        let path = format!("{}?limit=1", resource.path(""));
-        match reconcile::api::request::<Value>(client, "GET", &path, "", None).await {
-            Ok(_) => {}
-            Err(ApiError::Status(status)) if matches!(status.code, 401 | 403) => bail!(
-                "{}; bind this identity to the cluster role system:node-proxier, and see whom the kubeconfig names",
-                status.message
-            ),
-            // It may come back, and the watches wait for it.
-            Err(error) => warn!(%error, "the API server does not answer yet"),
-        }
-    }
-    Ok(())
 }
 
 /// Whether the API server has the kind and lets us watch it.
@@ -179,7 +151,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     {
         tasks.spawn(proxy::http::serve(listener, proxy::probes(health.clone(), metrics.clone()), token.clone()));
     }
-    check_rights(&client).await?;
+    access::check_rights(&client, &[&SERVICES, &ENDPOINT_SLICES, &NODES], "system:node-proxier").await?;
 
     let mode = settings.mode;
     let features = args.features(&settings);

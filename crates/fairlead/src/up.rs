@@ -2,6 +2,7 @@
 
 use crate::agent::{NodeProxy, Overlay};
 use crate::config::{ClusterConfig, Publish};
+use crate::dns::DnsOptions;
 use crate::{cli, down, local, server};
 use anyhow::{Context, bail};
 use clap::Args;
@@ -56,6 +57,8 @@ pub struct UpArgs {
     /// host:port of registries that are spoken to without TLS.
     #[arg(long, value_name = "HOST:PORT")]
     pub insecure_registry: Vec<String>,
+    #[command(flatten)]
+    pub dns: DnsOptions,
     /// Return when the cluster is ready, and leave it running.
     #[arg(long)]
     pub detach: bool,
@@ -64,6 +67,7 @@ pub struct UpArgs {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
+    args.dns.check()?;
     let proxy = args.proxy_mode.parse::<NodeProxy>().map_err(|e| anyhow::anyhow!("{e}"))?;
     if !nix::unistd::geteuid().is_root() {
         bail!("`fairlead up` makes namespaces and cgroups, which only root may; run it with sudo");
@@ -101,6 +105,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         publish: args.publish.iter().map(|p| format!("{}:{}", p.listen, p.node_port)).collect(),
         nodes,
         localhost_node_ports: args.localhost_node_ports,
+        dns: args.dns.clone().absolute()?,
         feature_gates: args.feature_gates.to_string(),
     };
     config.save(dir)?;
@@ -246,6 +251,7 @@ fn start_agent(
     if config.localhost_node_ports {
         arguments.push("--localhost-node-ports".into());
     }
+    arguments.extend(config.dns.flags());
     if !config.feature_gates.is_empty() {
         arguments.extend(["--feature-gates".into(), config.feature_gates.clone()]);
     }

@@ -165,6 +165,8 @@ pub struct ServiceTable {
     synced: bool,
     /// Only Services that name this proxy have frontends; `None`: only those that name none.
     proxy_name: Option<Arc<str>>,
+    /// Nobody asks for frontends: who only answers names does without their memory.
+    names_only: bool,
 }
 
 impl ServiceTable {
@@ -182,6 +184,11 @@ impl ServiceTable {
     /// without it.
     pub fn for_proxy(self, name: &str) -> Self {
         ServiceTable { proxy_name: Some(name.into()), ..self }
+    }
+
+    /// Makes no frontends at all: for cluster DNS by itself.
+    pub fn without_frontends(self) -> Self {
+        ServiceTable { names_only: true, ..self }
     }
 
     /// Adds or replaces a Service. After an error the last valid version stays.
@@ -422,6 +429,7 @@ impl ServiceTable {
         if let Some(service) = &entry.service
             && let ServiceKind::ClusterIp(cluster_ips) = &service.kind
             && service.proxy_name == self.proxy_name
+            && !self.names_only
         {
             for port in &service.ports {
                 let name = PortName {

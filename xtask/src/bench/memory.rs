@@ -61,7 +61,8 @@ fn role(dir: &Path) -> String {
     words.split('\0').nth(1).filter(|word| !word.is_empty()).unwrap_or("fairlead").to_owned()
 }
 
-fn kilobytes(rollup: &str, fields: &[&str]) -> u64 {
+/// The sum of these fields of a process's smaps_rollup.
+pub fn kilobytes(rollup: &str, fields: &[&str]) -> u64 {
     let lines = rollup.lines().filter(|line| fields.iter().any(|field| line.starts_with(field)));
     lines.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum()
 }

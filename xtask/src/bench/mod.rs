@@ -1,6 +1,7 @@
 //! The figures that README quotes, on the release build: medians of rounds whose variants take turns, so that a slow
 //! minute of the machine falls on all of them.
 
+mod dns;
 mod list;
 mod memory;
 mod plot;
@@ -33,6 +34,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "list", run: list::measure },
     Bench { name: "writes", run: writes::measure },
     Bench { name: "proxy", run: proxy::measure },
+    Bench { name: "dns", run: dns::measure },
 ];
 
 /// One line of the table.

@@ -5,18 +5,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use dns::{DnsConfig, Listen, Server, Upstreams};
+use dns::{DnsConfig, Feed, Listen, Server, UpstreamServer, Upstreams};
 use hickory_proto::op::{Edns, Message, Metadata, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use services::{Changes, ServiceTable};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::zone::table;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 fn objects(endpoints: usize) -> String {
     let many: Vec<String> =
@@ -32,30 +34,45 @@ fn objects(endpoints: usize) -> String {
     .join("\n")
 }
 
-struct Running {
-    address: SocketAddr,
+pub struct Running {
+    pub address: SocketAddr,
     metrics: SocketAddr,
     token: CancellationToken,
     task: JoinHandle<()>,
+    table: Arc<RwLock<ServiceTable>>,
+    sender: broadcast::Sender<Arc<Changes>>,
 }
 
 impl Running {
-    async fn start(upstreams: Vec<SocketAddr>) -> Self {
+    pub async fn start(upstreams: Vec<SocketAddr>) -> Self {
+        Running::start_with(upstreams, |_| {}).await
+    }
+
+    pub async fn start_with(upstreams: Vec<SocketAddr>, change: impl FnOnce(&mut DnsConfig)) -> Self {
         let mut table = table(&objects(200));
         table.set_synced();
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback");
         let metrics = listener.local_addr().expect("bound");
         let mut config = DnsConfig::new(vec![Listen::Address((Ipv4Addr::LOCALHOST, 0).into())]);
-        config.upstreams = Upstreams::Servers(upstreams);
+        config.upstreams = Upstreams::Servers(upstreams.into_iter().map(UpstreamServer::from).collect());
         config.metrics = Some(listener);
-        let server = Server::bind(config, Arc::new(RwLock::new(table))).await.expect("loopback");
+        change(&mut config);
+        let (sender, changes) = broadcast::channel(8);
+        let table = Arc::new(RwLock::new(table));
+        let server = Server::bind(config, Feed { table: table.clone(), changes }).await.expect("loopback");
         let address = server.addresses()[0];
         let token = CancellationToken::new();
         let task = tokio::spawn(server.run(token.clone()));
-        Running { address, metrics, token, task }
+        Running { address, metrics, token, task, table, sender }
     }
 
-    async fn stop(self) {
+    /// As whoever feeds the table does it.
+    fn change(&self, change: impl FnOnce(&mut ServiceTable) -> Changes) {
+        let changes = change(&mut self.table.write().expect("unpoisoned"));
+        self.sender.send(Arc::new(changes)).expect("the server listens");
+    }
+
+    pub async fn stop(self) {
         self.token.cancel();
         timeout(PATIENCE, self.task).await.expect("the server ends").expect("without a panic");
     }
@@ -70,9 +87,39 @@ impl Running {
         Some(buffer)
     }
 
-    async fn udp(&self, message: &Message) -> Message {
+    pub async fn udp(&self, message: &Message) -> Message {
         let bytes = self.send_udp(&message.to_vec().expect("a message")).await.expect("an answer");
         Message::from_vec(&bytes).expect("a message")
+    }
+
+    /// The same for an answer that takes its time.
+    pub async fn udp_patiently(&self, message: &Message) -> Message {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("loopback");
+        socket.connect(self.address).await.expect("loopback");
+        socket.send(&message.to_vec().expect("a message")).await.expect("sent");
+        let mut buffer = vec![0; 65_535];
+        let length = timeout(PATIENCE, socket.recv(&mut buffer)).await.expect("in time").expect("an answer");
+        Message::from_vec(&buffer[..length]).expect("a message")
+    }
+
+    /// The number behind a metric.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let text = get(self.metrics, "/metrics").await;
+        let line =
+            text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name} is not in\n{text}"));
+        line.rsplit(' ').next().and_then(|number| number.parse().ok()).expect("a number")
+    }
+
+    /// Why a server with this configuration does not start.
+    pub async fn refused(change: impl FnOnce(&mut DnsConfig)) -> String {
+        let mut config = DnsConfig::new(vec![Listen::Address((Ipv4Addr::LOCALHOST, 0).into())]);
+        config.upstreams = Upstreams::Servers(Vec::new());
+        change(&mut config);
+        let (_sender, changes) = broadcast::channel(8);
+        match Server::bind(config, Feed { table: Arc::default(), changes }).await {
+            Ok(_) => panic!("it starts"),
+            Err(error) => error.to_string(),
+        }
     }
 
     async fn tcp(&self, message: &Message) -> Message {
@@ -82,20 +129,20 @@ impl Running {
     }
 }
 
-async fn write_framed(stream: &mut TcpStream, bytes: &[u8]) {
+pub async fn write_framed(stream: &mut TcpStream, bytes: &[u8]) {
     let length = u16::try_from(bytes.len()).expect("short");
     stream.write_u16(length).await.expect("sent");
     stream.write_all(bytes).await.expect("sent");
 }
 
-async fn read_framed(stream: &mut TcpStream) -> Vec<u8> {
+pub async fn read_framed(stream: &mut TcpStream) -> Vec<u8> {
     let length = timeout(PATIENCE, stream.read_u16()).await.expect("in time").expect("an answer");
     let mut bytes = vec![0; usize::from(length)];
     timeout(PATIENCE, stream.read_exact(&mut bytes)).await.expect("in time").expect("whole");
     bytes
 }
 
-fn question(name: &str, record_type: RecordType) -> Message {
+pub fn question(name: &str, record_type: RecordType) -> Message {
     let mut message = Message::query();
     message.metadata.recursion_desired = true;
     message.add_query(Query::query(Name::from_ascii(name).expect("a name"), record_type));
@@ -266,6 +313,31 @@ async fn without_upstream_servers_other_names_fail_at_once() {
     let reply = server.udp(&question("example.", RecordType::A)).await;
     assert_eq!(reply.metadata.response_code, ResponseCode::ServFail);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_name_is_answered_and_an_old_one_is_not() {
+    let server = Running::start(Vec::new()).await;
+    let new = question("new.default.svc.cluster.local.", RecordType::A);
+    let missing = server.udp(&new).await;
+    assert_eq!(missing.metadata.response_code, ResponseCode::NXDomain);
+    assert_eq!(missing.authorities[0].ttl, 0, "nobody is to remember that it was not there");
+    let service = objects(0).lines().next().expect("web").replace("\"web\"", "\"new\"");
+    server.change(|table| table.upsert_service(service.as_bytes()).expect("a Service"));
+    until(&server, &new, ResponseCode::NoError).await;
+    server.change(|table| table.delete_service("default", "new"));
+    until(&server, &new, ResponseCode::NXDomain).await;
+    server.stop().await;
+}
+
+/// The compiler runs beside the answers: asks until it has seen the change, a bounded number of times.
+async fn until(server: &Running, question: &Message, code: ResponseCode) {
+    for _ in 0..1000 {
+        if server.udp(question).await.metadata.response_code == code {
+            return;
+        }
+    }
+    panic!("{} is not {code}", question.queries[0].name());
 }
 
 async fn get(address: SocketAddr, path: &str) -> String {

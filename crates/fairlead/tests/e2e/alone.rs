@@ -11,13 +11,16 @@ const SECONDS: u32 = 60;
 /// Longer than the test: the proxies end when it does.
 const LIFE: u32 = 600;
 
-/// The manifest as it is, but for its image: nobody has published one, so the binary under test and the libraries it needs
-/// come from this machine.
-const DAEMONSET: &str = r#"set -e
-    kubectl apply -f $EXAMPLES/proxy/daemonset.yaml
+/// Gives the pods of $kind $name the binary under test and the libraries it needs, from this machine: nobody has published an
+/// image.
+pub const MOUNT_BINARY: &str = r#"
     at=/spec/template/spec
     patch="[{\"op\": \"replace\", \"path\": \"$at/containers/0/image\", \"value\": \"busybox:test1\"},
         {\"op\": \"add\", \"path\": \"$at/containers/0/command\", \"value\": [\"$BINARY\"]}"
+    for list in volumes containers/0/volumeMounts; do
+        present=$(kubectl --namespace=kube-system get $kind $name -o jsonpath="{.spec.template.spec.$(echo $list | sed 's|/0/|[0].|')}")
+        test -n "$present" || patch="$patch, {\"op\": \"add\", \"path\": \"$at/$list\", \"value\": []}"
+    done
     number=0
     for directory in $(dirname $BINARY) $(ldd $BINARY | grep -o '/[^ ]*' | xargs -n 1 dirname | sort -u); do
         number=$((number + 1))
@@ -27,8 +30,14 @@ const DAEMONSET: &str = r#"set -e
         {\"op\": \"add\", \"path\": \"$at/containers/0/volumeMounts/-\",
             \"value\": {\"name\": \"test-$number\", \"mountPath\": \"$directory\", \"readOnly\": true}}"
     done
-    kubectl --namespace=kube-system patch daemonset fairlead-service-proxy --type=json --patch="$patch]"
-    kubectl --namespace=kube-system rollout status daemonset/fairlead-service-proxy --timeout=45s"#;
+    kubectl --namespace=kube-system patch $kind $name --type=json --patch="$patch]""#;
+
+/// The manifest as it is, but for its image.
+const DAEMONSET: &str = "set -e
+    kubectl apply -f $EXAMPLES/proxy/daemonset.yaml
+    kind=daemonset name=fairlead-service-proxy";
+const ROLLED_OUT: &str =
+    "kubectl --namespace=kube-system rollout status daemonset/fairlead-service-proxy --timeout=45s";
 
 /// A kubeconfig of the manifest's service account that leads to the API server as nodes see it, and its configuration.
 const KUBECONFIG: &str = r"set -e
@@ -108,7 +117,8 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     assert_eq!(asks(cluster, "node-1", &format!("http://{address}")), None, "no node has a proxy yet");
 
     // As pods of a DaemonSet; when it is deleted, what it has put into the kernel stays.
-    expect(cluster, &DAEMONSET.replace("$BINARY", env!("CARGO_BIN_EXE_fairlead")));
+    let deploy = format!("{DAEMONSET}\n{MOUNT_BINARY}\n{ROLLED_OUT}");
+    expect(cluster, &deploy.replace("$BINARY", env!("CARGO_BIN_EXE_fairlead")));
     serves_everything(cluster, &address);
     expect(cluster, "kubectl --namespace=kube-system delete daemonset fairlead-service-proxy");
     until("its pods have ended", || asks(cluster, "outside", "http://192.168.49.2:10256/livez").is_none());

@@ -149,14 +149,14 @@ pub fn status(cluster: &Cluster) -> Vec<String> {
     std::iter::once(head).chain(lines.take_while(|line| line.starts_with(' '))).collect()
 }
 
-fn pid_of(cluster: &Cluster, role: &str) -> u32 {
+pub fn pid_of(cluster: &Cluster, role: &str) -> u32 {
     let lines = status(cluster);
     let line = lines.iter().find(|line| line.trim().starts_with(role)).expect("status shows every role");
     let pid = line.split("pid ").nth(1).and_then(|rest| rest.split(',').next());
     pid.and_then(|pid| pid.trim().parse().ok()).unwrap_or_else(|| panic!("no pid in {line:?}"))
 }
 
-fn signal(name: &str, pids: &[u32]) {
+pub fn signal(name: &str, pids: &[u32]) {
     let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
     let done = Command::new("kill").arg(format!("-{name}")).args(&pids).status().expect("kill can be run");
     assert!(done.success(), "kill -{name} {pids:?}");

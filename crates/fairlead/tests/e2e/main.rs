@@ -6,6 +6,7 @@ mod alone;
 mod cluster;
 mod daemon;
 mod death;
+mod dns;
 mod handover;
 mod load;
 mod play;

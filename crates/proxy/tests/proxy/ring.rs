@@ -333,9 +333,9 @@ impl Ring {
     }
 
     /// Makes the hosts that steps talk of. What listens comes later, and may not be there before.
-    fn settle<'a>(&mut self, steps: impl Iterator<Item = &'a Step>) {
+    fn settle<'a>(&mut self, steps: impl Iterator<Item = &'a Step>, mode: Mode) {
         for step in steps {
-            for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+            for trace in step.traces.iter().filter(|trace| is_possible(trace, mode)) {
                 self.host(trace.packet.from.ip());
             }
             for (_, endpoint) in endpoints(&Objects::parse(&step.objects)) {
@@ -490,7 +490,7 @@ pub fn play_files(mode: Mode, bridge_netfilter: bool, is_wanted: impl Fn(&str) -
     let mut cases = case::all();
     cases.retain(|case| is_wanted(&case.file));
     // A link that comes later gets its programs a moment later.
-    ring.settle(cases.iter().flat_map(|case| &case.steps));
+    ring.settle(cases.iter().flat_map(|case| &case.steps), mode);
     let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]), ring.hooks());
     for case in &cases {
         for step in &case.steps {

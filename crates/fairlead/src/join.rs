@@ -4,71 +4,35 @@
 //! serving certificate, renewals, and short tokens for the components that run beside the kubelet.
 #![allow(clippy::disallowed_methods, reason = "certificates live by the wall clock, and this is the edge")]
 
+mod keep;
+mod tokens;
+mod trust;
+
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
-use api::{ObjectExt, kinds};
+use api::ObjectExt;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use http::header::AUTHORIZATION;
-use http::{HeaderValue, StatusCode};
-use kube::client::Body;
 use reconcile::{Api, ApiError, Change, Scope, watch};
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::CryptoProvider;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
-use tokio::task::JoinHandle;
-use tokio_rustls::TlsConnector;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::kubeconfig::Credentials;
-use crate::pki::{self, CertifiedKey, Rotating, San};
-use crate::signer::{KUBELET_CLIENT, KUBELET_SERVING, NodeAddresses, REQUESTS, RequestStatus};
+use crate::pki::{self, CertifiedKey, San};
+use crate::signer::{KUBELET_CLIENT, KUBELET_SERVING, REQUESTS, RequestStatus};
+
+pub use tokens::component_client;
+pub use trust::Trust;
+use trust::{discover, hash_of};
 
 /// How long a server may be away before a request that a start depends on is given up.
 const SERVER_AWAY: Duration = Duration::from_secs(120);
 /// How long a request may wait for a person.
 const APPROVAL: Duration = Duration::from_secs(15 * 60);
-/// The life of the tokens that the node's components use.
-const TOKEN_LIFE: u64 = 3600;
-
-/// How the server is known to be the right one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trust {
-    /// The authority's certificate.
-    Pem(String),
-    /// `sha256:` and the digest of the authority's public key.
-    Hash(String),
-}
-
-impl Trust {
-    /// The same, known to be usable.
-    fn checked(self) -> anyhow::Result<Trust> {
-        match self {
-            Trust::Pem(pem) => {
-                pki::certificates(pem.as_bytes()).context("--ca-cert")?;
-                Ok(Trust::Pem(pem))
-            }
-            Trust::Hash(hash) => {
-                let digest = hash.strip_prefix("sha256:").unwrap_or_default();
-                ensure!(
-                    digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()),
-                    "--ca-hash must be sha256: and 64 hexadecimal digits, as the server prints it"
-                );
-                Ok(Trust::Hash(hash.to_ascii_lowercase()))
-            }
-        }
-    }
-}
 
 /// What a node is known by.
 #[derive(Clone)]
@@ -175,240 +139,12 @@ pub async fn join(
     })
 }
 
-/// What a running node uses; both follow renewals.
-pub struct Kept {
-    pub client: kube::Client,
-    pub serving: Arc<Rotating>,
-    /// Ends when the token given to `keep_renewed` is cancelled.
-    pub task: JoinHandle<()>,
-}
-
 impl NodeIdentity {
     /// A client with the node's certificate as it is now.
     pub fn client(&self, server_url: &str) -> anyhow::Result<kube::Client> {
         let user =
             Credentials::Certificate { cert_pem: self.client_cert_pem.clone(), key_pem: self.client_key_pem.clone() };
         connect(server_url, &self.ca_pem, &user)
-    }
-
-    /// Renews the node's certificates at four fifths of their lives, and asks for a serving certificate with the node's
-    /// addresses once the Node object has them.
-    pub fn keep_renewed(&self, server_url: &str, token: CancellationToken) -> anyhow::Result<Kept> {
-        let current = Arc::new(Mutex::new(self.client(server_url)?));
-        let client = switching(current.clone());
-        let serving = Rotating::new(&self.serving)?;
-        let mut sans = vec![San::Name(self.node.clone())];
-        sans.extend(self.addresses.iter().copied().map(San::from));
-        let keeper = Keeper {
-            node: self.node.clone(),
-            server_url: server_url.to_string(),
-            ca_pem: self.ca_pem.clone(),
-            files: Files::of(&self.dir),
-            sans,
-            current,
-            client: client.clone(),
-            held: CertifiedKey::from_pem(self.client_cert_pem.as_bytes(), self.client_key_pem.as_bytes())?,
-            serving: self.serving.clone(),
-            rotating: serving.clone(),
-        };
-        let task = tokio::spawn(async move {
-            tokio::select! {
-                () = keeper.run() => {}
-                () = token.cancelled() => {}
-            }
-        });
-        Ok(Kept { client, serving, task })
-    }
-}
-
-/// A client for one of the components that run beside the kubelet: with short tokens of `kube-system/ACCOUNT`, which
-/// `node`, a client with the node's identity, may ask for.
-pub async fn component_client(
-    node: &kube::Client,
-    server_url: &str,
-    identity: &NodeIdentity,
-    account: &str,
-) -> anyhow::Result<kube::Client> {
-    // No credentials of its own: who the caller is stands in the header alone.
-    let plain = connect_with(server_url, &identity.ca_pem, &json!({}))?;
-    let tokens = Arc::new(AccountTokens {
-        accounts: Api::new(node, &kinds::SERVICE_ACCOUNTS),
-        account: account.to_string(),
-        held: tokio::sync::Mutex::new(None),
-    });
-    tokens.header().await?;
-    let service = tower::service_fn(move |mut request: http::Request<Body>| {
-        let (plain, tokens) = (plain.clone(), tokens.clone());
-        async move {
-            let header = tokens.header().await?;
-            request.headers_mut().insert(AUTHORIZATION, header.clone());
-            let response = plain.send(request).await?;
-            if response.status() == StatusCode::UNAUTHORIZED {
-                tokens.forget(&header).await;
-            }
-            Ok::<_, tower::BoxError>(response)
-        }
-    });
-    Ok(kube::Client::new(service, "default"))
-}
-
-/// A client whose inner client may be replaced under it.
-fn switching(current: Arc<Mutex<kube::Client>>) -> kube::Client {
-    let service = tower::service_fn(move |request: http::Request<Body>| {
-        let client = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        async move { client.send(request).await }
-    });
-    kube::Client::new(service, "default")
-}
-
-/// Owns a running node's certificates.
-struct Keeper {
-    node: String,
-    server_url: String,
-    ca_pem: String,
-    files: Files,
-    sans: Vec<San>,
-    current: Arc<Mutex<kube::Client>>,
-    client: kube::Client,
-    held: CertifiedKey,
-    serving: CertifiedKey,
-    rotating: Arc<Rotating>,
-}
-
-impl Keeper {
-    async fn run(mut self) {
-        let mut nodes = None;
-        loop {
-            let names_all = self.names_all();
-            if names_all {
-                nodes = None;
-            } else if nodes.is_none() {
-                let scope = Scope::fields(format!("metadata.name={}", self.node));
-                nodes = Some(watch::<NodeAddresses>(&self.client, &kinds::NODES, scope));
-            }
-            let done = tokio::select! {
-                () = until(self.held.renew_at()) => self.renew_client().await,
-                () = until(self.serving.renew_at()) => self.renew_serving().await,
-                change = next(&mut nodes) => match change {
-                    Some(node) if self.sans[1..].iter().all(|san| node.sans().contains(san)) => {
-                        self.renew_serving().await
-                    }
-                    _ => Ok(()),
-                },
-            };
-            if let Err(error) = done {
-                warn!(error = format!("{error:#}"), "a certificate of this node could not be renewed; will try again");
-                tokio::time::sleep(Duration::from_secs(60)).await;
-                // The watch is begun anew, and tells the addresses again.
-                nodes = None;
-            }
-        }
-    }
-
-    fn names_all(&self) -> bool {
-        let named = self.serving.sans();
-        self.sans.iter().all(|san| named.contains(san))
-    }
-
-    async fn renew_client(&mut self) -> anyhow::Result<()> {
-        let new = obtain(&self.client, &self.node, KUBELET_CLIENT, &[]).await?;
-        let next = connect(&self.server_url, &self.ca_pem, &user(&new))?;
-        save(&self.files.client, &new)?;
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = next;
-        self.held = new;
-        info!("the node's client certificate is renewed");
-        Ok(())
-    }
-
-    async fn renew_serving(&mut self) -> anyhow::Result<()> {
-        let new = obtain(&self.client, &self.node, KUBELET_SERVING, &self.sans).await?;
-        save(&self.files.serving, &new)?;
-        self.rotating.replace(&new)?;
-        self.serving = new;
-        info!("the node's serving certificate is renewed");
-        Ok(())
-    }
-}
-
-async fn until(at: Option<SystemTime>) {
-    match at {
-        Some(at) => tokio::time::sleep(at.duration_since(SystemTime::now()).unwrap_or_default()).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// The node's next state; never, when nobody waits for it.
-async fn next(nodes: &mut Option<tokio::sync::mpsc::Receiver<Change<NodeAddresses>>>) -> Option<NodeAddresses> {
-    let Some(receiver) = nodes else { return std::future::pending().await };
-    match receiver.recv().await {
-        Some(Change::Reset(mut all)) => all.pop(),
-        Some(Change::Apply(node)) => Some(node),
-        Some(Change::Delete(_)) => None,
-        None => {
-            *nodes = None;
-            None
-        }
-    }
-}
-
-/// Tokens of one service account, asked for by the node.
-struct AccountTokens {
-    accounts: Api,
-    account: String,
-    held: tokio::sync::Mutex<Option<HeldToken>>,
-}
-
-struct HeldToken {
-    header: HeaderValue,
-    renew_at: SystemTime,
-    until: SystemTime,
-}
-
-impl AccountTokens {
-    /// The token to use now. One that grows old is replaced; while that fails, it is used to its end.
-    async fn header(&self) -> anyhow::Result<HeaderValue> {
-        let mut held = self.held.lock().await;
-        let now = SystemTime::now();
-        if let Some(good) = held.as_ref().filter(|h| now < h.renew_at) {
-            return Ok(good.header.clone());
-        }
-        match self.ask(now).await {
-            Ok(new) => Ok(held.insert(new).header.clone()),
-            Err(error) => match held.as_mut().filter(|h| now < h.until) {
-                Some(old) => {
-                    warn!(account = self.account, error = format!("{error:#}"), "no new token yet");
-                    old.renew_at = now + Duration::from_secs(10);
-                    Ok(old.header.clone())
-                }
-                None => Err(error),
-            },
-        }
-    }
-
-    async fn ask(&self, now: SystemTime) -> anyhow::Result<HeldToken> {
-        let request = json!({
-            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": TOKEN_LIFE},
-        });
-        let answer = self
-            .accounts
-            .post("kube-system", &self.account, "token", &request)
-            .await
-            .with_context(|| format!("get a token of kube-system/{}", self.account))?;
-        let mut header = HeaderValue::from_str(&format!("Bearer {}", answer.text("/status/token")))
-            .context("the server's token cannot stand in a header")?;
-        header.set_sensitive(true);
-        // By our own clock: the server's may differ.
-        let life = answer.pointer("/spec/expirationSeconds").and_then(Value::as_u64).unwrap_or(TOKEN_LIFE);
-        let life = Duration::from_secs(life);
-        Ok(HeldToken { header, renew_at: now + life * 4 / 5, until: now + life })
-    }
-
-    /// Drops a token that the server does not take any more, unless a newer one is in its place.
-    async fn forget(&self, header: &HeaderValue) {
-        let mut held = self.held.lock().await;
-        if held.as_ref().is_some_and(|h| h.header == *header) {
-            *held = None;
-        }
     }
 }
 
@@ -535,172 +271,11 @@ fn is_valid(pair: &CertifiedKey, now: SystemTime) -> bool {
     pair.chain.first().and_then(|leaf| pki::validity(leaf)).is_some_and(|(from, until)| from <= now && now < until)
 }
 
-fn hash_of(ca_pem: &str) -> Option<String> {
-    let authority = pki::certificates(ca_pem.as_bytes()).ok()?;
-    authority.first().and_then(|der| pki::public_key_hash(der))
-}
-
-/// The authority whose key has this digest: from the chain that the server shows, or, where it does not send its
-/// authority along, from the ConfigMap that kubeadm publishes. Nothing but the digest is trusted.
-async fn discover(server_url: &str, hash: &str) -> anyhow::Result<String> {
-    match shown(server_url, hash).await {
-        Ok(pem) => Ok(pem),
-        Err(first) => match published(server_url, hash).await {
-            Ok(pem) => Ok(pem),
-            Err(second) => bail!(
-                "the server at {server_url} is not the one of --ca-hash {hash}, or does not show its authority ({first:#}; {second:#}); give --ca-cert FILE"
-            ),
-        },
-    }
-}
-
-async fn shown(server_url: &str, hash: &str) -> anyhow::Result<String> {
-    let url = parse_url(server_url)?;
-    let host = url.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_string();
-    let name = ServerName::try_from(host.clone()).context("the server's name")?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let pinned = Arc::new(Pinned { hash: hash.to_string(), provider: provider.clone(), found: Mutex::new(None) });
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .context("choose TLS versions")?
-        .dangerous()
-        .with_custom_certificate_verifier(pinned.clone())
-        .with_no_client_auth();
-    let port = url.port_u16().unwrap_or(443);
-    let connect = async {
-        let stream = dial(&host, port).await?;
-        TlsConnector::from(Arc::new(config)).connect(name, stream).await
-    };
-    tokio::time::timeout(SERVER_AWAY, connect).await.context("the server does not answer")??;
-    let found = pinned.found.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let authority = found.context("the server has shown no authority")?;
-    Ok(pki::to_pem("CERTIFICATE", &authority))
-}
-
-/// Connects, waiting for a server that is not up yet; whoever calls sets the limit.
-async fn dial(host: &str, port: u16) -> std::io::Result<TcpStream> {
-    let mut pause = Duration::from_millis(50);
-    loop {
-        match TcpStream::connect((host, port)).await {
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(5));
-            }
-            other => return other,
-        }
-    }
-}
-
-async fn published(server_url: &str, hash: &str) -> anyhow::Result<String> {
-    let mut config = kube::Config::new(parse_url(server_url)?);
-    config.accept_invalid_certs = true;
-    let client = kube::Client::try_from(config).context("prepare a client")?;
-    let info = Api::new(&client, &kinds::CONFIG_MAPS).get("kube-public", "cluster-info").await?;
-    let config: Value =
-        serde_saphyr::from_str(info.text("/data/kubeconfig")).context("kube-public/cluster-info is not readable")?;
-    let encoded = config.text("/clusters/0/cluster/certificate-authority-data");
-    let pem = String::from_utf8(BASE64.decode(encoded).context("the published authority is not base64")?)
-        .context("the published authority is not PEM")?;
-    ensure!(hash_of(&pem).as_deref() == Some(hash), "kube-public/cluster-info names another authority");
-    Ok(pem)
-}
-
-/// Finds the certificate with the right digest in a server's chain, and then checks the server against it as usual.
-#[derive(Debug)]
-struct Pinned {
-    hash: String,
-    provider: Arc<CryptoProvider>,
-    found: Mutex<Option<CertificateDer<'static>>>,
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let refuse = |why: &str| rustls::Error::General(why.to_string());
-        let authority = intermediates
-            .iter()
-            .find(|c| pki::public_key_hash(c).as_ref() == Some(&self.hash))
-            .ok_or_else(|| refuse("no certificate in the server's chain has the expected public key"))?;
-        let mut roots = RootCertStore::empty();
-        roots.add(authority.clone().into_owned())?;
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
-            .build()
-            .map_err(|e| refuse(&e.to_string()))?;
-        let verified = verifier.verify_server_cert(certificate, intermediates, name, ocsp, now)?;
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(authority.clone().into_owned());
-        Ok(verified)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::pki::Pki;
     use crate::pki::tests::Scratch;
-    use crate::serve::tls_config;
-    use tokio::net::TcpListener;
-    use tokio_rustls::TlsAcceptor;
-
-    #[test]
-    fn a_server_is_known_by_its_authority_or_its_digest_and_nothing_less() {
-        let hash = format!("sha256:{}", "0A".repeat(32));
-        let good = Trust::Hash(hash.clone()).checked().expect("a digest");
-        assert_eq!(good, Trust::Hash(hash.to_ascii_lowercase()));
-        for bad in [Trust::Hash(String::new()), Trust::Hash("sha256:12".into()), Trust::Pem("x".into())] {
-            assert!(bad.checked().is_err());
-        }
-    }
-
-    #[tokio::test]
-    async fn the_authority_is_found_by_its_digest_and_no_other_is_taken() {
-        let (scratch, elsewhere) = (Scratch::new(), Scratch::new());
-        let pki = Pki::open_or_create(&scratch.0).expect("an authority");
-        let other = Pki::open_or_create(&elsewhere.0).expect("another");
-        let certificate = pki.server_certificate(&[San::from("127.0.0.1")]).expect("a certificate");
-        let tls =
-            tls_config(crate::pki::Rotating::new(&certificate).expect("a certificate"), pki.ca_pem()).expect("TLS");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
-        let url = format!("https://{}", listener.local_addr().expect("an address"));
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                // A client that refuses the chain ends its handshake; the next one is served all the same.
-                drop(TlsAcceptor::from(tls.clone()).accept(stream).await);
-            }
-        });
-        let found = shown(&url, &pki.ca_hash()).await.expect("the authority");
-        assert_eq!(hash_of(&found), Some(pki.ca_hash()));
-        assert!(shown(&url, &other.ca_hash()).await.is_err());
-    }
 
     #[test]
     fn an_identity_is_stored_whole_and_read_for_its_node_only() {
@@ -715,6 +290,7 @@ mod tests {
         assert!(is_valid(&read, SystemTime::now()));
         assert!(load(&scratch.0.join("none.pem")).is_none());
     }
+
     #[tokio::test]
     async fn a_server_keeps_its_authority_when_an_agent_of_another_cluster_is_given_its_directory() {
         let (scratch, elsewhere) = (Scratch::new(), Scratch::new());

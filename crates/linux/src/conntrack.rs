@@ -42,6 +42,16 @@ impl Error {
     }
 }
 
+/// What sends flows elsewhere than their clients mean, which shows in different ways.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Translator {
+    /// Netfilter's own nat: the flow says so.
+    #[default]
+    Nat,
+    /// IPVS: only who answers says so.
+    Ipvs,
+}
+
 /// One tracked connection. `reply.0` is who really answers, whatever the client addressed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -66,8 +76,11 @@ impl Flow {
     }
 
     /// Nobody has answered it yet, and it was sent elsewhere than its client meant.
-    fn is_unanswered(&self) -> bool {
-        self.status & (DNAT | SEEN_REPLY) == DNAT
+    fn is_unanswered(&self, by: Translator) -> bool {
+        match by {
+            Translator::Nat => self.status & (DNAT | SEEN_REPLY) == DNAT,
+            Translator::Ipvs => self.status & SEEN_REPLY == 0 && self.reply.0 != self.original.1,
+        }
     }
 }
 
@@ -85,7 +98,7 @@ pub trait Conntrack: Send {
     /// The flows of one family and protocol.
     fn flows(&mut self, v6: bool, protocol: u8) -> Result<Vec<Flow>, Error>;
     /// The translated flows of both families that nobody has answered.
-    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error>;
+    fn unanswered(&mut self, protocol: u8, by: Translator) -> Result<Vec<Flow>, Error>;
     /// Forgets the flow; the next packet of it is looked at as if it were the first. No error if it has gone.
     fn delete(&mut self, flow: &Flow) -> Result<(), Error>;
 }
@@ -215,12 +228,16 @@ impl Conntrack for Socket {
         self.dump(writer, |flow| flow.protocol == protocol)
     }
 
-    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error> {
+    fn unanswered(&mut self, protocol: u8, by: Translator) -> Result<Vec<Flow>, Error> {
         let mut writer = self.begin(MSG_GET, NLM_F_DUMP, libc::AF_UNSPEC)?;
         // The kernel leaves out what does not match; one that is too old to know these sends all.
-        writer.u32(STATUS, DNAT);
-        writer.u32(STATUS_MASK, DNAT | SEEN_REPLY);
-        self.dump(writer, |flow| flow.protocol == protocol && flow.is_unanswered())
+        let (status, mask) = match by {
+            Translator::Nat => (DNAT, DNAT | SEEN_REPLY),
+            Translator::Ipvs => (0, SEEN_REPLY),
+        };
+        writer.u32(STATUS, status);
+        writer.u32(STATUS_MASK, mask);
+        self.dump(writer, |flow| flow.protocol == protocol && flow.is_unanswered(by))
     }
 
     fn delete(&mut self, flow: &Flow) -> Result<(), Error> {
@@ -284,8 +301,8 @@ impl Conntrack for Fake {
         Ok(self.flows.iter().filter(wanted).cloned().collect())
     }
 
-    fn unanswered(&mut self, protocol: u8) -> Result<Vec<Flow>, Error> {
-        let wanted = |flow: &&Flow| flow.protocol == protocol && flow.is_unanswered();
+    fn unanswered(&mut self, protocol: u8, by: Translator) -> Result<Vec<Flow>, Error> {
+        let wanted = |flow: &&Flow| flow.protocol == protocol && flow.is_unanswered(by);
         Ok(self.flows.iter().filter(wanted).cloned().collect())
     }
 

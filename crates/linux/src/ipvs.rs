@@ -25,8 +25,8 @@ use crate::netns::NetnsError;
 pub use fake::Fake;
 pub use socket::Socket;
 pub use value::{
-    Connections, Destination, Forwarding, Info, Key, ONE_PACKET, Op, Persistence, SCHEDULER_1, SCHEDULER_2, Scheduler,
-    Service, Timeouts,
+    Connections, Counters, Destination, Forwarding, Info, Key, ONE_PACKET, Op, Persistence, SCHEDULER_1, SCHEDULER_2,
+    Scheduler, Service, Timeouts,
 };
 
 /// The interface that holds the addresses of virtual services; the name is kube-proxy's. It stays down: its addresses are

@@ -1,6 +1,7 @@
 //! TCP sockets of a network namespace (linux/inet_diag.h): listeners whose programs are behind, the connections that wait in
 //! their queues, and connections for which an eBPF program keeps something, which can be ended.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -16,6 +17,8 @@ const STORAGES: u16 = 20;
 const STORAGE: u16 = 1;
 const STORAGE_VALUE: u16 = 3;
 const TCP: u8 = 6;
+/// A socket of UDP with a peer is in the state ESTABLISHED.
+const UDP: u8 = 17;
 const ESTABLISHED: u32 = 1 << 1;
 /// All in which a program may hold the socket, but for those that listen.
 const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 11;
@@ -24,6 +27,8 @@ const LISTEN: u32 = 1 << 10;
 /// An inet_diag_req_v2 after its message header.
 const REQUEST: usize = 56;
 const HEADER: usize = 16;
+/// Where a request names the protocol.
+const PROTOCOL: usize = HEADER + 1;
 /// Where attributes begin in a message, from behind the state on.
 const ATTRIBUTES: usize = 68;
 
@@ -148,6 +153,17 @@ impl Socket {
         Ok(found)
     }
 
+    /// The addresses that sockets with a peer have as their own, of TCP and UDP.
+    pub fn own_addresses(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut found = BTreeSet::new();
+        for (protocol, v6) in [(TCP, false), (TCP, true), (UDP, false), (UDP, true)] {
+            let mut request = request(MSG_BY_FAMILY, NLM_F_DUMP, v6, CONNECTED, &[0; ID]);
+            request[PROTOCOL] = protocol;
+            self.ask(request, |message| found.extend(message.local(v6).map(|local| local.ip())))?;
+        }
+        Ok(found)
+    }
+
     /// Connections for which this map keeps something. It is a map of `BPF_MAP_TYPE_SK_STORAGE`.
     pub fn stored(&mut self, map: BorrowedFd<'_>) -> Result<Vec<Stored>, Error> {
         let mut attribute = Vec::new();
@@ -219,9 +235,26 @@ fn request(kind: u16, flags: u16, v6: bool, states: u32, id: &[u8; ID]) -> Vec<u
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
 
     use super::*;
+
+    #[test]
+    fn an_address_is_in_use_while_a_connection_has_it() {
+        let own = IpAddr::from([127, 0, 0, 42]);
+        let mut sockets = Socket::open(None).expect("sock_diag");
+        let mut is_used = || sockets.own_addresses().expect("addresses").contains(&own);
+        let udp = UdpSocket::bind((own, 0)).expect("bind");
+        let listener = TcpListener::bind((own, 0)).expect("bind");
+        assert!(!is_used(), "nobody has a peer");
+        udp.connect((own, 9)).expect("connect");
+        assert!(is_used());
+        drop(udp);
+        assert!(!is_used());
+        let client = TcpStream::connect(listener.local_addr().expect("an address")).expect("connect");
+        assert!(is_used());
+        drop((listener, client));
+    }
 
     #[test]
     fn connections_that_nobody_accepts_are_found() {

@@ -1,8 +1,11 @@
 //! What talks to the kernel, and one attempt at a commit.
 
+use std::time::Duration;
+
 use linux::conntrack::Conntrack;
 
 use crate::dataplane::{Answerers, Change, Dataplane};
+use crate::leftovers::Leftovers;
 use crate::{Error, stale};
 
 /// Everything that talks to the kernel; it moves to a thread of its own for each commit.
@@ -10,12 +13,17 @@ pub struct Kernel<D> {
     pub dataplane: D,
     /// `None` where no rule of ours makes flows.
     pub conntrack: Option<Box<dyn Conntrack>>,
-    /// Removes what other modes left, once this one's first plan is in place: so that there is always one, and translated
-    /// connections live on.
-    pub clear: Option<Clear>,
+    /// Goes once this mode's first plan is in place: so that there is always one, and translated connections live on.
+    pub leftovers: Option<Leftovers>,
 }
 
-pub type Clear = Box<dyn FnMut() -> Result<(), Error> + Send>;
+impl<D: Dataplane> Kernel<D> {
+    /// Does what only time brings; when to call again.
+    pub fn tend(&mut self) -> Result<Option<Duration>, Error> {
+        let left = self.leftovers.as_mut().and_then(Leftovers::tend);
+        Ok(self.dataplane.tend()?.into_iter().chain(left).min())
+    }
+}
 
 /// How the next commit is made.
 #[derive(Clone, Copy, PartialEq)]
@@ -58,9 +66,8 @@ pub fn commit<D: Dataplane>(
     } else if base.is_some() || !changes.is_empty() {
         dataplane.commit(base, changes)?;
     }
-    if let Some(clear) = &mut kernel.clear {
-        clear()?;
-        kernel.clear = None;
+    if let Some(leftovers) = &mut kernel.leftovers {
+        leftovers.clear()?;
     }
     // Only now: before, the old rules would have made the same flows again.
     let deleted = match &mut kernel.conntrack {

@@ -315,7 +315,7 @@ impl<D: Dataplane> Loop<D> {
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, table, result, watched) = tokio::task::spawn_blocking(move || {
             let result = commit(&mut kernel, whole, apart, base.as_ref(), &changes, answerers);
-            let result = result.and_then(|()| kernel.dataplane.tend());
+            let result = result.and_then(|()| kernel.tend());
             // What Services need comes first, and does not wait for this.
             let watch = |table: &mut Box<WatchTable>| table.commit(whole, &alternatives, &frozen);
             let watched = if result.is_ok() { table.as_mut().map(watch) } else { None };
@@ -370,7 +370,7 @@ impl<D: Dataplane> Loop<D> {
     async fn tend(&mut self) -> Result<(), Error> {
         let mut kernel = self.kernel.take().expect("a commit gives it back");
         let (kernel, result) = tokio::task::spawn_blocking(move || {
-            let result = kernel.dataplane.tend();
+            let result = kernel.tend();
             (kernel, result)
         })
         .await

@@ -1,26 +1,81 @@
 //! What another mode left in the kernel: a node may be started with another `--proxy-mode` without cleaning by hand.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
-use linux::ipvs;
 use linux::nft::Socket;
+use linux::{ipvs, sock_diag};
 
 use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{self, iptables, nftables, userspace};
 use crate::{Error, Mode, watch};
 
-/// Removes what every mode but this one left.
-pub(crate) fn clear_others(mode: Mode, hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+/// What every mode but one left: taken out once that one serves, but for what has to stay until connections have ended.
+pub(crate) struct Leftovers {
+    mode: Mode,
+    hooks: Option<Hooks>,
+    namespace: Option<OwnedFd>,
+    state: State,
+}
+
+enum State {
+    Whole,
+    /// When to look at the rest again.
+    Draining(Instant),
+    Gone,
+}
+
+impl State {
+    fn after(left: Option<Duration>) -> Self {
+        left.map_or(State::Gone, |after| State::Draining(Instant::now() + after))
+    }
+}
+
+impl Leftovers {
+    pub fn new(mode: Mode, hooks: Option<Hooks>, namespace: Option<OwnedFd>) -> Self {
+        Leftovers { mode, hooks, namespace, state: State::Whole }
+    }
+
+    /// The first time it is called: takes out what can go.
+    pub fn clear(&mut self) -> Result<(), Error> {
+        if let State::Whole = self.state {
+            let namespace = self.namespace.as_ref().map(|namespace| namespace.as_fd());
+            let left = clear_others(self.mode, self.hooks.as_ref(), namespace)?;
+            self.state = State::after(left);
+        }
+        Ok(())
+    }
+
+    /// Looks at what had to stay, if it is time; how long until the next look.
+    pub fn tend(&mut self) -> Option<Duration> {
+        let State::Draining(at) = self.state else { return None };
+        let wait = at.saturating_duration_since(Instant::now());
+        if !wait.is_zero() {
+            return Some(wait);
+        }
+        let left = retire_ipvs(self.namespace.as_ref().map(|namespace| namespace.as_fd()));
+        let left = left.unwrap_or_else(|error| {
+            tracing::warn!("proxy: what the ipvs mode left stays for now: {error}");
+            Some(dataplane::ipvs::DRAIN)
+        });
+        self.state = State::after(left);
+        left
+    }
+}
+
+/// Removes what every mode but this one left; when to look again at what had to stay, if anything.
+fn clear_others(
+    mode: Mode,
+    hooks: Option<&Hooks>,
+    namespace: Option<BorrowedFd<'_>>,
+) -> Result<Option<Duration>, Error> {
     if mode != Mode::Nftables {
         clear_nftables(namespace)?;
     }
     if mode != Mode::Iptables {
         clear_iptables(namespace)?;
-    }
-    if mode != Mode::Ipvs {
-        clear_ipvs(namespace)?;
     }
     if mode != Mode::Userspace {
         clear_userspace(namespace)?;
@@ -28,7 +83,7 @@ pub(crate) fn clear_others(mode: Mode, hooks: Option<&Hooks>, namespace: Option<
     if mode != Mode::Ebpf {
         clear_ebpf(hooks, namespace)?;
     }
-    Ok(())
+    if mode != Mode::Ipvs { retire_ipvs(namespace) } else { Ok(None) }
 }
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.
@@ -79,6 +134,26 @@ fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Resul
     Ok(())
 }
 
+/// Takes out what no connection of the ipvs mode needs; when to look again, if something had to stay.
+fn retire_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<Option<Duration>, Error> {
+    if !ipvs::Socket::is_used(namespace)? {
+        return Ok(None);
+    }
+    let in_use = sock_diag::Socket::open(namespace)?.own_addresses()?;
+    let (mut ipvs, mut nft) = (ipvs::Socket::open(namespace)?, Socket::open(namespace)?);
+    match dataplane::ipvs::retire(&mut ipvs, &mut nft, &in_use)? {
+        dataplane::ipvs::Retired::Nothing => Ok(None),
+        dataplane::ipvs::Retired::Gone => {
+            tracing::info!("proxy: removed the virtual servers of the ipvs mode");
+            Ok(None)
+        }
+        dataplane::ipvs::Retired::Serving { servers } => {
+            tracing::debug!("proxy: {servers} virtual servers of the ipvs mode have connections that go on");
+            Ok(Some(dataplane::ipvs::DRAIN))
+        }
+    }
+}
+
 /// Removes virtual servers, their interface and their table. IPVS is only asked if the interface is there: asking would
 /// make the kernel load it.
 fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
@@ -92,7 +167,7 @@ fn clear_ipvs(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
 }
 
 /// Removes what any mode has put into the kernel, for a node whose Services somebody else is to serve, or nobody.
-/// Connections that are translated already go on.
+/// Connections that are translated already go on; those of the ipvs mode end.
 pub fn cleanup(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     clear_nftables(namespace)?;
     clear_userspace(namespace)?;

@@ -3,6 +3,7 @@
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
 
+use linux::conntrack::Translator;
 use services::Selection;
 
 use crate::Error;
@@ -22,7 +23,16 @@ impl Mode {
     /// Whether its connections can be watched: conntrack knows that the kernel translates them, or programs of our own
     /// count them.
     pub(crate) fn is_watched(self) -> bool {
-        matches!(self, Mode::Nftables | Mode::Iptables | Mode::Ebpf)
+        self == Mode::Ebpf || self.translator().is_some()
+    }
+
+    /// What shows in the connection table whom the kernel has sent elsewhere; `None`: nothing does.
+    pub(crate) fn translator(self) -> Option<Translator> {
+        match self {
+            Mode::Nftables | Mode::Iptables => Some(Translator::Nat),
+            Mode::Ipvs => Some(Translator::Ipvs),
+            Mode::Ebpf | Mode::Userspace => None,
+        }
     }
 
     /// What becomes of a Service that says how its endpoints are chosen, where it is not as it says.

@@ -15,7 +15,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::commit::{Clear, Kernel};
+use crate::commit::Kernel;
 use crate::dataplane::ebpf::{Ebpf, LAYOUT, OBJECT};
 use crate::dataplane::iptables::Iptables;
 use crate::dataplane::ipvs::Ipvs;
@@ -23,8 +23,9 @@ use crate::dataplane::nftables::Nftables;
 use crate::dataplane::userspace::{self, Place, Sockets, Userspace};
 use crate::dataplane::{Dataplane as _, Kept};
 use crate::follow::Loop;
+use crate::leftovers::Leftovers;
 use crate::watch::{self as eyes, Watching};
-use crate::{Error, Metrics, Mode, NodeView, Status, keeper, leftovers};
+use crate::{Error, Metrics, Mode, NodeView, Status, keeper};
 
 /// What a node's proxy needs.
 pub struct Config {
@@ -121,7 +122,7 @@ pub(crate) fn localhost(
     let feed = Feed { table: feed.table.clone(), changes: feed.changes.resubscribe() };
     let dataplane = Userspace::<Socket, Sockets>::new(None, relays);
     let status = Arc::new(watch::channel(Status::default()).0);
-    let kernel = Kernel { dataplane, conntrack: None, clear: None };
+    let kernel = Kernel { dataplane, conntrack: None, leftovers: None };
     Ok(Some(tokio::spawn(Loop::new(kernel, config, feed, status).run(token.clone()))))
 }
 
@@ -161,9 +162,7 @@ pub(crate) async fn hold(
     }
     let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
     let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
-    let clear: Option<Clear> = Some(Box::new(move || {
-        leftovers::clear_others(mode, hooks.as_ref(), held.as_ref().map(|namespace| namespace.as_fd()))
-    }));
+    let leftovers = Some(Leftovers::new(mode, hooks, held));
     let status = Arc::new(status);
     let ebpf = match mode {
         Mode::Ebpf => Some(attached(pinned(namespace(), config.hooks.as_ref())?).await?),
@@ -173,24 +172,37 @@ pub(crate) async fn hold(
     match mode {
         Mode::Nftables => {
             let dataplane = Nftables::new(Socket::open(namespace())?);
-            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+            Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
+                .watched_by(watcher)
+                .run(token)
+                .await
         }
         Mode::Iptables => {
             let held = hold()?;
             let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
             let dataplane = Iptables::new(tools);
-            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+            Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
+                .watched_by(watcher)
+                .run(token)
+                .await
         }
         Mode::Ipvs => {
             let mut kernel = ipvs::Socket::open(namespace())?;
             // What is missing is said before anything is promised.
             kernel.prepare(&[])?;
+            ipvs::Socket::require(&config.node.borrow().ipvs.scheduler)?;
             let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
-            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+            Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
+                .watched_by(watcher)
+                .run(token)
+                .await
         }
         Mode::Ebpf => {
             let dataplane = Ebpf::new(ebpf.expect("the mode's programs are attached"));
-            Loop::new(Kernel { dataplane, conntrack, clear }, config, feed, status).watched_by(watcher).run(token).await
+            Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
+                .watched_by(watcher)
+                .run(token)
+                .await
         }
         Mode::Userspace => {
             let nft = userspace::open(namespace())?;
@@ -203,8 +215,8 @@ pub(crate) async fn hold(
                 token.clone(),
             );
             let relays = Sockets::new(place, Handle::current(), witness);
-            let clear = clear.filter(|_| nft.is_some());
-            let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, clear };
+            let leftovers = leftovers.filter(|_| nft.is_some());
+            let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, leftovers };
             Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use linux::bpf::{self, Hooks};
 use linux::conntrack::{self, Fill};
+use linux::ipvs::{self, Ipvs as _, Key};
 use linux::nft::Socket;
 use services::{PortName, Protocol, ServiceTable};
 
@@ -46,7 +47,7 @@ pub struct EndpointTraffic {
     /// Bytes that open flows have carried from and to their clients; `None` unless the kernel counts them
     /// (`net.netfilter.nf_conntrack_acct=1`). The ebpf mode counts them always: of sockets of this node what the
     /// connections that have ended carried, without headers; of packets that it translates what the flows that it
-    /// remembers carried.
+    /// remembers carried. So does IPVS: of all connections that it has counted.
     pub bytes: Option<(u64, u64)>,
     /// `None` where the mode does not tell.
     pub answers: Option<Answers>,
@@ -171,7 +172,8 @@ pub fn traffic(
     match mode {
         Mode::Nftables | Mode::Iptables => translated(namespace, table, node),
         Mode::Ebpf => counted(namespace, hooks, table, node),
-        Mode::Ipvs | Mode::Userspace => Err(Error::NotCounted(mode)),
+        Mode::Ipvs => scheduled(namespace, table, node),
+        Mode::Userspace => Err(Error::NotCounted(mode)),
     }
 }
 
@@ -194,6 +196,24 @@ fn translated(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &No
         });
     }
     Ok(accounts.close(conntrack.fill()?))
+}
+
+/// Of the ipvs mode: IPVS counts by itself, and adds up what its processors have counted every two seconds.
+fn scheduled(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &NodeView) -> Result<Traffic, Error> {
+    let mut accounts = Accounts::new(table, node);
+    let mut ipvs = ipvs::Socket::open(namespace)?;
+    for service in ipvs.services()? {
+        let Key { address, protocol } = service.key;
+        let Some(protocol) = Protocol::from_number(protocol) else { continue };
+        for (endpoint, open, counters) in ipvs.counters(&service.key)? {
+            accounts.of(protocol, address, endpoint, |traffic| {
+                traffic.connections += counters.connections;
+                traffic.open += u64::from(open.active) + u64::from(open.inactive);
+                carry(traffic, counters.bytes_in, counters.bytes_out);
+            });
+        }
+    }
+    Ok(accounts.close(conntrack::Socket::open(namespace)?.fill()?))
 }
 
 /// Of the ebpf mode, whose programs count.

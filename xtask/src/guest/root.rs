@@ -16,7 +16,7 @@ use crate::{image, shell};
 /// A package without files that depends on the kernel of the day.
 const KERNEL: &str = "linux-image-cloud-amd64";
 
-const TOOLS: &[&str] = &["ip", "nft", "conntrack", "xtables-nft-multi", "xtables-legacy-multi"];
+const TOOLS: &[&str] = &["ip", "bridge", "nft", "conntrack", "xtables-nft-multi", "xtables-legacy-multi"];
 
 const MODULES: &[&str] = &[
     "net/netfilter/",
@@ -26,6 +26,7 @@ const MODULES: &[&str] = &[
     "net/802/",
     "net/llc/",
     "net/sctp/",
+    "net/sched/",
     "drivers/net/dummy.ko",
     "drivers/net/veth.ko",
     "drivers/net/vxlan/",

@@ -3,8 +3,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::value::{Connections, Destination, Forwarding, Info, Key, Op, Persistence, Scheduler, Service, Timeouts};
-use super::value::{ONE_PACKET, SCHEDULER_1, SCHEDULER_2};
+use super::value::{Connections, Counters, Destination, Forwarding, Info, Key, Op, Persistence, Scheduler, Service};
+use super::value::{ONE_PACKET, SCHEDULER_1, SCHEDULER_2, Timeouts};
 use crate::link::wire::{self, Message, attributes, read_text, read_u16, read_u32};
 
 /// The family that names the others.
@@ -50,6 +50,12 @@ const DEST_ACTIVE: u16 = 7;
 const DEST_INACTIVE: u16 = 8;
 const DEST_PERSISTENT: u16 = 9;
 const DEST_FAMILY: u16 = 11;
+/// Since Linux 4.1; before it the numbers were of 32 bits, and wrapped.
+const DEST_COUNTERS: u16 = 12;
+
+const COUNTED_CONNECTIONS: u16 = 1;
+const COUNTED_BYTES_IN: u16 = 4;
+const COUNTED_BYTES_OUT: u16 = 5;
 
 const INFO_VERSION: u16 = 1;
 const INFO_TABLE: u16 = 2;
@@ -268,6 +274,22 @@ pub fn decode_destination(payload: &[u8], of: &Key) -> Option<(Destination, Conn
     Some((Destination { address, forwarding, weight, upper_threshold, lower_threshold }, connections))
 }
 
+/// What a listed destination has had; nothing if the kernel does not tell.
+pub fn decode_counters(payload: &[u8]) -> Option<Counters> {
+    let mut counters = Counters::default();
+    let nest = attributes(nested(payload, DEST)?, 0).find(|(kind, _)| *kind == DEST_COUNTERS);
+    for (kind, value) in nest.into_iter().flat_map(|(_, nest)| attributes(nest, 0)) {
+        let number = value.first_chunk::<8>().map(|bytes| u64::from_ne_bytes(*bytes));
+        match kind {
+            COUNTED_CONNECTIONS => counters.connections = number?,
+            COUNTED_BYTES_IN => counters.bytes_in = number?,
+            COUNTED_BYTES_OUT => counters.bytes_out = number?,
+            _ => {}
+        }
+    }
+    Some(counters)
+}
+
 pub fn decode_timeouts(payload: &[u8]) -> Option<Timeouts> {
     let seconds = |wanted| {
         attributes(payload, HEADER).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| read_u32(value, 0))
@@ -336,6 +358,21 @@ mod tests {
             (9, &[255; 4]),
         ];
         assert_eq!(fields, expected);
+    }
+
+    #[test]
+    fn counters_are_found_beside_the_destination() {
+        let mut message = message(30, 0, NEW_DEST);
+        message.nested(DEST, |nest| {
+            put_place(nest, "10.244.0.5:80".parse().expect("address"));
+            nest.nested(DEST_COUNTERS, |counters| {
+                for (kind, number) in [(1, 3u64), (2, 30), (3, 20), (4, 5_000_000_000), (5, 7)] {
+                    counters.attribute(kind, &number.to_ne_bytes());
+                }
+            });
+        });
+        let expected = Counters { connections: 3, bytes_in: 5_000_000_000, bytes_out: 7 };
+        assert_eq!(decode_counters(&payload(message)), Some(expected));
     }
 
     #[test]

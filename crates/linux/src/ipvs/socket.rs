@@ -1,7 +1,7 @@
 //! The kernel: one generic netlink socket for virtual services, route netlink for the interface that holds their addresses.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::SockProtocol;
 
 use super::message;
-use super::value::{Connections, Destination, Info, Key, Op, Service, Timeouts};
+use super::value::{Connections, Counters, Destination, Info, Key, Op, Scheduler, Service, Timeouts};
 use super::{DEVICE, Error, Ipvs};
 use crate::link::wire::Message;
 use crate::link::{Address, Item, LinkError, Links, socket};
@@ -62,6 +62,34 @@ impl Socket {
 
     pub fn info(&mut self) -> Result<Info, Error> {
         self.query("read its version", message::get_info(self.family), message::decode_info)
+    }
+
+    /// The destinations of a service, what each has open, and what it has had.
+    pub fn counters(&mut self, of: &Key) -> Result<Vec<(SocketAddr, Connections, Counters)>, Error> {
+        let request = message::list_destinations(self.family, of);
+        self.list("list counters", request, |payload| {
+            let (destination, connections) = message::decode_destination(payload, of)?;
+            Some((destination.address, connections, message::decode_counters(payload)?))
+        })
+    }
+
+    /// An error that names the module, if this kernel cannot schedule so. Found out in a namespace that ends with the
+    /// question, since only a service that uses it makes the kernel load it.
+    pub fn require(scheduler: &Scheduler) -> Result<(), Error> {
+        let scheduler = scheduler.clone();
+        let ask = move || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(Error::Open)?;
+            let key = Key { address: SocketAddr::from(([127, 0, 0, 1], 1)), protocol: 6 };
+            let service = Service { key, scheduler: scheduler.clone(), persistence: None, flags: 0 };
+            match Socket::open(None)?.apply(&Op::AddService(service)) {
+                Err(Error::Refused { errno: Errno::ENOENT, .. }) => {
+                    Err(Error::Missing(format!("scheduler {scheduler} of IPVS (module ip_vs_{scheduler})")))
+                }
+                other => other,
+            }
+        };
+        let thread = |source| NetnsError::Namespace { doing: "ask for a scheduler".into(), source };
+        on_scratch_thread(ask).map_err(thread)?
     }
 
     fn query<T>(

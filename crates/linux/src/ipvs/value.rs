@@ -154,6 +154,16 @@ impl Connections {
     }
 }
 
+/// What a destination has had since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub connections: u64,
+    /// From its clients.
+    pub bytes_in: u64,
+    /// To its clients.
+    pub bytes_out: u64,
+}
+
 /// Seconds after which an idle connection is forgotten; 0 leaves a value as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timeouts {

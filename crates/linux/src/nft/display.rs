@@ -161,6 +161,8 @@ impl Display for Value {
             Value::DestinationPort => f.write_str("th dport"),
             Value::OriginalDestinationIp { v6 } => write!(f, "ct original {} daddr", header(*v6)),
             Value::OriginalDestinationPort => f.write_str("ct original proto-dst"),
+            Value::ReplySourceIp { v6 } => write!(f, "ct reply {} saddr", header(*v6)),
+            Value::ReplySourcePort => f.write_str("ct reply proto-src"),
             Value::TcpFlags => f.write_str("tcp flags"),
             Value::IcmpType => f.write_str("icmp type"),
             Value::IcmpCode => f.write_str("icmp code"),

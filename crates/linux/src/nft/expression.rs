@@ -13,6 +13,10 @@ const CHOSEN: u32 = 11;
 /// The word where the data of a dynamic element is put together: after a number and its filler were chosen.
 const DYNSET_DATA: u32 = 13;
 
+/// The two sides of a connection, as conntrack numbers them.
+const ORIGINAL: u8 = 0;
+const REPLY: u8 = 1;
+
 /// `meta iifname`, and the kernel's IFNAMSIZ.
 const IIFNAME: u32 = 6;
 const INTERFACE_NAME_SIZE: usize = 16;
@@ -28,7 +32,7 @@ fn words(value: &Value) -> u32 {
     match value {
         Value::Chosen { words } => *words,
         Value::SourceIp { v6: true } | Value::DestinationIp { v6: true } => 4,
-        Value::OriginalDestinationIp { v6: true } => 4,
+        Value::OriginalDestinationIp { v6: true } | Value::ReplySourceIp { v6: true } => 4,
         Value::Const(datum) => datum.data_type().len().div_ceil(4),
         // Only a lookup as part of a key is asked: those give one number.
         _ => 1,
@@ -74,12 +78,12 @@ impl Expressions<'_> {
         });
     }
 
-    fn ct(&mut self, key: u32, original: bool, to: u32) {
+    fn ct(&mut self, key: u32, side: Option<u8>, to: u32) {
         self.expression("ct", |w| {
             w.u32(1, register(to));
             w.u32(2, key);
-            if original {
-                w.u8(3, 0);
+            if let Some(side) = side {
+                w.u8(3, side);
             }
         });
     }
@@ -125,15 +129,18 @@ impl Expressions<'_> {
             Value::DestinationIp { v6: true } => self.payload(1, 24, 16, to),
             Value::SourcePort => self.payload(2, 0, 2, to),
             Value::DestinationPort => self.payload(2, 2, 2, to),
-            Value::OriginalDestinationIp { v6: false } => self.ct(20, true, to),
-            Value::OriginalDestinationIp { v6: true } => self.ct(22, true, to),
-            Value::OriginalDestinationPort => self.ct(12, true, to),
+            Value::OriginalDestinationIp { v6: false } => self.ct(20, Some(ORIGINAL), to),
+            Value::OriginalDestinationIp { v6: true } => self.ct(22, Some(ORIGINAL), to),
+            Value::OriginalDestinationPort => self.ct(12, Some(ORIGINAL), to),
+            Value::ReplySourceIp { v6: false } => self.ct(19, Some(REPLY), to),
+            Value::ReplySourceIp { v6: true } => self.ct(21, Some(REPLY), to),
+            Value::ReplySourcePort => self.ct(11, Some(REPLY), to),
             Value::TcpFlags => self.payload(2, 13, 1, to),
             Value::IcmpType => self.payload(2, 0, 1, to),
             Value::IcmpCode => self.payload(2, 1, 1, to),
-            Value::CtDirection => self.ct(1, false, to),
-            Value::CtState => self.ct(0, false, to),
-            Value::CtStatus => self.ct(2, false, to),
+            Value::CtDirection => self.ct(1, None, to),
+            Value::CtState => self.ct(0, None, to),
+            Value::CtStatus => self.ct(2, None, to),
             Value::FibSourceType => self.fib_type(1, to),
             Value::FibDestinationType => self.fib_type(2, to),
             Value::Random { modulus } => self.expression("numgen", |w| {

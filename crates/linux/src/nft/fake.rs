@@ -532,6 +532,8 @@ impl Walk<'_, '_> {
             Value::DestinationPort => Datum::Port(self.packet.to.port()),
             Value::OriginalDestinationIp { v6 } => family(self.original.ip(), *v6)?,
             Value::OriginalDestinationPort => Datum::Port(self.original.port()),
+            Value::ReplySourceIp { v6 } => family(self.packet.to.ip(), *v6)?,
+            Value::ReplySourcePort => Datum::Port(self.packet.to.port()),
             // The packet walked is the first of a connection: a SYN, if it is TCP.
             Value::TcpFlags if self.packet.protocol == 6 => Datum::Mark(2),
             Value::TcpFlags | Value::IcmpType | Value::IcmpCode => return None,

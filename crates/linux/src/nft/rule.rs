@@ -24,6 +24,11 @@ pub enum Value {
         v6: bool,
     },
     OriginalDestinationPort,
+    /// Who answers the connection.
+    ReplySourceIp {
+        v6: bool,
+    },
+    ReplySourcePort,
     /// Flags of the TCP header; the rule has to ask for TCP before.
     TcpFlags,
     /// Type and code of an ICMP or ICMPv6 header; the rule has to ask for the protocol before.

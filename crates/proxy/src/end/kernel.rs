@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use linux::connections::{Connection, Connections};
-use linux::conntrack::{self, Conntrack};
+use linux::conntrack::{self, Conntrack, Translator};
 use linux::nft::{
     Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Nft, Op, Reject, Rule, Set, Socket,
     Statement, Transaction, Value, ct_state, ct_status,
@@ -45,9 +45,10 @@ pub(super) struct Kernel {
     ways: Option<Box<dyn Ways>>,
 }
 
-/// Of the modes in which netfilter translates.
+/// Of the modes whose connections conntrack knows.
 pub(super) struct Sockets {
     nft: Socket,
+    translator: Translator,
     connections: Connections,
     conntrack: conntrack::Socket,
     provoker: Provoker,
@@ -137,10 +138,11 @@ impl Ways for Sockets {
 }
 
 impl Sockets {
-    pub fn open(namespace: Option<&OwnedFd>) -> Result<Self, Error> {
+    pub fn open(namespace: Option<&OwnedFd>, translator: Translator) -> Result<Self, Error> {
         let namespace = namespace.map(|namespace| namespace.as_fd());
         Ok(Sockets {
             nft: Socket::open(namespace)?,
+            translator,
             connections: Connections::open(namespace)?,
             conntrack: conntrack::Socket::open(namespace)?,
             provoker: Provoker::open(namespace).map_err(Error::Provoke)?,
@@ -193,7 +195,7 @@ impl Sockets {
             let mut transaction = Transaction::new(Family::Inet, TABLE);
             transaction.push(Op::AddTable { comment: None });
             if before.is_empty() {
-                declare(&mut transaction);
+                declare(&mut transaction, self.translator);
             }
             if after.is_empty() {
                 transaction.push(Op::DeleteTable);
@@ -260,7 +262,7 @@ fn element(client: &SocketAddr, called: &SocketAddr) -> Element {
     Element { key: Key::new(key), end: None, data: ElementData::None }
 }
 
-fn declare(transaction: &mut Transaction) {
+fn declare(transaction: &mut Transaction, translator: Translator) {
     let hooks = [("prerouting", Hook::Prerouting), ("output", Hook::Output)];
     for v6 in [false, true] {
         let ip = if v6 { DataType::Ipv6Addr } else { DataType::Ipv4Addr };
@@ -276,15 +278,17 @@ fn declare(transaction: &mut Transaction) {
                 Value::OriginalDestinationIp { v6 },
                 Value::OriginalDestinationPort,
             ];
-            let rule = Rule::new([
-                Statement::HasBits(Value::CtStatus, ct_status::DNAT),
+            // The set alone is enough; this is cheaper to look at, where it shows.
+            let translated = Statement::HasBits(Value::CtStatus, ct_status::DNAT);
+            let rule = [
                 // A client that comes back with the same port begins a new connection.
                 Statement::HasBits(Value::CtState, ct_state::ESTABLISHED),
                 Statement::of_family(v6),
                 Statement::Equal(Value::L4Proto, Datum::Proto(Protocol::Tcp.number())),
                 Statement::is_in(key, set_name(v6)),
                 Statement::Reject(Reject::TcpReset),
-            ]);
+            ];
+            let rule = Rule::new((translator == Translator::Nat).then_some(translated).into_iter().chain(rule));
             transaction.push(Op::AddRule { chain: name.into(), rule });
         }
     }

@@ -45,7 +45,7 @@ impl End {
     /// Removes what a proxy left that did not come to its end.
     pub fn new(namespace: Option<OwnedFd>, config: &Config) -> Result<Self, Error> {
         let (mode, is_on, metrics) = (config.mode, config.watching.end_policy, config.metrics.clone());
-        if matches!(mode, Mode::Nftables | Mode::Iptables) {
+        if mode.translator().is_some() {
             kernel::clear(namespace.as_ref().map(OwnedFd::as_fd))?;
         }
         Ok(End { namespace, hooks: config.hooks.clone(), mode, is_on, metrics, worker: None })
@@ -54,19 +54,21 @@ impl End {
     /// Whoever knows the mode's connections; `None`: nobody does.
     fn open(&self) -> Result<Option<Box<dyn Ways>>, Error> {
         let namespace = self.namespace.as_ref();
+        if let Some(translator) = self.mode.translator() {
+            return Ok(Some(Box::new(Sockets::open(namespace, translator)?)));
+        }
         Ok(match self.mode {
-            Mode::Nftables | Mode::Iptables => Some(Box::new(Sockets::open(namespace)?)),
             Mode::Ebpf => Some(Box::new(Programs::open(namespace, self.hooks.as_ref())?)),
-            Mode::Ipvs | Mode::Userspace => None,
+            _ => None,
         })
     }
 
     /// What of the Service's end policy is not done.
     pub fn unsupported(&self, frontend: &Frontend) -> Option<&'static str> {
-        let is_able = !matches!(self.mode, Mode::Ipvs | Mode::Userspace);
+        let is_able = self.mode != Mode::Userspace;
         let is_asked = self.is_on && !is_able && frontend.end_policy != EndPolicy::default();
         is_asked.then_some(
-            "the end policy is not followed in this mode, connections are kept; use a mode of nftables, iptables and ebpf",
+            "the end policy is not followed in this mode, connections are kept; use another one than userspace",
         )
     }
 

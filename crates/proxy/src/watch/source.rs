@@ -7,8 +7,9 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use linux::bpf::Ring;
-use linux::conntrack::{self, Conntrack};
+use linux::conntrack::{self, Conntrack, Translator};
 use linux::nflog;
+use linux::provoke::Provoker;
 use services::Protocol;
 use tokio::io::unix::AsyncFd;
 
@@ -40,27 +41,42 @@ pub(super) struct Found {
 /// The connection table. A flow that is not answered is deleted, so that the repeated packet is picked anew.
 pub(super) struct Flows {
     conntrack: Box<dyn Conntrack>,
+    by: Translator,
+    /// IPVS remembers endpoints beside the connection table: it has to take them for refused.
+    refuser: Option<Provoker>,
     destinations: Destinations,
     suspects: Suspects,
     retry: bool,
 }
 
 impl Flows {
-    pub fn open(namespace: Option<BorrowedFd<'_>>, destinations: Destinations, retry: bool) -> Result<Self, Error> {
+    pub fn open(
+        namespace: Option<BorrowedFd<'_>>,
+        by: Translator,
+        destinations: Destinations,
+        retry: bool,
+    ) -> Result<Self, Error> {
         let conntrack = Box::new(conntrack::Socket::open(namespace)?);
-        Ok(Flows { conntrack, destinations, suspects: Suspects::default(), retry })
+        let refuser = match by {
+            Translator::Nat => None,
+            Translator::Ipvs => Some(Provoker::open(namespace).map_err(Error::Provoke)?),
+        };
+        Ok(Flows { conntrack, by, refuser, destinations, suspects: Suspects::default(), retry })
     }
 }
 
 impl Source for Flows {
     fn look(&mut self, now: Duration) -> Result<Found, Error> {
-        let mut flows = self.conntrack.unanswered(Protocol::Tcp.number())?;
+        let mut flows = self.conntrack.unanswered(Protocol::Tcp.number(), self.by)?;
         flows.retain(|flow| self.destinations.has_alternative(flow.original.1, flow.reply.0));
         let old = self.suspects.look(flows, now);
         let mut retried = 0;
         if self.retry {
             for flow in &old {
                 self.conntrack.delete(flow)?;
+                if let Some(refuser) = &self.refuser {
+                    refuser.refuse(flow.reply.0, flow.original.0).map_err(Error::Provoke)?;
+                }
                 retried += 1;
             }
         }

@@ -41,7 +41,7 @@ impl Suspects {
 
 #[cfg(test)]
 mod tests {
-    use linux::conntrack::{Conntrack, Fake};
+    use linux::conntrack::{Conntrack, Fake, Translator};
 
     use super::*;
 
@@ -54,7 +54,7 @@ mod tests {
             for port in ports {
                 fake.add(6, (at(*port), service), (at(8080), at(*port)));
             }
-            fake.unanswered(6).expect("flows")
+            fake.unanswered(6, Translator::Nat).expect("flows")
         };
         let mut suspects = Suspects::default();
         // when, who is unanswered, against whom that is evidence

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use linux::conntrack::Translator;
 use linux::nft::{Nft, Transaction};
 
 use super::layout::{FAMILY, TABLE, comment, layout};
@@ -132,20 +133,21 @@ impl<H: Holder + ?Sized> WatchTable<H> {
 /// Rules and sets: the table in the kernel, or in the fake of it.
 pub(crate) struct Rules<N> {
     nft: N,
+    by: Translator,
     /// Whether refusals are held back, and connections counted.
     retry: bool,
     count: bool,
 }
 
 impl<N: Nft> Rules<N> {
-    pub fn new(nft: N, retry: bool, count: bool) -> Self {
-        Rules { nft, retry, count }
+    pub fn new(nft: N, by: Translator, retry: bool, count: bool) -> Self {
+        Rules { nft, by, retry, count }
     }
 }
 
 impl<N: Nft + Send> Holder for Rules<N> {
     fn lay(&mut self) -> Result<HashSet<Member>, Error> {
-        let layout = layout(self.retry, self.count);
+        let layout = layout(self.by, self.retry, self.count);
         let comment = comment(&layout);
         let mut found = HashSet::new();
         if self.nft.table_comment(FAMILY, TABLE)?.as_ref() != Some(&comment) {
@@ -205,7 +207,7 @@ mod tests {
 
     #[test]
     fn two_frontends_may_want_the_same_element() {
-        let mut table = WatchTable::new(Rules::new(Fake::default(), true, true));
+        let mut table = WatchTable::new(Rules::new(Fake::default(), Translator::Nat, true, true));
         let none = BTreeSet::new();
         let nothing = Alternatives::default();
         assert!(table.commit(false, &[], &none).is_err(), "nothing is known yet");
@@ -227,7 +229,7 @@ mod tests {
             .expect("handed over");
         assert_eq!(held(&mut table), [82]);
         // A new start finds what is there, and changes only what differs.
-        let mut again = WatchTable::new(Rules::new(table.holder.nft.clone(), true, true));
+        let mut again = WatchTable::new(Rules::new(table.holder.nft.clone(), Translator::Nat, true, true));
         let before = again.holder.nft.changed;
         again.commit(true, &[(nothing.clone(), members(&[82, 83]))], &none).expect("found");
         assert_eq!((held(&mut again), again.holder.nft.changed - before), (vec![82, 83], 1));
@@ -237,7 +239,7 @@ mod tests {
 
     #[test]
     fn frozen_listeners_come_and_go() {
-        let mut table = WatchTable::new(Rules::new(Fake::default(), true, true));
+        let mut table = WatchTable::new(Rules::new(Fake::default(), Translator::Nat, true, true));
         let pod = SocketAddr::from(([10, 244, 0, 11], 8080));
         let count = |table: &mut WatchTable<Rules<Fake>>| {
             table.holder.nft.elements(FAMILY, TABLE, &Kind::Frozen.set(false)).expect("a set").len()
@@ -252,7 +254,7 @@ mod tests {
 
     #[test]
     fn a_failed_commit_is_followed_by_a_whole_one() {
-        let mut table = WatchTable::new(Rules::new(Fake::failing(3), true, true));
+        let mut table = WatchTable::new(Rules::new(Fake::failing(3), Translator::Nat, true, true));
         let nothing = Alternatives::default();
         table.commit(true, &[(nothing.clone(), members(&[80]))], &BTreeSet::new()).expect("two commits");
         let change = [(members(&[80]), members(&[81]))];

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use linux::conntrack::Translator;
 use linux::netns::Netns;
 use linux::nft::Socket;
 use services::{Endpoint, Protocol, ServiceTable};
@@ -24,7 +25,7 @@ use super::table::{Rules, WatchTable};
 use super::{Watching, tell};
 use crate::dataplane::ebpf::contacts::EVENTS;
 use crate::run::pinned;
-use crate::{Config, Error, Mode, NodeView, Status};
+use crate::{Config, Error, NodeView, Status};
 
 /// Between a first packet and the first look: nearly all are answered by then.
 const FIRST_LOOK: Duration = Duration::from_millis(15);
@@ -104,9 +105,11 @@ type Senses = (Box<WatchTable>, Box<dyn Source>, Bell);
 /// What the mode's connections are watched with.
 fn senses(config: &Config, namespace: Option<BorrowedFd<'_>>) -> Result<Senses, Error> {
     let watching = &config.watching;
-    if config.mode != Mode::Ebpf {
-        let table = WatchTable::new(Rules::new(Socket::open(namespace)?, watching.retry, watching.traffic));
-        let flows = Flows::open(namespace, table.destinations(), watching.retry)?;
+    if let Some(by) = config.mode.translator() {
+        // IPVS counts by itself.
+        let count = watching.traffic && by == Translator::Nat;
+        let table = WatchTable::new(Rules::new(Socket::open(namespace)?, by, watching.retry, count));
+        let flows = Flows::open(namespace, by, table.destinations(), watching.retry)?;
         return Ok((Box::new(table), Box::new(flows), Bell::log(namespace, watching.retry)?));
     }
     let open = || pinned(namespace, config.hooks.as_ref());

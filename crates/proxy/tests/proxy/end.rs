@@ -13,7 +13,7 @@ use crate::live::Running;
 use crate::net::{Namespace, World, udp};
 
 /// The addresses of one family.
-struct Plan {
+pub struct Plan {
     family: &'static str,
     pods: [&'static str; 2],
     cluster_ip: &'static str,
@@ -21,14 +21,14 @@ struct Plan {
     node_port: &'static str,
 }
 
-const V4: Plan = Plan {
+pub const V4: Plan = Plan {
     family: "IPv4",
     pods: ["10.244.0.11", "10.244.0.12"],
     cluster_ip: "10.96.0.10",
     service: "10.96.0.10:80",
     node_port: "192.168.49.2:30080",
 };
-const V6: Plan = Plan {
+pub const V6: Plan = Plan {
     family: "IPv6",
     pods: ["fd00:10:244::11", "fd00:10:244::12"],
     cluster_ip: "fd00:10:96::10",
@@ -139,7 +139,7 @@ impl Drop for Inhabitant {
     }
 }
 
-fn connections_end_as_the_service_says(mode: Mode, plan: &Plan) {
+pub fn connections_end_as_the_service_says(mode: Mode, plan: &Plan) {
     let world = if mode == Mode::Ebpf { World::with_ebpf(false) } else { World::new() };
     let _inhabitants = [&world.node, &world.pods[0]].map(Inhabitant::of);
     world.pods.iter().for_each(echo);
@@ -208,7 +208,7 @@ fn a_udp_client_is_moved() {
     a_udp_client_is_moved_by(&World::with_ebpf(false), Mode::Ebpf);
 }
 
-fn a_udp_client_is_moved_by(world: &World, mode: Mode) {
+pub fn a_udp_client_is_moved_by(world: &World, mode: Mode) {
     for (policy, after) in [("keep", 1), ("reset", 0)] {
         let mut running = Running::start(world, mode);
         running.change(|table| start(table, &V4, policy, "UDP"));

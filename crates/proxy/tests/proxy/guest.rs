@@ -1,5 +1,15 @@
 //! What needs a kernel that build machines may lack (IPVS, dummy interfaces, SCTP sockets): `cargo xtask guest` runs these in
 //! an emulated machine.
+//!
+//! - `handed_over`: from and to the ipvs mode while clients talk
+//! - `rolling`: pods come and go while clients talk
+//! - `schedulers`: each chooses as its name says
+//! - `watched`: endpoints that do not answer, end policies and counts, in ipvs mode
+
+mod handed_over;
+mod rolling;
+mod schedulers;
+mod watched;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -13,11 +23,11 @@ use proxy::dataplane::ipvs::Ipvs;
 use proxy::dataplane::{Change, Dataplane};
 use serde_json::json;
 use services::ServiceTable;
-use socket2::{Domain, Protocol, Type};
 
 use crate::live::{Running, endpoints_change_while_clients_talk};
 use crate::net::{CLIENT, NODE, Namespace, PODS, World, commit_all, packets, table, tcp};
 use crate::objects::{service, slice};
+use crate::{kill, ring, sctp};
 
 type Real = Ipvs<ipvs::Socket, Socket>;
 
@@ -196,30 +206,6 @@ fn an_endpoint_that_goes_away_drains() {
 
 #[test]
 #[ignore = "needs IPVS: cargo xtask guest"]
-fn every_scheduler_serves() {
-    let world = World::new();
-    for scheduler in Scheduler::ALL {
-        let mut node = crate::net::node_view();
-        node.ipvs.scheduler = scheduler.clone();
-        let mut table = ServiceTable::new();
-        table.upsert_service(&service("web", json!({}))).expect("service");
-        let pods = [("10.244.0.11", "node-1"), ("10.244.0.12", "node-1")];
-        table.upsert_slice(&slice("web", 8080, "TCP", &pods)).expect("slice");
-        table.set_synced();
-        let mut dataplane = open(&world.node);
-        dataplane.read().expect("read");
-        let changes = crate::modes::whole::<Real>(&table, &node);
-        dataplane.commit(Some(&Real::base(&node)), &changes).unwrap_or_else(|error| panic!("{scheduler}: {error}"));
-        let held = dataplane.kernel().0.services().expect("services");
-        assert_eq!(held.first().map(|service| service.scheduler.clone()), Some(scheduler.clone()));
-        for from in [&world.client, &world.node, &world.pods[0]] {
-            assert!(tcp(from, "10.96.0.10:80").is_ok(), "{scheduler}");
-        }
-    }
-}
-
-#[test]
-#[ignore = "needs IPVS: cargo xtask guest"]
 fn the_kernel_gives_back_what_it_was_given() {
     let namespace = Namespace::new();
     let mut ipvs = ipvs::Socket::open(Some(file(&namespace).as_fd())).expect("this kernel has IPVS");
@@ -277,7 +263,7 @@ fn drift_is_told(world: &World, running: &Running) {
     ipvs.apply(&Op::AddDestination(web, pod)).expect("added");
 }
 
-/// A node changes its mode: Services go on, and nothing of the old mode is left.
+/// A node changes its mode, with another process: Services go on, and nothing of the old mode is left that nobody uses.
 #[test]
 #[ignore = "needs IPVS: cargo xtask guest"]
 fn ipvs_takes_over_and_gives_back() {
@@ -289,13 +275,9 @@ fn ipvs_takes_over_and_gives_back() {
         let pods = slice("web", 8080, "TCP", &[("10.244.0.11", "node-1")]);
         running.table.write().expect("table").upsert_slice(&pods).expect("slice");
         running.change(|table| table.set_synced());
-        for from in [&world.client, &world.node, &world.pods[1]] {
-            assert!(tcp(from, "10.96.0.10:80").is_ok(), "{mode}");
-        }
         if mode == Mode::Ipvs {
             drift_is_told(&world, &running);
         }
-        running.stop();
         assert_eq!(has("kube-ipvs0", "ip", "link"), mode == Mode::Ipvs, "{mode}");
         assert_eq!(has("inet fairlead-ipvs", "nft", "list tables"), mode == Mode::Ipvs, "{mode}");
         assert_eq!(has("inet fairlead\n", "nft", "list tables"), mode == Mode::Nftables, "{mode}");
@@ -303,50 +285,21 @@ fn ipvs_takes_over_and_gives_back() {
         let file: OwnedFd = file(&world.node).into();
         let left = ipvs::Socket::open(Some(file.as_fd())).expect("ipvs").services().expect("services").len();
         assert_eq!(left, usize::from(mode == Mode::Ipvs), "{mode}");
+        if mode != Mode::Ipvs {
+            for from in [&world.client, &world.node, &world.pods[1]] {
+                assert!(tcp(from, "10.96.0.10:80").is_ok(), "{mode}");
+            }
+        }
+        running.stop();
     }
 }
 
-fn sctp_socket(address: SocketAddr) -> socket2::Socket {
-    socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::from(132)))
-        .expect("this kernel has SCTP")
-}
-
-/// Answers an association with the pod's number and the client's address as the pod sees it.
-///
-/// Both ends are bound to one address: otherwise they tell each other all they have, which no translator rewrites
-/// (RFC 4960 section 5.1.2), and probe them at once.
-fn serve_sctp(pod: &Namespace, index: usize, address: &str) {
-    let address: SocketAddr = format!("{address}:8080").parse().expect("address");
-    let listener = pod.run(move || {
-        let socket = sctp_socket(address);
-        socket.bind(&address.into()).expect("bind");
-        socket.listen(16).expect("listen");
-        TcpListener::from(socket)
-    });
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let from = stream.peer_addr().map(|peer| peer.ip().to_canonical().to_string()).unwrap_or_default();
-            drop(stream.write_all(format!("{index} {from}").as_bytes()));
-        }
-    });
-}
-
-fn sctp((from, own): (&Namespace, &str), to: &str) -> std::io::Result<(usize, String)> {
-    let to: SocketAddr = to.parse().expect("address");
-    let own = SocketAddr::new(own.parse().expect("address"), 0);
-    from.run(move || {
-        let socket = sctp_socket(to);
-        socket.bind(&own.into())?;
-        socket.connect_timeout(&to.into(), Duration::from_secs(2))?;
-        socket.set_nonblocking(false)?;
-        let mut stream = TcpStream::from(socket);
-        // Data that overtakes the end of the handshake, on another CPU, is thrown away and repeated after three seconds.
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        let (index, from) = text.split_once(' ').ok_or(std::io::ErrorKind::UnexpectedEof)?;
-        Ok((index.parse().expect("a number"), from.to_owned()))
-    })
+/// Which pod answered, and whom it saw.
+fn ask_sctp((from, own): (&Namespace, &str), to: &str) -> std::io::Result<(usize, String)> {
+    let (own, to) = (own.parse().expect("address"), to.parse().expect("address"));
+    let text = from.run(move || sctp::ask(own, to, Duration::from_secs(2)))?;
+    let (index, seen) = text.split_once(' ').ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    Ok((index.parse().expect("a number"), seen.to_owned()))
 }
 
 #[test]
@@ -354,7 +307,8 @@ fn sctp((from, own): (&Namespace, &str), to: &str) -> std::io::Result<(usize, St
 fn sctp_in_every_mode() {
     let world = World::new();
     for (index, pod) in world.pods.iter().enumerate() {
-        serve_sctp(pod, index, PODS[index]);
+        let address = SocketAddr::new(PODS[index].parse().expect("address"), 8080);
+        pod.run(move || sctp::serve(address, move |peer| format!("{index} {peer}")));
     }
     for mode in [Mode::Nftables, Mode::Iptables, Mode::Ipvs] {
         let mut running = Running::start(&world, mode);
@@ -376,13 +330,41 @@ fn sctp_in_every_mode() {
             // Until both have answered.
             let mut answers = [0; 2];
             while answers.contains(&0) {
-                let (pod, seen) = sctp(from, to).unwrap_or_else(|error| panic!("{mode}: {to}: {error}"));
+                let (pod, seen) = ask_sctp(from, to).unwrap_or_else(|error| panic!("{mode}: {to}: {error}"));
                 answers[pod] += 1;
                 assert_ne!(seen, CLIENT, "{mode}: outside clients are masqueraded");
                 assert!(answers.iter().sum::<u32>() < 60, "{mode}: {to} was not balanced: {answers:?}");
             }
         }
-        assert!(sctp((&world.pods[1], PODS[1]), "10.96.0.21:80").is_err(), "{mode}");
+        assert!(ask_sctp((&world.pods[1], PODS[1]), "10.96.0.21:80").is_err(), "{mode}");
         running.stop();
     }
+}
+
+#[test]
+#[ignore = "needs IPVS: cargo xtask guest"]
+fn ipvs_sends_real_packets_where_the_cases_say() {
+    ring::play(Mode::Ipvs, false);
+}
+
+#[test]
+#[ignore = "needs IPVS: cargo xtask guest"]
+fn ipvs_does_so_with_bridge_netfilter() {
+    ring::play(Mode::Ipvs, true);
+}
+
+/// Elsewhere these files are played without SCTP.
+#[test]
+#[ignore = "needs SCTP sockets: cargo xtask guest"]
+fn sctp_goes_where_the_cases_say() {
+    assert!(sctp::is_known(), "this kernel has SCTP");
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        assert!(ring::play_files(mode, true, |file| file == "protocol") > 0);
+    }
+}
+
+#[test]
+#[ignore = "needs IPVS: cargo xtask guest"]
+fn ipvs_is_killed_and_starts_again() {
+    kill::is_killed_and_starts_again(Mode::Ipvs, Duration::from_millis(400));
 }

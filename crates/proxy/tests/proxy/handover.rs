@@ -197,7 +197,10 @@ fn serving(world: &World, mode: Mode) -> Running {
     running
 }
 
-fn roads(world: &World) -> [(&Namespace, &'static str); 8] {
+/// Who asks, and where.
+pub type Road<'a> = (&'a Namespace, &'static str);
+
+pub fn roads(world: &World) -> [Road<'_>; 8] {
     [
         (&world.client, "192.168.49.2:30007"),
         (&world.client, "192.168.49.2:30014"),
@@ -214,11 +217,15 @@ fn roads(world: &World) -> [(&Namespace, &'static str); 8] {
 #[test]
 fn no_connection_is_lost_between_any_two_modes() {
     let world = World::with_ebpf(true);
+    walk_under_load(&world, &roads(&world), &circuit(&MODES));
+}
+
+/// From mode to mode while clients talk.
+pub fn walk_under_load(world: &World, roads: &[Road<'_>], walk: &[Mode]) {
     world.pods.iter().for_each(echo);
-    let walk = circuit(&MODES);
-    let running = serving(&world, walk[0]);
+    let running = serving(world, walk[0]);
     let mut load = Load::new();
-    for (from, to) in roads(&world) {
+    for (from, to) in roads {
         load.comes_and_goes(from, to);
         load.stays(from, to, walk[0]);
     }
@@ -232,7 +239,7 @@ fn no_connection_is_lost_between_any_two_modes() {
         assert_eq!(running.status.borrow().mode, Some(*mode));
         if !seen_modes.contains(mode) {
             seen_modes.push(*mode);
-            roads(&world).into_iter().for_each(|(from, to)| load.stays(from, to, *mode));
+            roads.iter().for_each(|(from, to)| load.stays(from, to, *mode));
         }
     }
     load.goes_on();

@@ -119,7 +119,7 @@ impl Client {
     }
 }
 
-fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
+pub fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     let kills = (random_cases(50) / 50).clamp(4, 200);
     let mut ring = Ring::new(mode, false);
     let mut dice = Dice::new(1);

@@ -22,6 +22,7 @@ mod objects;
 mod refusals;
 mod ring;
 mod rows;
+mod sctp;
 mod selection;
 mod serving;
 mod userspace;

@@ -3,8 +3,8 @@
 //!
 //! `FAIRLEAD_CASE=hooks` plays one file only.
 //!
-//! How a mode joins: one test at the end. What it needs besides a namespace goes into [`Proxy::start`]. SCTP is left out
-//! where the kernel has no SCTP sockets.
+//! How a mode joins: one test at the end, or in `guest` if it needs another kernel. What it needs besides a namespace goes
+//! into [`Proxy::start`]. SCTP is left out where the kernel has no SCTP sockets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::case::{self, Objects, Outcome, Step, Trace, node};
 use crate::cgroup::{self, Attached};
 use crate::net::Namespace;
+use crate::sctp;
 
 /// How long nothing must come back before a packet counts as dropped.
 const SILENCE: Duration = Duration::from_millis(250);
@@ -314,14 +315,15 @@ impl Ring {
                     }
                 });
             }
-            _ => {}
+            _ if !sctp::is_known() => {}
+            _ => host.run(move || sctp::serve(at, move |peer| format!("{at} {peer}\n"))),
         }
     }
 
     /// Makes whoever a step talks of.
     fn prepare(&mut self, step: &Step, objects: &Objects, mode: Mode) {
         self.serve(objects);
-        for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+        for trace in step.traces.iter().filter(|trace| is_possible(trace, mode)) {
             self.host(trace.packet.from.ip());
             let to = trace.packet.to;
             if trace.outcome(mode) == Outcome::Pass {
@@ -331,9 +333,9 @@ impl Ring {
     }
 
     /// Makes the hosts that steps talk of. What listens comes later, and may not be there before.
-    fn settle<'a>(&mut self, steps: impl Iterator<Item = &'a Step>) {
+    fn settle<'a>(&mut self, steps: impl Iterator<Item = &'a Step>, mode: Mode) {
         for step in steps {
-            for trace in step.traces.iter().filter(|trace| is_possible(trace)) {
+            for trace in step.traces.iter().filter(|trace| is_possible(trace, mode)) {
                 self.host(trace.packet.from.ip());
             }
             for (_, endpoint) in endpoints(&Objects::parse(&step.objects)) {
@@ -398,12 +400,19 @@ impl Seen {
 
 /// Sends one packet, or opens one connection, from the caller's namespace.
 pub fn ask(protocol: u8, to: SocketAddr, patience: Duration) -> Seen {
+    ask_from(protocol, None, to, patience)
+}
+
+/// SCTP needs to know from which address.
+fn ask_from(protocol: u8, from: Option<IpAddr>, to: SocketAddr, patience: Duration) -> Seen {
     let answer = || -> std::io::Result<String> {
         let mut text = String::new();
         if protocol == 6 {
             let stream = TcpStream::connect_timeout(&to, patience)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             BufReader::new(stream).read_line(&mut text)?;
+        } else if let (sctp::PROTOCOL, Some(from)) = (protocol, from) {
+            text = sctp::ask(from, to, patience)?;
         } else {
             let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
             socket.set_read_timeout(Some(patience))?;
@@ -423,7 +432,7 @@ fn check(trace: &Trace, mode: Mode, sticky: bool) -> Result<(), String> {
     let (from, to, protocol) = (trace.packet.from.ip(), trace.packet.to, trace.packet.protocol);
     let outcome = trace.outcome_on(mode, &node());
     let patience = if outcome == Outcome::Drop { SILENCE } else { PATIENCE };
-    let ask = || ask(protocol, to, patience);
+    let ask = || ask_from(protocol, Some(from), to, patience);
     let only = |expected: &Seen, seen: Seen| match seen == *expected {
         true => Ok(()),
         false => Err(format!("{seen:?}, not {expected:?}")),
@@ -458,22 +467,30 @@ fn check(trace: &Trace, mode: Mode, sticky: bool) -> Result<(), String> {
     }
 }
 
-/// Whether this kernel can send it at all, from somewhere that is there.
-fn is_possible(trace: &Trace) -> bool {
+/// Whether this kernel can send it at all, from somewhere that is there, and its sender hears what becomes of it.
+fn is_possible(trace: &Trace, mode: Mode) -> bool {
     let balancers: [ipnet::IpNet; 2] = ["198.51.100.0/24", "2001:db8:198::/48"].map(|net| net.parse().expect("net"));
-    trace.packet.protocol != services::Protocol::Sctp.number()
+    // A socket of SCTP is deaf to an unreachable port.
+    let is_heard = || sctp::is_known() && trace.outcome(mode) != Outcome::Reject;
+    (trace.packet.protocol != sctp::PROTOCOL || is_heard())
         && !balancers.iter().any(|net| net.contains(&trace.packet.from.ip()))
 }
 
-fn play(mode: Mode, bridge_netfilter: bool) {
+pub fn play(mode: Mode, bridge_netfilter: bool) {
+    let one_file = std::env::var("FAIRLEAD_CASE").ok();
+    let sent = play_files(mode, bridge_netfilter, |file| one_file.as_ref().is_none_or(|one| *one == file));
+    assert!(sent > 100 || one_file.is_some(), "only {sent} packets were sent");
+}
+
+/// How many packets these files have.
+pub fn play_files(mode: Mode, bridge_netfilter: bool, is_wanted: impl Fn(&str) -> bool) -> usize {
     let mut ring = Ring::new(mode, bridge_netfilter);
     let mut wrong = Vec::new();
     let mut sent = 0;
-    let one_file = std::env::var("FAIRLEAD_CASE").ok();
     let mut cases = case::all();
-    cases.retain(|case| one_file.as_ref().is_none_or(|one| *one == case.file));
+    cases.retain(|case| is_wanted(&case.file));
     // A link that comes later gets its programs a moment later.
-    ring.settle(cases.iter().flat_map(|case| &case.steps));
+    ring.settle(cases.iter().flat_map(|case| &case.steps), mode);
     let mut proxy = Proxy::start(&ring.node.path, mode, &Objects::parse::<&str>(&[]), ring.hooks());
     for case in &cases {
         for step in &case.steps {
@@ -484,7 +501,7 @@ fn play(mode: Mode, bridge_netfilter: bool) {
             let traces: Vec<(&Trace, Place)> = step
                 .traces
                 .iter()
-                .filter(|trace| is_possible(trace))
+                .filter(|trace| is_possible(trace, mode))
                 .map(|trace| (trace, ring.place(trace.packet.from.ip())))
                 .collect();
             sent += traces.len();
@@ -505,8 +522,8 @@ fn play(mode: Mode, bridge_netfilter: bool) {
         }
     }
     proxy.stop();
-    assert!(sent > 100 || one_file.is_some(), "only {sent} packets were sent");
     assert!(wrong.is_empty(), "{mode}, br_netfilter {bridge_netfilter}:\n{}", wrong.join("\n"));
+    sent
 }
 
 #[test]

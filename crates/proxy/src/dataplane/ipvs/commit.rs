@@ -12,12 +12,13 @@ use super::claims::Claims;
 use super::held::{ElementChange, Held, Steps};
 use super::layout::{Base, FAMILY, Map, TABLE};
 use super::plan::{Entries, Server, entries};
+use super::retire;
 use crate::dataplane::{Change, Dataplane};
 use crate::{Error, NodeView};
 
 /// How often connections to endpoints that have gone are counted, while there are some: IPVS tells nobody when the last one
 /// closes.
-const DRAIN: Duration = Duration::from_secs(5);
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 
 /// Services in IPVS, through the kernel or the fakes of it.
 pub struct Ipvs<I, N> {
@@ -30,6 +31,17 @@ pub struct Ipvs<I, N> {
     held: Held,
     /// A step failed: `held` may be wrong, and is read again before the next one.
     lost: bool,
+}
+
+/// What the table is like once the transaction is committed that lays it.
+#[derive(Clone, Copy, PartialEq)]
+enum Laid {
+    Whole,
+    /// The closing rules are missing until all Services are there: whoever serves them now goes on until then.
+    Open {
+        /// The elements went with the old table.
+        is_new: bool,
+    },
 }
 
 impl<I: Kernel, N: Nft> Ipvs<I, N> {
@@ -99,12 +111,14 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
         self.apply(idle)
     }
 
-    /// Makes the kernel's table this base's; whether its elements go with the old one.
-    fn lay(&self, base: &Base, transaction: &mut Transaction) -> bool {
-        let mark = base.mark();
+    /// Makes the kernel's table this base's.
+    fn lay(&self, base: &Base, transaction: &mut Transaction) -> Laid {
+        let (mark, opening) = (base.mark(), base.opening_mark());
         let held = self.base.as_ref().map(Base::mark).or(self.found_mark.clone());
         match held {
-            Some(held) if held == mark => false,
+            Some(held) if held == mark => Laid::Whole,
+            // An earlier attempt got no further.
+            Some(held) if held == opening => Laid::Open { is_new: false },
             // Only rules are replaced, in place, so that translated connections live on.
             Some(held) if base.has_frame_of(&held) => {
                 for (chain, _) in &base.chains {
@@ -113,7 +127,7 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
                 base.fill(transaction);
                 transaction.push(nft::Op::DeleteChain(held.into()));
                 transaction.push(nft::Op::AddChain(Chain::regular(&mark)));
-                false
+                Laid::Whole
             }
             _ => {
                 let table = || nft::Op::AddTable {
@@ -123,9 +137,9 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
                 transaction.push(nft::Op::DeleteTable);
                 transaction.push(table());
                 base.declare(transaction);
-                base.fill(transaction);
-                transaction.push(nft::Op::AddChain(Chain::regular(&mark)));
-                true
+                base.open(transaction);
+                transaction.push(nft::Op::AddChain(Chain::regular(&opening)));
+                Laid::Open { is_new: true }
             }
         }
     }
@@ -146,12 +160,14 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
 
     fn attempt(&mut self, base: Option<&Base>, changes: &[Change<Entries>], everything: bool) -> Result<(), Error> {
         let mut transaction = Held::transaction();
+        let mut laid = Laid::Whole;
         if let Some(base) = base {
             self.ipvs.prepare(&base.sysctls)?;
             if base.timeouts != Timeouts::default() {
                 self.ipvs.apply(&Op::SetTimeouts(base.timeouts))?;
             }
-            if self.lay(base, &mut transaction) {
+            laid = self.lay(base, &mut transaction);
+            if laid == (Laid::Open { is_new: true }) {
                 self.held.elements.clear();
             }
         }
@@ -164,6 +180,13 @@ impl<I: Kernel, N: Nft> Ipvs<I, N> {
         self.held.adopt(&touched);
         let steps = self.held.steps(&touched);
         self.take(steps, transaction)?;
+        if let (Some(base), Laid::Open { .. }) = (base, laid) {
+            let mut transaction = Held::transaction();
+            base.close(&mut transaction);
+            transaction.push(nft::Op::DeleteChain(base.opening_mark().into()));
+            transaction.push(nft::Op::AddChain(Chain::regular(&base.mark())));
+            self.nft.commit(&transaction)?;
+        }
         self.claims.settle(touched);
         if let Some(base) = base {
             self.base = Some(base.clone());
@@ -247,18 +270,21 @@ fn server_key(key: &nft::Key) -> Option<ServerKey> {
 }
 
 /// What the kernel holds of ours, and the layout mark of the table.
-fn read(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<(Held, Option<String>), Error> {
+pub(super) fn read(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<(Held, Option<String>), Error> {
     let mut held = Held::default();
     let mut mark = None;
     if nft.table_comment(FAMILY, TABLE)?.is_some() {
         mark = nft.chains(FAMILY, TABLE)?.into_iter().find(|chain| chain.starts_with(Base::MARK));
     }
     // Sets of another layout would be misread, and go with their table.
-    if mark.as_ref().is_some_and(|mark| Base::new(&NodeView::default()).has_frame_of(mark)) {
-        for (map, v6) in Map::ALL.into_iter().flat_map(|map| [(map, false), (map, true)]) {
-            for element in nft.elements(FAMILY, TABLE, &map.set(v6))? {
-                held.elements.insert((map, v6, element.key, element.end), element.data);
-            }
+    let maps: &[Map] = match &mark {
+        Some(mark) if mark == retire::MARK => &retire::MAPS,
+        Some(mark) if Base::new(&NodeView::default()).has_frame_of(mark) => &Map::ALL,
+        _ => &[],
+    };
+    for (map, v6) in maps.iter().flat_map(|map| [(*map, false), (*map, true)]) {
+        for element in nft.elements(FAMILY, TABLE, &map.set(v6))? {
+            held.elements.insert((map, v6, element.key, element.end), element.data);
         }
     }
     held.addresses = ipvs.addresses()?.unwrap_or_default();
@@ -287,7 +313,7 @@ pub fn lines(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<BTreeSet<Stri
     Ok(lines)
 }
 
-/// Takes our servers, the interface and the table out, when another mode has taken over; whether anything was there.
+/// Takes our servers, the interface and the table out at once, and cuts their connections; whether anything was there.
 pub fn remove(ipvs: &mut impl Kernel, nft: &mut impl Nft) -> Result<bool, Error> {
     let (held, _) = read(ipvs, nft)?;
     let has_device = ipvs.addresses()?.is_some();

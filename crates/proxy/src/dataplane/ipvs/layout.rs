@@ -4,12 +4,12 @@ use std::fmt::{Display, Formatter};
 
 use linux::ipvs::{Op as IpvsOp, Timeouts};
 use linux::nft::{
-    ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Reject, Rule, Set, Statement, Transaction,
-    Value, Verdict, ct_state,
+    ADDRESS_LOCAL, Chain, ChainKind, DataType, Datum, Family, Hook, Op, Rule, Set, Statement, Transaction, Value,
+    ct_state,
 };
-use sha2::{Digest, Sha256};
 
 use crate::NodeView;
+use crate::dataplane::frame::{REFUSE, digest, firewall, from_host, masquerade, named, nobodys, refuse};
 
 pub const FAMILY: Family = Family::Inet;
 pub const TABLE: &str = "fairlead-ipvs";
@@ -98,15 +98,14 @@ impl Map {
     }
 }
 
-fn named(stem: &str, v6: bool) -> String {
-    format!("{stem}{}", if v6 { '6' } else { '4' })
-}
-
 /// Everything but the Services.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base {
     pub sets: Vec<Set>,
     pub chains: Vec<(Chain, Vec<Rule>)>,
+    /// The last rules of the chain that looks at first packets: whatever is for a Service's address and for no Service is
+    /// turned away. While another mode hands over, its Services are none of ours yet.
+    pub closing: Vec<Rule>,
     pub sysctls: Vec<(&'static str, &'static str)>,
     pub timeouts: Timeouts,
 }
@@ -114,7 +113,13 @@ pub struct Base {
 impl Base {
     pub fn new(node: &NodeView) -> Self {
         let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
-        Base { sets, chains: chains(node), sysctls: sysctls(node), timeouts: node.ipvs.timeouts }
+        Base {
+            sets,
+            chains: chains(node),
+            closing: closing(node),
+            sysctls: sysctls(node),
+            timeouts: node.ipvs.timeouts,
+        }
     }
 
     /// Adds the sets and chains; chains before rules, since rules name them.
@@ -127,7 +132,14 @@ impl Base {
         }
     }
 
+    /// All rules.
     pub fn fill(&self, transaction: &mut Transaction) {
+        self.open(transaction);
+        self.close(transaction);
+    }
+
+    /// The rules but for the closing ones.
+    pub fn open(&self, transaction: &mut Transaction) {
         for (chain, rules) in &self.chains {
             for rule in rules {
                 transaction.push(Op::AddRule { chain: chain.name.clone(), rule: rule.clone() });
@@ -135,13 +147,30 @@ impl Base {
         }
     }
 
+    pub fn close(&self, transaction: &mut Transaction) {
+        for rule in &self.closing {
+            transaction.push(Op::AddRule { chain: CHECK.into(), rule: rule.clone() });
+        }
+    }
+
     /// The name of an empty chain that says which layout a table has: sets and chains first, then rules.
     pub fn mark(&self) -> String {
-        let mut frame = Transaction::new(FAMILY, TABLE);
-        self.declare(&mut frame);
         let mut rules = Transaction::new(FAMILY, TABLE);
         self.fill(&mut rules);
-        format!("{}{}_{}", Self::MARK, digest(&frame.to_string()), digest(&rules.to_string()))
+        format!("{}{}_{}", Self::MARK, self.frame(), digest(&rules.to_string()))
+    }
+
+    /// The same while the closing rules are missing.
+    pub fn opening_mark(&self) -> String {
+        let mut rules = Transaction::new(FAMILY, TABLE);
+        self.open(&mut rules);
+        format!("{}{}_open{}", Self::MARK, self.frame(), digest(&rules.to_string()))
+    }
+
+    fn frame(&self) -> String {
+        let mut frame = Transaction::new(FAMILY, TABLE);
+        self.declare(&mut frame);
+        digest(&frame.to_string())
     }
 
     /// Whether a table with this mark has our sets and chains, whatever its rules.
@@ -151,10 +180,6 @@ impl Base {
     }
 
     pub const MARK: &str = "layout_";
-}
-
-fn digest(text: &str) -> String {
-    Sha256::digest(text).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Display for Base {
@@ -189,55 +214,35 @@ fn sysctls(node: &NodeView) -> Vec<(&'static str, &'static str)> {
     sysctls
 }
 
-/// `ip daddr . meta l4proto . th dport`
-fn destination(v6: bool) -> [Value; 3] {
-    [Value::DestinationIp { v6 }, Value::L4Proto, Value::DestinationPort]
-}
-
-fn of_family(v6: bool) -> Statement {
-    Statement::Equal(Value::Nfproto, Datum::Proto(if v6 { 10 } else { 2 }))
-}
-
-fn is_in(key: impl IntoIterator<Item = Value>, map: Map, v6: bool) -> Statement {
+pub fn is_in(key: impl IntoIterator<Item = Value>, map: Map, v6: bool) -> Statement {
     Statement::is_in(key, &map.name(v6))
-}
-
-fn from_host() -> Statement {
-    Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL))
 }
 
 fn to_host() -> Statement {
     Statement::Equal(Value::FibDestinationType, Datum::Mark(ADDRESS_LOCAL))
 }
 
-fn returns() -> Statement {
-    Statement::Verdict(Verdict::Return)
-}
-
-const REFUSE: &str = "refuse";
 const CHECK: &str = "check";
+
+/// Service addresses answer pings, as those of any host.
+pub fn spare_pings() -> [Rule; 2] {
+    [1, 58].map(|icmp| Rule::new([Statement::Equal(Value::L4Proto, Datum::Proto(icmp)), Statement::returns()]))
+}
 
 fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     // Regular chains first: others name them.
-    let mut chains = vec![(
-        Chain::regular(REFUSE),
-        vec![
-            Rule::new([Statement::Equal(Value::L4Proto, Datum::Proto(6)), Statement::Reject(Reject::TcpReset)]),
-            Rule::new([Statement::Reject(Reject::PortUnreachable)]),
-        ],
-    )];
+    let mut chains = vec![refuse()];
     for v6 in [false, true] {
-        let pods =
-            || node.pod_cidrs(v6).map(move |cidr| [of_family(v6), Statement::InNet(Value::SourceIp { v6 }, *cidr)]);
-        let from_pods = || pods().map(|from| Rule::new(from.into_iter().chain([returns()]))).collect::<Vec<_>>();
+        let pods = || {
+            node.pod_cidrs(v6)
+                .map(move |cidr| [Statement::of_family(v6), Statement::InNet(Value::SourceIp { v6 }, *cidr)])
+        };
+        let from_pods =
+            || pods().map(|from| Rule::new(from.into_iter().chain([Statement::returns()]))).collect::<Vec<_>>();
         let regular = |stem: &str, rules: Vec<Rule>| (Chain::regular(&named(stem, v6)), rules);
-        let source = destination(v6).into_iter().chain([Value::SourceIp { v6 }]);
-        chains.push(regular(
-            "firewall",
-            vec![Rule::new([is_in(source, Map::Allowed, v6), returns()]), Rule::new([Statement::drop()])],
-        ));
+        chains.push(firewall(v6));
         let mut inside_only = from_pods();
-        inside_only.extend([Rule::new([from_host(), returns()]), Rule::new([Statement::drop()])]);
+        inside_only.extend([Rule::new([from_host(), Statement::returns()]), Rule::new([Statement::drop()])]);
         chains.push(regular("inside_only", inside_only));
         let mut outside = from_pods();
         // Without the pods' network nobody can tell who is outside: then nothing is but the host, whose packets come from
@@ -248,11 +253,11 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
         });
         chains.push(regular("from_outside", outside));
         let shortcut = || {
-            let to = Value::lookup(destination(v6), &Map::ShortCircuit.name(v6));
+            let to = Value::lookup(Value::destination(v6), &Map::ShortCircuit.name(v6));
             [Statement::Choose(to), Statement::Dnat { v6 }]
         };
         let mut inside: Vec<Rule> = pods().map(|from| Rule::new(from.into_iter().chain(shortcut()))).collect();
-        inside.push(Rule::new([of_family(v6), from_host()].into_iter().chain(shortcut())));
+        inside.push(Rule::new([Statement::of_family(v6), from_host()].into_iter().chain(shortcut())));
         chains.push(regular("short_circuit", inside));
     }
     let base = Chain::base;
@@ -262,7 +267,7 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     };
     let inside = || [false, true].map(|v6| Rule::new([Statement::jump(&named("short_circuit", v6))])).to_vec();
     chains.extend([
-        (Chain::regular(CHECK), check(node)),
+        (Chain::regular(CHECK), check()),
         // Before any translation: IPVS looks at packets last thing at input, and early at output.
         (base("check_prerouting", ChainKind::Filter, Hook::Prerouting, -110), enter()),
         (base("check_output", ChainKind::Filter, Hook::Output, -110), enter()),
@@ -273,34 +278,35 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
     chains
 }
 
-fn masquerade() -> Statement {
-    Statement::Masquerade { fully_random: true }
-}
-
 /// What becomes of the first packet of a connection before IPVS sees it.
-fn check(node: &NodeView) -> Vec<Rule> {
-    // Service addresses answer pings, as those of any host.
-    let mut rules: Vec<Rule> = [1, 58]
-        .map(|icmp| Rule::new([Statement::Equal(Value::L4Proto, Datum::Proto(icmp)), returns()]))
-        .into_iter()
-        .collect();
+fn check() -> Vec<Rule> {
+    let mut rules = spare_pings().to_vec();
     for v6 in [false, true] {
-        let rule = |map: Map, then: Statement| Rule::new([of_family(v6), is_in(destination(v6), map, v6), then]);
+        let rule = |map: Map, then: Statement| {
+            Rule::new([Statement::of_family(v6), is_in(Value::destination(v6), map, v6), then])
+        };
         rules.extend([
             rule(Map::Firewalled, Statement::jump(&named("firewall", v6))),
             rule(Map::Refused, Statement::goto(REFUSE)),
             rule(Map::Silent, Statement::drop()),
             rule(Map::SilentOutside, Statement::jump(&named("inside_only", v6))),
             // Until its address is ours, a packet would leave for elsewhere.
-            Rule::new([of_family(v6), is_in(destination(v6), Map::Served, v6), to_host(), returns()]),
-            Rule::new([of_family(v6), is_in([Value::DestinationIp { v6 }], Map::Bound, v6), Statement::goto(REFUSE)]),
+            Rule::new([
+                Statement::of_family(v6),
+                is_in(Value::destination(v6), Map::Served, v6),
+                to_host(),
+                Statement::returns(),
+            ]),
         ]);
     }
-    for cidr in &node.service_cidrs {
-        let v6 = cidr.addr().is_ipv6();
-        let nobodys = Statement::InNet(Value::DestinationIp { v6 }, *cidr);
-        rules.push(Rule::new([of_family(v6), nobodys, Statement::drop()]));
-    }
+    rules
+}
+
+fn closing(node: &NodeView) -> Vec<Rule> {
+    let bound = |v6| is_in([Value::DestinationIp { v6 }], Map::Bound, v6);
+    let mut rules =
+        [false, true].map(|v6| Rule::new([Statement::of_family(v6), bound(v6), Statement::goto(REFUSE)])).to_vec();
+    rules.extend(nobodys(node));
     rules
 }
 
@@ -309,12 +315,17 @@ fn postrouting() -> Vec<Rule> {
     let mut rules = Vec::new();
     for v6 in [false, true] {
         let itself = is_in([Value::SourceIp { v6 }, Value::DestinationIp { v6 }], Map::Hairpin, v6);
-        rules.push(Rule::new([of_family(v6), itself, masquerade()]));
+        rules.push(Rule::new([Statement::of_family(v6), itself, masquerade()]));
         let original = || [Value::OriginalDestinationIp { v6 }, Value::L4Proto, Value::OriginalDestinationPort];
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::Masquerade, v6), masquerade()]));
+        rules.push(Rule::new([Statement::of_family(v6), is_in(original(), Map::Masquerade, v6), masquerade()]));
         let outside = Statement::goto(&named("from_outside", v6));
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeOutside, v6), outside]));
-        rules.push(Rule::new([of_family(v6), is_in(original(), Map::MasqueradeHost, v6), from_host(), masquerade()]));
+        rules.push(Rule::new([Statement::of_family(v6), is_in(original(), Map::MasqueradeOutside, v6), outside]));
+        rules.push(Rule::new([
+            Statement::of_family(v6),
+            is_in(original(), Map::MasqueradeHost, v6),
+            from_host(),
+            masquerade(),
+        ]));
     }
     rules
 }

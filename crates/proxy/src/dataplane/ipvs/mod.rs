@@ -9,15 +9,19 @@
 //! - `claims`: who wants what, where frontends share it
 //! - `held`: what the kernel holds, and the steps from there to what is wanted
 //! - `commit`: reads and commits; endpoints that go away drain first
+//! - `retire`: what stays when another mode takes over, until its last connection has ended
 
 mod claims;
 mod commit;
 mod held;
 mod layout;
 mod plan;
+mod retire;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use commit::DRAIN;
 pub use commit::{Ipvs, lines, remove};
 pub use layout::{Base, FAMILY, TABLE};
 pub use plan::{Content, Entries, Item, Server};
+pub use retire::{Retired, retire};

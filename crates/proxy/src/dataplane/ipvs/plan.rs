@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use linux::ipvs::{Destination, Key as ServerKey, Persistence, SCHEDULER_2, Scheduler, Service};
 use linux::nft::{Datum, Element, ElementData, Key};
-use services::{Endpoint, Frontend, TrafficPolicy};
+use services::{EndPolicy, Endpoint, Frontend, TrafficPolicy};
 
 use super::layout::Map;
 use crate::NodeView;
@@ -107,6 +107,7 @@ impl<'a> Plan<'a> {
             affinity: _,
             source_ranges,
             health_check_node_port: _,
+            // Where a server's endpoints are chosen.
             end_policy: _,
             // The loop says that it is not this mode's to choose.
             selection: _,
@@ -230,8 +231,11 @@ impl<'a> Plan<'a> {
         let is_here = |endpoint: &Endpoint| {
             policy == TrafficPolicy::Cluster || endpoint.node.as_ref() == Some(&self.node.place.node)
         };
+        // Without weight its connections go on; those that are to be reset must not find it.
+        let keeps = self.frontend.end_policy != EndPolicy::Reset;
         let drains = |endpoint: &&std::sync::Arc<Endpoint>| {
-            endpoint.address.is_ipv6() == self.v6 && endpoint.terminating && endpoint.serving && is_here(endpoint)
+            let is_ours = endpoint.address.is_ipv6() == self.v6 && is_here(endpoint);
+            keeps && is_ours && endpoint.terminating && endpoint.serving
         };
         let draining = self.frontend.endpoints.iter().filter(drains).map(|endpoint| (endpoint.address, 0));
         let chosen: Vec<SocketAddr> = self.scope(policy).iter().map(|endpoint| endpoint.address).collect();

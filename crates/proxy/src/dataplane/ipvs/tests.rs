@@ -6,7 +6,7 @@ use linux::ipvs::{self, Connections, Ipvs as _, Key, Op, Scheduler, Service};
 use linux::nft;
 use services::{Place, ServiceTable};
 
-use super::Ipvs;
+use super::{Ipvs, Retired};
 use crate::NodeView;
 use crate::dataplane::{Change, Dataplane};
 
@@ -122,6 +122,38 @@ fn other_people_s_servers_are_left_alone() {
     assert!(super::remove(ipvs, nft).expect("removed"));
     assert!(!super::remove(ipvs, nft).expect("nothing is left to remove"));
     assert_eq!(ipvs.services().expect("services"), [service]);
+}
+
+/// Another mode has taken over: only what has connections stays, without weight, and a return of the mode finds it.
+#[test]
+fn what_has_connections_stays_without_weight() {
+    let mut dataplane = fake();
+    let theirs = Key { address: "198.51.100.1:443".parse().expect("address"), protocol: 6 };
+    let service = Service { key: theirs, scheduler: Scheduler::SourceHash, persistence: None, flags: 0 };
+    dataplane.kernel().0.apply(&Op::AddService(service.clone())).expect("added");
+    dataplane.read().expect("read");
+    commit(&mut dataplane, "TCP", &["10.244.1.1", "10.244.1.2"]);
+    let busy: SocketAddr = "10.244.1.1:80".parse().expect("address");
+    dataplane.kernel().0.connect(&key(6), busy, Connections { active: 1, inactive: 0, persistent: 0 });
+    let retire = |dataplane: &mut Fake, in_use: &[&str]| {
+        let in_use = in_use.iter().map(|address| address.parse().expect("address")).collect();
+        let (ipvs, nft) = dataplane.kernel();
+        super::retire(ipvs, nft, &in_use).expect("retired")
+    };
+    for _ in 0..2 {
+        assert_eq!(retire(&mut dataplane, &[]), Retired::Serving { servers: 1 });
+        assert_eq!(weights(&mut dataplane, key(6)), [("10.244.1.1:80".to_owned(), 0)]);
+    }
+    dataplane.read().expect("read");
+    commit(&mut dataplane, "TCP", &["10.244.1.1", "10.244.1.2"]);
+    let both = [("10.244.1.1:80".to_owned(), 1), ("10.244.1.2:80".to_owned(), 1)];
+    assert_eq!(weights(&mut dataplane, key(6)), both);
+    dataplane.kernel().0.connect(&key(6), busy, Connections::default());
+    // A socket of the node still has the address.
+    assert_eq!(retire(&mut dataplane, &["10.96.0.10"]), Retired::Serving { servers: 0 });
+    assert_eq!(retire(&mut dataplane, &[]), Retired::Gone);
+    assert_eq!(retire(&mut dataplane, &[]), Retired::Nothing);
+    assert_eq!(dataplane.kernel().0.services().expect("services"), [service]);
 }
 
 /// Wherever an attempt fails, the next one ends where one without failure does.

@@ -145,6 +145,12 @@ impl Netns {
             .map_err(|source| NetnsError::Namespace { doing: format!("enter {}", self.name()), source })
     }
 
+    /// Its inode number, as `namespace_of` has it.
+    pub fn inode(&self) -> Result<u64, NetnsError> {
+        let failed = |source| NetnsError::Namespace { doing: "look at a network namespace".into(), source };
+        Ok(self.file.metadata().map_err(failed)?.ino())
+    }
+
     /// The number by which eBPF programs know the namespace; no other has it as long as the machine runs.
     pub fn cookie(&self) -> Result<u64, NetnsError> {
         let read = || -> io::Result<u64> {

@@ -26,6 +26,10 @@ pub const IFLA_VXLAN_LEARNING: u16 = 7;
 pub const IFLA_VXLAN_PORT: u16 = 15;
 pub const IFLA_VXLAN_LOCAL6: u16 = 17;
 
+/// linux/net_namespace.h
+pub const NETNSA_NSID: u16 = 1;
+pub const NETNSA_FD: u16 = 3;
+
 pub const IFA_ADDRESS: u16 = 1;
 pub const IFA_LOCAL: u16 = 2;
 pub const IFA_FLAGS: u16 = 8;

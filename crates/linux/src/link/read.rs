@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd};
 
 use ipnet::IpNet;
 use nix::errno::Errno;
@@ -9,9 +10,12 @@ use nix::errno::Errno;
 use super::code;
 use super::wire::{self, Message, attributes, read_text, read_u32};
 use super::{Address, Fdb, Link, LinkError, Links, Mac, Neighbour, Route, RouteKind};
+use crate::netns::Netns;
 
 /// Fixed parts: ifinfomsg, ifaddrmsg, rtmsg, ndmsg.
 const LINK_PART: usize = 16;
+/// rtgenmsg, padded.
+const NAMESPACE_PART: usize = 4;
 const ADDRESS_PART: usize = 8;
 const ROUTE_PART: usize = 12;
 const NEIGHBOUR_PART: usize = 12;
@@ -32,6 +36,22 @@ impl Links {
             Ok(_) => Ok(found),
             Err(Errno::ENODEV) => Ok(None),
             Err(errno) => Err(LinkError::Kernel { item: format!("look up link {name}"), errno }),
+        }
+    }
+
+    /// Whether a link of this namespace has its other end in the other one, or had: the kernel numbers those that it has shown
+    /// a link to (RTM_GETNSID), and only those.
+    pub fn reach(&self, other: &Netns) -> Result<bool, LinkError> {
+        let mut message = Message::new(wire::GET_NAMESPACE_ID, wire::ACK, &[0; NAMESPACE_PART]);
+        message.u32(code::NETNSA_FD, other.as_fd().as_raw_fd().cast_unsigned());
+        let mut number = None;
+        let whole = self.socket().exchange(message, |payload| {
+            let found = attributes(payload, NAMESPACE_PART).find(|(kind, _)| *kind == code::NETNSA_NSID);
+            number = found.and_then(|(_, value)| read_u32(value, 0)).map(u32::cast_signed);
+        });
+        match whole {
+            Ok(_) => Ok(number.is_some_and(|number| number >= 0)),
+            Err(errno) => Err(LinkError::Kernel { item: "look up the number of a namespace".into(), errno }),
         }
     }
 

@@ -13,6 +13,7 @@ pub const GET_ROUTE: u16 = 26;
 pub const NEW_NEIGHBOUR: u16 = 28;
 pub const DEL_NEIGHBOUR: u16 = 29;
 pub const GET_NEIGHBOUR: u16 = 30;
+pub const GET_NAMESPACE_ID: u16 = 90;
 
 /// Flags of a request (linux/netlink.h).
 pub const REQUEST: u16 = 0x1;

@@ -73,17 +73,19 @@ pub(crate) fn start(
     };
     let (table, source, bell) = senses(config, namespace)?;
     let (sender, verdicts) = watch::channel(Arc::new(Verdicts::default()));
+    let node = Netns::open(&path)?;
+    let backlog = if watching.ejection { Some(Backlog::new(&node)?) } else { None };
     let task = Task {
         watching: watching.clone(),
         bell,
         eyes: Some(Eyes {
             source,
-            backlog: watching.ejection.then(Backlog::default),
+            backlog,
             next_backlog: Duration::ZERO,
             queues_are_due: false,
             stuck: BTreeSet::new(),
         }),
-        node: Netns::open(&path)?,
+        node,
         view: config.node.clone(),
         services,
         status,

@@ -484,6 +484,13 @@ pub fn frozen_and_thawed(modes: &[Mode]) {
         };
         assert_eq!(direct(300).map(drop), Err(std::io::ErrorKind::TimedOut));
         assert_eq!(*told.lock().expect("list"), [notice(pod, Some(Evidence::Frozen))]);
+        // A pod of another cluster on this machine has the same address: its queue says nothing of this one.
+        let mut elsewhere = Stage::new(mode);
+        let other = Server::start(&mut elsewhere.pods[1]);
+        other.signal(SIGSTOP);
+        let to = format!("{}:8080", elsewhere.pods[1].address).parse().expect("address");
+        let connect = move || TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("the kernel accepts");
+        let _stays = elsewhere.client.run(connect);
         server.signal(SIGCONT);
         for mut stream in waiting {
             let mut text = String::new();

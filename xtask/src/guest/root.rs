@@ -74,7 +74,7 @@ pub fn base() -> Result<Base> {
     let mut tree = whole.only(wanted);
     index(&mut tree, &dir.join("modules"), &version)?;
     tree.file("usr/bin/busybox", 0o755, fs::read("/bin/busybox").context("cannot read busybox; run `make deps`")?);
-    for applet in ["sh", "mount", "modprobe", "poweroff", "cat", "sysctl"] {
+    for applet in ["sh", "mount", "modprobe", "poweroff", "cat", "sysctl", "sleep"] {
         tree.link(&format!("usr/sbin/{applet}"), "../bin/busybox");
     }
     for tool in TOOLS {

@@ -70,8 +70,13 @@ impl<K: Kernel> Holder for Maps<K> {
         for chunk in changes.chunks(CHUNK) {
             set_listeners(&mut self.kernel, chunk)?;
         }
-        self.listeners.extend(changes);
-        self.listeners.retain(|_, flags| *flags != 0);
+        for (address, flags) in changes {
+            if flags == 0 {
+                self.listeners.remove(&address);
+            } else {
+                self.listeners.insert(address, flags);
+            }
+        }
         Ok(())
     }
 }

@@ -31,6 +31,8 @@ pub struct Ebpf<K> {
     claims: HashMap<Key, Claims>,
     /// What commits that failed may have left, on behalf of whom.
     uncertain: HashMap<FrontendId, BTreeSet<Key>>,
+    /// How many of the claims ask for the endpoint with the fewest connections.
+    by_load: usize,
     /// When loads were last counted anew, on the clock of `linux::bpf::now`.
     counted_at: Option<Duration>,
 }
@@ -44,7 +46,7 @@ struct Difference {
 
 impl<K: Kernel> Ebpf<K> {
     pub fn new(kernel: K) -> Self {
-        Ebpf { kernel, base: None, claims: HashMap::new(), uncertain: HashMap::new(), counted_at: None }
+        Ebpf { kernel, base: None, claims: HashMap::new(), uncertain: HashMap::new(), by_load: 0, counted_at: None }
     }
 
     /// The maps behind it.
@@ -152,6 +154,12 @@ fn is_shared(key: &Key) -> bool {
     matches!(key, Key::Frontend { .. })
 }
 
+/// How many of them ask for the endpoint with the fewest connections.
+fn by_load(claims: &Claims) -> usize {
+    let is_one = |value: &&Value| matches!(value, Value::Target(target) if target.flags & flag::LEAST_LOAD != 0);
+    claims.values().filter(is_one).count()
+}
+
 /// What the programs see of claims: that of the oldest frontend that has an endpoint, or whoever refuses.
 fn winner(claims: &Claims) -> Option<&Value> {
     let rank = |value: &Value| match value {
@@ -194,8 +202,7 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
 
     /// Loads are counted anew, if any frontend asks for them.
     fn tend(&mut self) -> Result<Option<Duration>, Error> {
-        let by_load = |value: &Value| matches!(value, Value::Target(target) if target.flags & flag::LEAST_LOAD != 0);
-        if !self.claims.values().flat_map(Claims::values).any(by_load) {
+        if self.by_load == 0 {
             return Ok(None);
         }
         let now = bpf::now();
@@ -250,15 +257,14 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
         // The kernel has it; now we know it.
         if let Some(base) = base {
             self.claims.clear();
+            self.by_load = 0;
             self.uncertain.clear();
             self.base = Some(base.clone());
         }
         for (key, claims) in touched {
-            if claims.is_empty() {
-                self.claims.remove(&key);
-            } else {
-                self.claims.insert(key, claims);
-            }
+            self.by_load += by_load(&claims);
+            let before = if claims.is_empty() { self.claims.remove(&key) } else { self.claims.insert(key, claims) };
+            self.by_load -= before.as_ref().map_or(0, by_load);
         }
         for change in changes {
             self.uncertain.remove(&change.id);

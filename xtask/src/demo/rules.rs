@@ -12,7 +12,8 @@ pub fn show(cluster: &Cluster, proxy_mode: &str, words: &[String]) -> Result<()>
     let (table, cut) = match proxy_mode {
         "nftables" => (shell::output(&mut nft(cluster))?, nftables(words)),
         "iptables" => (iptables(cluster)?, iptables_lines(words)),
-        other => bail!("no way is known to print the rules of proxy mode {other}"),
+        // Bytes in maps, relays, virtual servers: fairlead itself says what they do.
+        _ => return explain(cluster, words),
     };
     let lines = cut(&table);
     if lines.is_empty() {
@@ -21,6 +22,15 @@ pub fn show(cluster: &Cluster, proxy_mode: &str, words: &[String]) -> Result<()>
     for line in lines {
         println!("  {line}");
     }
+    Ok(())
+}
+
+/// What the node's kernel holds, beside what it should: a packet from node-1 to the first address.
+fn explain(cluster: &Cluster, words: &[String]) -> Result<()> {
+    let Some(address) = words.first() else { bail!("the story has no cluster IP") };
+    let destination = format!("{address}:80");
+    let told = shell::output(&mut cluster.fairlead(&["explain", "node-1", &destination, "--live"]))?;
+    told.lines().for_each(|line| println!("  {line}"));
     Ok(())
 }
 

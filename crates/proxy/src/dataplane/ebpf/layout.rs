@@ -13,7 +13,7 @@ use super::maglev::PLACES;
 use crate::NodeView;
 
 /// Grows whenever a map changes its form.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// How many networks of each kind a node can tell apart.
 const NETWORKS: usize = 8;

@@ -207,6 +207,25 @@ separate int tell(const struct contact_key *key, __u32 kind)
 	return ring_output(&events, &event, sizeof(event), 0);
 }
 
+// There is no endpoint for whoever asks for this.
+separate int note_rejected(const union address *address, __be16 port, __u8 protocol)
+{
+	struct frontend_key key = {.port = port, .protocol = protocol};
+	__u64 none = 0, *count;
+
+	if (!address || !is_watched())
+		return 0;
+	set_address(key.address, address);
+	count = map_lookup(&rejected, &key);
+	if (!count) {
+		map_update(&rejected, &key, &none, BPF_NOEXIST);
+		count = map_lookup(&rejected, &key);
+	}
+	if (count)
+		add(count, 1);
+	return 0;
+}
+
 // There are new connections, this one among them.
 inlined void ring_bell(const struct contact_key *key, __u64 now)
 {

@@ -240,7 +240,7 @@ impl Compiler {
         let mut held: Vec<(&Key, &Held)> =
             holders.iter().filter_map(|key| self.ours.get(key).map(|held| (key, held))).collect();
         held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
-        let mut taken: HashMap<(Arc<str>, std::mem::Discriminant<crate::route::PathMatch>), &Key> = HashMap::new();
+        let mut taken: HashMap<_, &Key> = HashMap::new();
         let mut conflicts = Vec::new();
         let mut routes: Vec<Arc<Route>> = Vec::new();
         for (key, one) in held {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use services::{Protocol, ServiceKind, ServiceTable};
+use services::{Protocol, ServiceKey, ServiceKind, ServiceTable};
 
 use crate::swap::Swap;
 
@@ -183,7 +183,7 @@ fn look(key: &UpstreamKey, table: &ServiceTable, known: &[Arc<Endpoint>]) -> Tar
 /// All upstreams that any route holds.
 #[derive(Default)]
 pub struct Upstreams {
-    by_service: HashMap<(Arc<str>, Arc<str>), Vec<Weak<Upstream>>>,
+    by_service: HashMap<ServiceKey, Vec<Weak<Upstream>>>,
 }
 
 impl Upstreams {

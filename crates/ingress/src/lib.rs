@@ -1,1 +1,36 @@
-//! Ingress and Gateway objects become routes and upstreams.
+//! Ingress and Gateway objects become routes and upstreams, and the proxy that requests go through.
+//!
+//! [`Compiler`] takes objects in and gives tables out, without I/O: [`RouteTable`] from a request to its [`Route`],
+//! [`Certificates`] by name. The proxy reads both through a [`Swap`].
+
+mod annotations;
+mod certificates;
+mod class;
+mod compile;
+mod counts;
+mod error;
+mod host;
+mod objects;
+mod policy;
+mod route;
+mod swap;
+mod table;
+mod translate;
+mod upstream;
+
+pub use certificates::{Certificates, Resolver, fallback, read_tls};
+pub use class::{CLASS, CONTROLLER, Classes};
+pub use compile::{Compiler, SecretState};
+pub use counts::RouteCounts;
+pub use error::IngressError;
+pub use host::{HostPattern, host_of};
+pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
+pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
+pub use route::{
+    Action, Ask, Backends, Canary, Cors, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route,
+    RouteName, ValueMatch, WeightedBackend, cookie,
+};
+pub use swap::Swap;
+pub use table::{PathTable, RouteTable};
+pub use translate::{Fault, Register, Translated, WantedCertificate, translate};
+pub use upstream::{Endpoint, PortRef, Problem, Targets, Upstream, UpstreamKey, Upstreams};

@@ -343,6 +343,12 @@ impl ServiceTable {
         self.entries.get(namespace, name).into_iter().flat_map(|entry| &entry.slices)
     }
 
+    /// The endpoints of one port of a Service of any type over all its slices, by address; for who carries bytes itself.
+    pub fn endpoints(&self, namespace: &str, name: &str, port: &str, protocol: Protocol) -> Vec<Endpoint> {
+        let Some(entry) = self.entries.get(namespace, name) else { return Vec::new() };
+        endpoints_of(&entry.slices, port, protocol).into_values().collect()
+    }
+
     /// The version of each slice that has a terminating endpoint, by uid.
     pub fn terminating_slices(&self) -> BTreeMap<Arc<str>, Arc<str>> {
         let slices = self.entries.iter().flat_map(|(_, _, entry)| &entry.slices);
@@ -451,7 +457,7 @@ impl ServiceTable {
                 };
                 let after = Frontend {
                     id,
-                    endpoints: in_slot_order(&slots, endpoints(&entry.slices, &name)),
+                    endpoints: in_slot_order(&slots, endpoints_of(&entry.slices, &name.port, name.protocol)),
                     name,
                     app_protocol: port.app_protocol.clone(),
                     port: port.port,
@@ -466,6 +472,7 @@ impl ServiceTable {
                     health_check_node_port: service.health_check_node_port,
                     end_policy: service.end_policy,
                     selection: service.selection,
+                    direct_return: service.direct_return,
                 };
                 self.ids.insert(id, key.clone());
                 frontends.push(after);
@@ -537,10 +544,10 @@ fn ready_addresses(frontend: &Frontend) -> Vec<SocketAddr> {
 
 /// The endpoints of a port over all slices. An endpoint may be in two slices while a controller moves it: the better
 /// one counts.
-fn endpoints(slices: &[Slice], name: &PortName) -> BTreeMap<SocketAddr, Endpoint> {
+fn endpoints_of(slices: &[Slice], port: &str, protocol: Protocol) -> BTreeMap<SocketAddr, Endpoint> {
     let mut found: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     for slice in slices {
-        let matching = slice.ports.iter().filter(|port| port.name == name.port && port.protocol == name.protocol);
+        let matching = slice.ports.iter().filter(|held| *held.name == *port && held.protocol == protocol);
         for port in matching.filter_map(|port| port.port) {
             for endpoint in &slice.endpoints {
                 let address = SocketAddr::new(endpoint.address, port);

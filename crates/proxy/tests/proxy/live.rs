@@ -48,7 +48,7 @@ impl Running {
         Self::start_at(None, mode, proxy::Watching::default(), node_view(), None)
     }
 
-    fn start_at(
+    pub fn start_at(
         namespace: Option<OwnedFd>,
         mode: Mode,
         watching: proxy::Watching,

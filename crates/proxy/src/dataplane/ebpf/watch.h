@@ -243,6 +243,8 @@ enum begun_how {
 	OTHERS = 1,
 	// It is a TCP socket of this node, which is open from now on.
 	SOCKET = 2,
+	// Its answer does not come this way: that none was seen is no evidence.
+	UNSEEN = 4,
 };
 
 // A SYN, or the first packet of a UDP flow.
@@ -257,7 +259,7 @@ separate int note_begun(const struct contact_key *key, __u32 how)
 	if (!contact)
 		return 0;
 	add(&contact->begun, 1);
-	if (key->protocol != IPPROTO_TCP)
+	if (key->protocol != IPPROTO_TCP || how & UNSEEN)
 		return 0;
 	if (!contact->asked_at || now - contact->asked_at > STALE)
 		contact->asked_at = now;

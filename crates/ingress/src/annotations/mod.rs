@@ -1,0 +1,43 @@
+//! Annotations of an Ingress: those of ingress-nginx with its meaning, and our own. A key that is not supported is told of.
+
+mod read;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use http::StatusCode;
+
+use crate::policy::Policy;
+use crate::route::{Canary, Filter};
+use crate::translate::Fault;
+
+/// What ingress-nginx's keys begin with.
+pub const NGINX: &str = "nginx.ingress.kubernetes.io/";
+/// What our own begin with.
+pub const OURS: &str = "ingress.fairlead.io/";
+
+/// What the annotations of one Ingress say, for all of its paths.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Paths are regular expressions, whatever their type.
+    pub use_regex: bool,
+    pub filters: Vec<Filter>,
+    pub canary: Option<Canary>,
+    /// Instead of the backend.
+    pub redirect: Option<(StatusCode, Box<str>)>,
+    policy: Policy,
+    /// `Some`: whether plain requests are sent to HTTPS; `None`: where the host has a certificate.
+    https_only: Option<bool>,
+}
+
+impl Settings {
+    pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>) -> Self {
+        read::read(annotations, faults)
+    }
+
+    /// The policy of a path of a host that has TLS, or has not.
+    pub fn policy(&self, is_tls: bool) -> Arc<Policy> {
+        let policy = Policy { https_only: self.https_only.unwrap_or(is_tls), ..self.policy.clone() };
+        if policy == *Policy::shared() { Policy::shared() } else { Arc::new(policy) }
+    }
+}

@@ -1,0 +1,236 @@
+//! Reads each known annotation, once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue, StatusCode};
+use ipnet::IpNet;
+use regex::Regex;
+
+use super::{NGINX, OURS, Settings};
+use crate::policy::{BackendProtocol, Balance};
+use crate::route::{Canary, Filter, PathRewrite, ValueMatch};
+use crate::translate::Fault;
+
+/// Keys and what each does to the settings. An error says what is wrong with the value.
+type Reader = fn(&mut Draft, &str) -> Result<(), String>;
+
+const READERS: &[(&str, Reader)] = &[
+    ("use-regex", |draft, text| flag(text).map(|on| draft.settings.use_regex |= on)),
+    ("rewrite-target", rewrite_target),
+    ("ssl-redirect", |draft, text| flag(text).map(|on| draft.ssl_redirect = Some(on))),
+    ("force-ssl-redirect", |draft, text| flag(text).map(|on| draft.force_ssl_redirect = on)),
+    ("permanent-redirect", |draft, text| location(text).map(|to| draft.permanent = Some(to))),
+    ("permanent-redirect-code", |draft, text| redirect_code(text).map(|code| draft.permanent_code = Some(code))),
+    ("temporal-redirect", |draft, text| location(text).map(|to| draft.temporal = Some(to))),
+    ("temporal-redirect-code", |draft, text| redirect_code(text).map(|code| draft.temporal_code = Some(code))),
+    ("proxy-body-size", |draft, text| size(text).map(|bytes| draft.settings.policy.body_limit = bytes)),
+    ("proxy-connect-timeout", |draft, text| seconds(text).map(|time| draft.settings.policy.connect_timeout = time)),
+    ("proxy-read-timeout", |draft, text| seconds(text).map(|time| draft.settings.policy.read_timeout = time)),
+    ("proxy-send-timeout", |draft, text| seconds(text).map(|time| draft.settings.policy.send_timeout = time)),
+    ("proxy-next-upstream", next_upstream),
+    ("proxy-next-upstream-tries", |draft, text| number(text).map(|tries| draft.settings.policy.retry.tries = tries)),
+    ("proxy-next-upstream-timeout", |draft, text| {
+        let within = seconds(text)?;
+        draft.settings.policy.retry.within = (!within.is_zero()).then_some(within);
+        Ok(())
+    }),
+    ("backend-protocol", backend_protocol),
+    ("load-balance", load_balance),
+    ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
+    ("allowlist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
+    ("denylist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.deny.extend(all))),
+    ("upstream-vhost", |draft, text| {
+        let host = HeaderValue::from_str(text).map_err(|_| "is no host name".to_owned())?;
+        draft.settings.filters.push(Filter::RewriteHost(host));
+        Ok(())
+    }),
+    ("canary", |draft, text| flag(text).map(|on| draft.is_canary = on)),
+    ("canary-weight", |draft, text| number(text).map(|weight| draft.canary.weight = weight)),
+    ("canary-weight-total", |draft, text| number(text).map(|total| draft.canary.total = total.max(1))),
+    ("canary-by-header", |draft, text| {
+        let name = HeaderName::from_bytes(text.as_bytes()).map_err(|_| "is no name of a header".to_owned())?;
+        draft.canary_header = Some(name);
+        Ok(())
+    }),
+    ("canary-by-header-value", |draft, text| {
+        draft.canary_value = Some(ValueMatch::Exact(text.into()));
+        Ok(())
+    }),
+    ("canary-by-header-pattern", |draft, text| {
+        let regex = Regex::new(text).map_err(|_| "is no regular expression".to_owned())?;
+        draft.canary_pattern = Some(ValueMatch::Pattern(regex));
+        Ok(())
+    }),
+    ("canary-by-cookie", |draft, text| {
+        draft.canary.cookie = Some(text.into());
+        Ok(())
+    }),
+];
+
+/// Settings before keys that belong together are put together.
+#[derive(Default)]
+pub struct Draft {
+    pub settings: Settings,
+    ssl_redirect: Option<bool>,
+    force_ssl_redirect: bool,
+    permanent: Option<Box<str>>,
+    permanent_code: Option<StatusCode>,
+    temporal: Option<Box<str>>,
+    temporal_code: Option<StatusCode>,
+    is_canary: bool,
+    canary: Canary,
+    canary_header: Option<HeaderName>,
+    canary_value: Option<ValueMatch>,
+    canary_pattern: Option<ValueMatch>,
+}
+
+pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>) -> Settings {
+    let mut draft = Draft::default();
+    draft.canary.total = 100;
+    for (key, value) in annotations {
+        let Some(short) = key.strip_prefix(NGINX).or_else(|| key.strip_prefix(OURS)) else { continue };
+        let Some((_, reader)) = READERS.iter().find(|(known, _)| *known == short) else {
+            let message = format!("annotation {key} is not supported; it changes nothing");
+            faults.insert(Fault { reason: "AnnotationNotSupported", message });
+            continue;
+        };
+        if let Err(problem) = reader(&mut draft, value.trim()) {
+            let message = format!("annotation {key} is {value:?}, which {problem}; it changes nothing");
+            faults.insert(Fault { reason: "AnnotationNotValid", message });
+        }
+    }
+    finish(draft)
+}
+
+fn finish(draft: Draft) -> Settings {
+    let mut settings = draft.settings;
+    settings.https_only = match (draft.force_ssl_redirect, draft.ssl_redirect) {
+        (true, _) => Some(true),
+        (false, Some(false)) => Some(false),
+        // Without a certificate there is nothing to be sent to.
+        (false, Some(true) | None) => None,
+    };
+    let permanent = draft.permanent.map(|to| (draft.permanent_code.unwrap_or(StatusCode::MOVED_PERMANENTLY), to));
+    let temporal = draft.temporal.map(|to| (draft.temporal_code.unwrap_or(StatusCode::FOUND), to));
+    // Of both the temporal one counts.
+    settings.redirect = temporal.or(permanent);
+    if draft.is_canary {
+        let wanted = draft.canary_value.or(draft.canary_pattern).unwrap_or(ValueMatch::Present);
+        let header = draft.canary_header.map(|name| (name, wanted));
+        settings.canary = Some(Canary { header, ..draft.canary });
+    }
+    settings
+}
+
+fn flag(text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "True" | "TRUE" | "1" | "t" | "T" => Ok(true),
+        "false" | "False" | "FALSE" | "0" | "f" | "F" => Ok(false),
+        _ => Err("is neither true nor false".to_owned()),
+    }
+}
+
+fn number(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| "is no number".to_owned())
+}
+
+/// Seconds, as nginx has them in annotations; `s`, `ms` and `m` may follow.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let count: u64 = digits.parse().map_err(|_| "is no time; write seconds".to_owned())?;
+    match unit {
+        "" | "s" => Ok(Duration::from_secs(count)),
+        "ms" => Ok(Duration::from_millis(count)),
+        "m" => Ok(Duration::from_secs(count.saturating_mul(60))),
+        _ => Err("is no time; write seconds".to_owned()),
+    }
+}
+
+/// Bytes, or with `k`, `m` or `g` behind; 0 means any.
+fn size(text: &str) -> Result<u64, String> {
+    let wrong = || "is no size; write 8m, 512k or 0 for any".to_owned();
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let count: u64 = digits.parse().map_err(|_| wrong())?;
+    let factor = match unit {
+        "" => 1,
+        "k" | "K" => 1 << 10,
+        "m" | "M" => 1 << 20,
+        "g" | "G" => 1 << 30,
+        _ => return Err(wrong()),
+    };
+    count.checked_mul(factor).ok_or_else(wrong)
+}
+
+fn ranges(text: &str) -> Result<Vec<IpNet>, String> {
+    let parse = |one: &str| -> Result<IpNet, String> {
+        one.parse::<IpNet>()
+            .or_else(|_| one.parse::<std::net::IpAddr>().map(IpNet::from))
+            .map_err(|_| format!("holds {one:?}; write ranges as 192.0.2.0/24, by comma"))
+    };
+    text.split(',').map(str::trim).filter(|one| !one.is_empty()).map(parse).collect()
+}
+
+fn location(text: &str) -> Result<Box<str>, String> {
+    match HeaderValue::from_str(text) {
+        Ok(_) if text.starts_with("http://") || text.starts_with("https://") || text.starts_with('/') => {
+            Ok(text.into())
+        }
+        _ => Err("is no URL; write https://host/path".to_owned()),
+    }
+}
+
+fn redirect_code(text: &str) -> Result<StatusCode, String> {
+    let code = text.parse::<u16>().ok().filter(|code| (300..=308).contains(code));
+    code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or_else(|| "is no redirect; write 301 to 308".to_owned())
+}
+
+fn rewrite_target(draft: &mut Draft, text: &str) -> Result<(), String> {
+    if !text.starts_with('/') && !text.starts_with('$') {
+        return Err("does not begin with /".to_owned());
+    }
+    // Its groups are those of the path.
+    draft.settings.use_regex = true;
+    draft.settings.filters.push(Filter::RewritePath(PathRewrite::Groups(text.into())));
+    Ok(())
+}
+
+fn next_upstream(draft: &mut Draft, text: &str) -> Result<(), String> {
+    let mut retry = draft.settings.policy.retry;
+    (retry.on_error, retry.on_timeout) = (false, false);
+    for word in text.split_whitespace() {
+        match word {
+            "error" => retry.on_error = true,
+            "timeout" => retry.on_timeout = true,
+            "non_idempotent" => retry.non_idempotent = true,
+            "off" => (retry.on_error, retry.on_timeout) = (false, false),
+            // An answer that is no HTTP is an error here.
+            "invalid_header" => retry.on_error = true,
+            _ => match word.strip_prefix("http_").and_then(|code| code.parse::<u16>().ok()) {
+                Some(code @ (403 | 404 | 429 | 500 | 502 | 503 | 504)) => retry.on_status.insert(code),
+                _ => return Err(format!("holds {word:?}, which nginx does not know")),
+            },
+        }
+    }
+    draft.settings.policy.retry = retry;
+    Ok(())
+}
+
+fn backend_protocol(draft: &mut Draft, text: &str) -> Result<(), String> {
+    draft.settings.policy.protocol = match text.to_ascii_uppercase().as_str() {
+        "HTTP" | "AUTO_HTTP" => BackendProtocol::Http1,
+        "GRPC" | "H2C" => BackendProtocol::H2c,
+        _ => return Err("is not supported; write HTTP or GRPC".to_owned()),
+    };
+    Ok(())
+}
+
+fn load_balance(draft: &mut Draft, text: &str) -> Result<(), String> {
+    draft.settings.policy.balance = match text {
+        "round_robin" => Balance::RoundRobin,
+        // Both mean: where less is going on.
+        "ewma" | "least_load" => Balance::LeastLoad,
+        _ => return Err("is neither round_robin nor ewma".to_owned()),
+    };
+    Ok(())
+}

@@ -1,0 +1,355 @@
+//! Objects in, one table of routes and one of certificates out. A change costs what it changes, not what there is.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+
+use api::object::Key;
+use services::ServiceTable;
+use tokio_rustls::rustls::sign::CertifiedKey;
+
+use crate::certificates::{Certificates, read_tls};
+use crate::class::Classes;
+use crate::counts::RouteCounts;
+use crate::host::HostPattern;
+use crate::objects::{Ingress, IngressClass};
+use crate::route::{Route, RouteName};
+use crate::table::{PathTable, RouteTable};
+use crate::translate::{Fault, Register, Translated, translate};
+use crate::upstream::{Upstream, UpstreamKey, Upstreams};
+
+/// A Secret as it was last seen.
+#[derive(Clone, Debug)]
+pub enum SecretState {
+    /// Nobody has looked yet.
+    Unknown,
+    Missing,
+    /// Says what is wrong.
+    Broken(String),
+    Good(Arc<CertifiedKey>),
+}
+
+impl SecretState {
+    /// From its `data`; `None`: there is no such Secret.
+    pub fn of(data: Option<&HashMap<String, String>>) -> Self {
+        match data.map(read_tls) {
+            None => SecretState::Missing,
+            Some(Ok(certificate)) => SecretState::Good(certificate),
+            Some(Err(problem)) => SecretState::Broken(problem),
+        }
+    }
+}
+
+/// One of our Ingresses, and what it was translated to.
+struct Held {
+    ingress: Arc<Ingress>,
+    translated: Translated,
+}
+
+/// Everything that routes are made of. One task owns it.
+pub struct Compiler {
+    classes: Classes,
+    services: Arc<RwLock<ServiceTable>>,
+    /// All Ingresses: a class may make them ours.
+    all: BTreeMap<Key, Arc<Ingress>>,
+    ours: BTreeMap<Key, Held>,
+    /// Who has routes for a host.
+    by_host: HashMap<HostPattern, BTreeSet<Key>>,
+    secrets: BTreeMap<Key, SecretState>,
+    registry: Registry,
+    routes: RouteTable,
+    certificates: Certificates,
+    fallback: Arc<CertifiedKey>,
+    /// Two that want the same, found when tables were put together.
+    conflicts: HashMap<HostPattern, Vec<(Key, Fault)>>,
+    certificate_faults: Vec<(Key, Fault)>,
+    dirty_hosts: BTreeSet<HostPattern>,
+    dirty_defaults: bool,
+    dirty_certificates: bool,
+}
+
+#[derive(Default)]
+struct Registry {
+    upstreams: Upstreams,
+    counts: HashMap<RouteName, Weak<RouteCounts>>,
+}
+
+struct Registering<'a> {
+    registry: &'a mut Registry,
+    table: &'a ServiceTable,
+}
+
+impl Register for Registering<'_> {
+    fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream> {
+        self.registry.upstreams.get(key, self.table)
+    }
+
+    fn counts(&mut self, name: &RouteName) -> Arc<RouteCounts> {
+        if let Some(held) = self.registry.counts.get(name).and_then(Weak::upgrade) {
+            return held;
+        }
+        let made = Arc::default();
+        self.registry.counts.insert(name.clone(), Arc::downgrade(&made));
+        made
+    }
+}
+
+impl Compiler {
+    /// Serves the classes of `controller`; shows `fallback` to who asks for a name without a certificate.
+    pub fn new(controller: &str, services: Arc<RwLock<ServiceTable>>, fallback: Arc<CertifiedKey>) -> Self {
+        Compiler {
+            classes: Classes::new(controller),
+            services,
+            all: BTreeMap::new(),
+            ours: BTreeMap::new(),
+            by_host: HashMap::new(),
+            secrets: BTreeMap::new(),
+            registry: Registry::default(),
+            routes: RouteTable::default(),
+            certificates: Certificates::new(fallback.clone()),
+            fallback,
+            conflicts: HashMap::new(),
+            certificate_faults: Vec::new(),
+            dirty_hosts: BTreeSet::new(),
+            dirty_defaults: false,
+            dirty_certificates: false,
+        }
+    }
+
+    pub fn set_ingress(&mut self, ingress: Ingress) {
+        let key = ingress.key();
+        let ingress = Arc::new(ingress);
+        self.all.insert(key.clone(), ingress);
+        self.look(&key);
+    }
+
+    pub fn remove_ingress(&mut self, key: &Key) {
+        self.all.remove(key);
+        self.look(key);
+    }
+
+    /// Removes what a fresh list no longer has.
+    pub fn retain_ingresses(&mut self, keep: impl Fn(&Key) -> bool) {
+        let gone: Vec<Key> = self.all.keys().filter(|key| !keep(key)).cloned().collect();
+        gone.iter().for_each(|key| self.remove_ingress(key));
+    }
+
+    pub fn set_class(&mut self, class: IngressClass) {
+        self.classes.insert(class);
+        self.look_at_all();
+    }
+
+    pub fn remove_class(&mut self, name: &str) {
+        self.classes.remove(name);
+        self.look_at_all();
+    }
+
+    pub fn retain_classes(&mut self, keep: impl Fn(&str) -> bool) {
+        self.classes.retain(keep);
+        self.look_at_all();
+    }
+
+    pub fn set_secret(&mut self, key: &Key, state: SecretState) {
+        if let Some(held) = self.secrets.get_mut(key) {
+            *held = state;
+            self.dirty_certificates = true;
+        }
+    }
+
+    /// Follows a change of a Service: routes stay, what they lead to is another.
+    pub fn service_changed(&mut self, namespace: &str, name: &str) {
+        let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
+        self.registry.upstreams.refresh(namespace, name, &table);
+    }
+
+    pub fn all_services_changed(&mut self) {
+        let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
+        self.registry.upstreams.refresh_all(&table);
+    }
+
+    fn look_at_all(&mut self) {
+        let keys: Vec<Key> = self.all.keys().cloned().collect();
+        keys.iter().for_each(|key| self.look(key));
+    }
+
+    /// Makes what we hold of an Ingress what it says now.
+    fn look(&mut self, key: &Key) {
+        let wanted = self.all.get(key).filter(|ingress| self.classes.is_ours(ingress)).cloned();
+        if let (Some(wanted), Some(held)) = (&wanted, self.ours.get_mut(key)) {
+            let same = wanted.spec == held.ingress.spec
+                && wanted.metadata.annotations == held.ingress.metadata.annotations
+                && wanted.metadata.creation_timestamp == held.ingress.metadata.creation_timestamp;
+            if same {
+                // Its status may differ, which is no matter of routes.
+                held.ingress = wanted.clone();
+                return;
+            }
+        }
+        if let Some(before) = self.ours.remove(key) {
+            self.touch(key, &before.translated, false);
+        }
+        let Some(ingress) = wanted else { return };
+        let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
+        let translated = translate(&ingress, &mut Registering { registry: &mut self.registry, table: &table });
+        drop(table);
+        self.touch(key, &translated, true);
+        self.ours.insert(key.clone(), Held { ingress, translated });
+    }
+
+    fn touch(&mut self, key: &Key, translated: &Translated, is_there: bool) {
+        for (host, _) in &translated.routes {
+            self.dirty_hosts.insert(host.clone());
+            let holders = self.by_host.entry(host.clone()).or_default();
+            if is_there {
+                holders.insert(key.clone())
+            } else {
+                holders.remove(key)
+            };
+            if holders.is_empty() {
+                self.by_host.remove(host);
+            }
+        }
+        self.dirty_defaults |= translated.default.is_some();
+        self.dirty_certificates |= !translated.certificates.is_empty();
+    }
+
+    /// The table of routes, if anything changed since the last call.
+    pub fn routes(&mut self) -> Option<RouteTable> {
+        if self.dirty_hosts.is_empty() && !self.dirty_defaults {
+            return None;
+        }
+        for host in std::mem::take(&mut self.dirty_hosts) {
+            let paths = self.paths_of(&host);
+            self.routes.set(&host, paths);
+        }
+        if std::mem::take(&mut self.dirty_defaults) {
+            let with_default = self.ours.values().filter(|held| held.translated.default.is_some());
+            let oldest = with_default.min_by(|a, b| a.ingress.age().cmp(&b.ingress.age()));
+            let default = oldest.and_then(|held| held.translated.default.clone());
+            self.routes.set_default(default);
+        }
+        if self.registry.counts.len() > 2 * self.ours.len().max(512) {
+            self.registry.counts.retain(|_, held| held.strong_count() > 0);
+        }
+        Some(self.routes.clone())
+    }
+
+    /// The routes of a host from all Ingresses, the oldest first.
+    fn paths_of(&mut self, host: &HostPattern) -> Option<Arc<PathTable>> {
+        self.conflicts.remove(host);
+        let holders = self.by_host.get(host)?;
+        let mut held: Vec<(&Key, &Held)> =
+            holders.iter().filter_map(|key| self.ours.get(key).map(|held| (key, held))).collect();
+        held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
+        let mut taken: HashMap<_, &Key> = HashMap::new();
+        let mut conflicts = Vec::new();
+        let mut routes: Vec<Arc<Route>> = Vec::new();
+        for (key, one) in held {
+            for (_, route) in one.translated.routes.iter().filter(|(of, _)| of == host) {
+                let place = (route.name.path.clone(), std::mem::discriminant(&route.path));
+                if route.canary.is_none() {
+                    if let Some(winner) = taken.get(&place) {
+                        let message = format!(
+                            "path {} of host {host} belongs to Ingress {}/{} already, which comes first; this one gets nothing",
+                            route.name.path, winner.namespace, winner.name
+                        );
+                        conflicts.push((key.clone(), Fault { reason: "PathConflict", message }));
+                        continue;
+                    }
+                    taken.insert(place, key);
+                }
+                routes.push(route.clone());
+            }
+        }
+        if !conflicts.is_empty() {
+            self.conflicts.insert(host.clone(), conflicts);
+        }
+        Some(Arc::new(PathTable::new(routes)))
+    }
+
+    /// The Secrets that our Ingresses name. Those that are new are unknown until they are set.
+    pub fn wanted_secrets(&mut self) -> BTreeSet<Key> {
+        let mut wanted = BTreeSet::new();
+        for (key, held) in &self.ours {
+            let of_ingress = held.translated.certificates.iter();
+            wanted.extend(of_ingress.map(|one| Key::new(key.namespace.clone(), one.secret.to_string())));
+        }
+        self.secrets.retain(|key, _| wanted.contains(key));
+        for key in &wanted {
+            self.secrets.entry(key.clone()).or_insert(SecretState::Unknown);
+        }
+        wanted
+    }
+
+    /// The certificates, if anything changed since the last call.
+    pub fn certificates(&mut self) -> Option<Certificates> {
+        if !std::mem::take(&mut self.dirty_certificates) {
+            return None;
+        }
+        self.wanted_secrets();
+        let mut certificates = Certificates::new(self.fallback.clone());
+        let mut faults = Vec::new();
+        let mut held: Vec<(&Key, &Held)> = self.ours.iter().collect();
+        held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
+        let mut has_default = false;
+        for (key, one) in held {
+            for wanted in &one.translated.certificates {
+                let secret = Key::new(key.namespace.clone(), wanted.secret.to_string());
+                let named = format!("Secret {}/{}", secret.namespace, secret.name);
+                let mut fault = |reason, message| faults.push((key.clone(), Fault { reason, message }));
+                match self.secrets.get(&secret) {
+                    Some(SecretState::Good(certificate)) => {
+                        if wanted.host == HostPattern::Any && std::mem::replace(&mut has_default, true) {
+                            continue;
+                        }
+                        if !certificates.insert(&wanted.host, certificate)
+                            && !Arc::ptr_eq(certificates.find(&wanted.host.to_string()), certificate)
+                        {
+                            let message = format!("an older Ingress has another certificate for {}", wanted.host);
+                            fault("CertificateConflict", message);
+                        }
+                    }
+                    Some(SecretState::Missing) => {
+                        fault(
+                            "SecretNotFound",
+                            format!("there is no {named}; {} gets the fallback certificate", wanted.host),
+                        );
+                    }
+                    Some(SecretState::Broken(problem)) => {
+                        fault(
+                            "CertificateNotValid",
+                            format!("{named} {problem}; {} gets the fallback certificate", wanted.host),
+                        );
+                    }
+                    Some(SecretState::Unknown) | None => {}
+                }
+            }
+        }
+        self.certificate_faults = faults;
+        self.certificates = certificates.clone();
+        Some(certificates)
+    }
+
+    /// All that is wrong now, beside the Ingress that says it.
+    pub fn faults(&self) -> BTreeSet<(Key, Fault)> {
+        let own = self.ours.iter().flat_map(|(key, held)| {
+            let faults = held.translated.faults.iter().cloned();
+            let routes = held.translated.routes.iter().map(|(_, route)| route).chain(&held.translated.default);
+            let upstreams = routes.flat_map(|route| route.upstreams()).filter_map(|upstream| {
+                let problem = upstream.targets().problem?;
+                Some(Fault { reason: problem.reason(), message: problem.text(&upstream.key) })
+            });
+            faults.chain(upstreams).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
+        });
+        let shared = self.conflicts.values().flatten().chain(&self.certificate_faults).cloned();
+        own.chain(shared).collect()
+    }
+
+    /// The Ingresses that are served here.
+    pub fn ingresses(&self) -> impl Iterator<Item = &Arc<Ingress>> {
+        self.ours.values().map(|held| &held.ingress)
+    }
+
+    pub fn upstreams(&self) -> impl Iterator<Item = Arc<Upstream>> + '_ {
+        self.registry.upstreams.iter()
+    }
+}

@@ -1,0 +1,123 @@
+//! How requests of a route are treated, apart from where they go.
+
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+/// How an endpoint is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// Of two drawn at random the one with fewer requests under way.
+    #[default]
+    LeastLoad,
+    RoundRobin,
+}
+
+/// What is spoken to endpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum BackendProtocol {
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS, from the first byte.
+    H2c,
+}
+
+/// When a request is tried once more elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Attempts in all; 0: as many as there are endpoints.
+    pub tries: u32,
+    /// No new attempt after so long.
+    pub within: Option<Duration>,
+    pub on_error: bool,
+    pub on_timeout: bool,
+    /// Answers that count as failures.
+    pub on_status: StatusSet,
+    /// Also requests that may have had an effect already.
+    pub non_idempotent: bool,
+}
+
+/// Statuses from 400 to 599.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StatusSet([u64; 4]);
+
+impl StatusSet {
+    pub fn insert(&mut self, status: u16) {
+        if let Some(at) = status.checked_sub(400).filter(|at| *at < 200) {
+            self.0[usize::from(at / 64)] |= 1 << (at % 64);
+        }
+    }
+
+    pub fn contains(&self, status: u16) -> bool {
+        status.checked_sub(400).is_some_and(|at| at < 200 && self.0[usize::from(at / 64)] >> (at % 64) & 1 == 1)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0 == [0; 4]
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    pub connect_timeout: Duration,
+    /// Between two reads of an answer, and until its first byte.
+    pub read_timeout: Duration,
+    /// Between two writes of a request.
+    pub send_timeout: Duration,
+    /// Bytes; 0: any.
+    pub body_limit: u64,
+    pub retry: Retry,
+    pub balance: Balance,
+    pub protocol: BackendProtocol,
+    /// Who may come at all; empty: everybody.
+    pub allow: Vec<IpNet>,
+    pub deny: Vec<IpNet>,
+    /// Requests over plain HTTP are sent to HTTPS.
+    pub https_only: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            connect_timeout: Duration::from_secs(5),
+            read_timeout: Duration::from_secs(60),
+            send_timeout: Duration::from_secs(60),
+            body_limit: 0,
+            retry: Retry {
+                tries: 3,
+                within: None,
+                on_error: true,
+                on_timeout: true,
+                on_status: StatusSet::default(),
+                non_idempotent: false,
+            },
+            balance: Balance::default(),
+            protocol: BackendProtocol::default(),
+            allow: Vec::new(),
+            deny: Vec::new(),
+            https_only: false,
+        }
+    }
+}
+
+impl Policy {
+    /// The defaults, which most routes share.
+    pub fn shared() -> Arc<Policy> {
+        static DEFAULT: LazyLock<Arc<Policy>> = LazyLock::new(Arc::default);
+        DEFAULT.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_statuses_holds_what_was_put_in() {
+        let mut set = StatusSet::default();
+        [399, 400, 463, 464, 599, 600].into_iter().for_each(|status| set.insert(status));
+        let held: Vec<u16> = (0..1000).filter(|status| set.contains(*status)).collect();
+        assert_eq!(held, [400, 463, 464, 599]);
+    }
+}

@@ -1,0 +1,233 @@
+//! One Ingress becomes routes: what its rules say, and what is wrong with it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use http::StatusCode;
+use regex::RegexBuilder;
+
+use crate::annotations::Settings;
+use crate::host::HostPattern;
+use crate::objects::{Backend, Ingress, Path};
+use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
+use crate::upstream::{PortRef, Upstream, UpstreamKey};
+
+/// What is wrong, for an event beside the Ingress.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fault {
+    pub reason: &'static str,
+    pub message: String,
+}
+
+/// Hands out what routes refer to.
+pub trait Register {
+    fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream>;
+    fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
+}
+
+/// A certificate that an Ingress wants shown for a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WantedCertificate {
+    pub host: HostPattern,
+    pub secret: Arc<str>,
+}
+
+/// What an Ingress says, with each host of its own.
+#[derive(Clone, Debug, Default)]
+pub struct Translated {
+    pub routes: Vec<(HostPattern, Arc<Route>)>,
+    /// `spec.defaultBackend`.
+    pub default: Option<Arc<Route>>,
+    pub certificates: Vec<WantedCertificate>,
+    pub faults: BTreeSet<Fault>,
+}
+
+/// Translates an Ingress. Rules that make no sense are left out and told of; the others count.
+pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
+    let mut out = Translated::default();
+    let settings = Settings::read(&ingress.metadata.annotations, &mut out.faults);
+    let mut tls_hosts = BTreeSet::new();
+    certificates(ingress, &mut out, &mut tls_hosts);
+    let mut writer = Writer { ingress, settings: &settings, register, faults: BTreeSet::new() };
+    for (at, rule) in ingress.spec.rules.iter().enumerate() {
+        let host = match HostPattern::of_ingress(&rule.host) {
+            Ok(host) => host,
+            Err(problem) => {
+                writer.fault("HostNotValid", format!("spec.rules[{at}].host {problem}; the rule is left out"));
+                continue;
+            }
+        };
+        let is_tls = tls_hosts.contains(&host) || matches_wildcard(&tls_hosts, &host);
+        match &rule.http {
+            Some(http) => {
+                for (number, path) in http.paths.iter().enumerate() {
+                    let place = format!("spec.rules[{at}].http.paths[{number}]");
+                    if let Some(route) = writer.route(&host, path, &place, is_tls) {
+                        out.routes.push((host.clone(), route));
+                    }
+                }
+            }
+            // A host without paths is for the default backend of its own Ingress.
+            None => {
+                let default = ingress.spec.default_backend.as_ref();
+                if let Some(route) = default.and_then(|backend| writer.default_route(&host, backend, is_tls)) {
+                    out.routes.push((host.clone(), route));
+                }
+            }
+        }
+    }
+    out.default = ingress
+        .spec
+        .default_backend
+        .as_ref()
+        .and_then(|backend| writer.default_route(&HostPattern::Any, backend, false));
+    let faults = writer.faults;
+    out.faults.extend(faults);
+    out
+}
+
+fn matches_wildcard(hosts: &BTreeSet<HostPattern>, host: &HostPattern) -> bool {
+    let HostPattern::Exact(name) = host else { return false };
+    name.split_once('.').is_some_and(|(_, rest)| hosts.contains(&HostPattern::OneLabel(rest.into())))
+}
+
+fn certificates(ingress: &Ingress, out: &mut Translated, tls_hosts: &mut BTreeSet<HostPattern>) {
+    for (at, tls) in ingress.spec.tls.iter().enumerate() {
+        let mut hosts = Vec::new();
+        // Without hosts it is for those of the rules.
+        let named: Vec<&String> = match tls.hosts.is_empty() {
+            true => ingress.spec.rules.iter().map(|rule| &rule.host).collect(),
+            false => tls.hosts.iter().collect(),
+        };
+        for text in named {
+            match HostPattern::of_ingress(text) {
+                Ok(host) => hosts.push(host),
+                Err(problem) => {
+                    let message = format!("spec.tls[{at}].hosts {problem}; it gets no certificate");
+                    out.faults.insert(Fault { reason: "HostNotValid", message });
+                }
+            }
+        }
+        if hosts.is_empty() {
+            hosts.push(HostPattern::Any);
+        }
+        tls_hosts.extend(hosts.iter().cloned());
+        if let Some(secret) = tls.secret_name.as_deref().filter(|name| !name.is_empty()) {
+            let secret: Arc<str> = secret.into();
+            let wanted = hosts.into_iter().map(|host| WantedCertificate { host, secret: secret.clone() });
+            out.certificates.extend(wanted);
+        }
+    }
+}
+
+/// Bytes that one compiled pattern may take.
+const PATTERN_LIMIT: usize = 1 << 20;
+
+struct Writer<'a> {
+    ingress: &'a Ingress,
+    settings: &'a Settings,
+    register: &'a mut dyn Register,
+    faults: BTreeSet<Fault>,
+}
+
+impl Writer<'_> {
+    fn fault(&mut self, reason: &'static str, message: String) {
+        self.faults.insert(Fault { reason, message });
+    }
+
+    fn route(&mut self, host: &HostPattern, path: &Path, place: &str, is_tls: bool) -> Option<Arc<Route>> {
+        let held = if path.path.is_empty() { "/" } else { &path.path };
+        if !held.starts_with('/') {
+            self.fault("PathNotValid", format!("{place}.path is {held:?}, which does not begin with /"));
+            return None;
+        }
+        let wanted = match path.path_type.as_str() {
+            _ if self.settings.use_regex => self.pattern(held, place)?,
+            "Exact" => PathMatch::Exact(held.into()),
+            // Up to us: as Prefix.
+            "Prefix" | "ImplementationSpecific" => PathMatch::prefix(held),
+            other => {
+                let known = "write Exact, Prefix or ImplementationSpecific";
+                self.fault("PathNotValid", format!("{place}.pathType is {other:?}; {known}"));
+                return None;
+            }
+        };
+        let action = self.backend(&path.backend, &format!("{place}.backend"))?;
+        Some(self.finish(host, held, wanted, action, is_tls))
+    }
+
+    fn pattern(&mut self, path: &str, place: &str) -> Option<PathMatch> {
+        match RegexBuilder::new(&format!("^{path}")).case_insensitive(true).size_limit(PATTERN_LIMIT).build() {
+            Ok(regex) => Some(PathMatch::Pattern { regex, length: path.len() }),
+            Err(error) => {
+                let last = error.to_string().lines().last().unwrap_or_default().to_owned();
+                self.fault("PathNotValid", format!("{place}.path {path:?} is no regular expression: {last}"));
+                None
+            }
+        }
+    }
+
+    fn default_route(&mut self, host: &HostPattern, backend: &Backend, is_tls: bool) -> Option<Arc<Route>> {
+        let action = self.backend(backend, "spec.defaultBackend")?;
+        Some(self.finish(host, "/", PathMatch::prefix("/"), action, is_tls))
+    }
+
+    fn backend(&mut self, backend: &Backend, place: &str) -> Option<Action> {
+        if let Some(resource) = &backend.resource {
+            let group = resource.api_group.as_deref().unwrap_or("v1");
+            self.fault(
+                "ResourceBackendNotSupported",
+                format!(
+                    "{place}.resource is {group} {} {}; requests get 503: use a service backend",
+                    resource.kind, resource.name
+                ),
+            );
+            return Some(Action::Respond(StatusCode::SERVICE_UNAVAILABLE));
+        }
+        let Some(service) = &backend.service else {
+            self.fault("BackendMissing", format!("{place} names no service; the path is left out"));
+            return None;
+        };
+        let port = match (service.port.name.as_str(), service.port.number) {
+            ("", number) => PortRef::Number(number),
+            (name, _) => PortRef::Name(name.into()),
+        };
+        let key = UpstreamKey {
+            namespace: self.ingress.metadata.namespace.as_str().into(),
+            service: service.name.as_str().into(),
+            port,
+        };
+        Some(Action::Forward(Backends::one(self.register.upstream(&key))))
+    }
+
+    fn finish(&mut self, host: &HostPattern, text: &str, path: PathMatch, action: Action, is_tls: bool) -> Arc<Route> {
+        let name = RouteName {
+            kind: "Ingress",
+            namespace: self.ingress.metadata.namespace.as_str().into(),
+            name: self.ingress.metadata.name.as_str().into(),
+            host: host.to_string().into(),
+            path: text.into(),
+        };
+        let action = match &self.settings.redirect {
+            Some((status, location)) => Action::Redirect(Redirect {
+                status: *status,
+                scheme: None,
+                host: None,
+                port: None,
+                path: None,
+                location: Some(location.clone()),
+            }),
+            None => action,
+        };
+        Arc::new(Route {
+            counts: self.register.counts(&name),
+            name,
+            path,
+            matches: Matches::default(),
+            action,
+            filters: self.settings.filters.clone(),
+            policy: self.settings.policy(is_tls),
+            canary: self.settings.canary.clone(),
+        })
+    }
+}

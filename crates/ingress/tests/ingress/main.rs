@@ -1,0 +1,3 @@
+//! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
+
+mod routes;

@@ -1,0 +1,294 @@
+//! Plays the route cases: objects in, and for each question the way it takes.
+//!
+//! A case is a title (`# …`), its objects one a line (`KIND NAMESPACE/NAME {spec}`, with ` | {metadata}` behind where that
+//! matters), questions with their answers (`GET http://host/path [name: value, …] -> answer`), and what is wrong
+//! (`NAMESPACE/NAME REASON`). `tls NAME` asks for a certificate. The first case's objects stand for all others, too.
+
+use std::collections::HashMap;
+use std::sync::{Arc, RwLock};
+
+use api::object::Key;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use ingress::{Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Route, RouteTable, SecretState, fallback};
+use serde_json::{Value, json};
+use services::ServiceTable;
+
+const FILES: &[(&str, &str)] = &[
+    ("paths.txt", include_str!("cases/paths.txt")),
+    ("hosts.txt", include_str!("cases/hosts.txt")),
+    ("classes.txt", include_str!("cases/classes.txt")),
+    ("backends.txt", include_str!("cases/backends.txt")),
+    ("tls.txt", include_str!("cases/tls.txt")),
+    ("nginx.txt", include_str!("cases/nginx.txt")),
+];
+
+struct Case {
+    title: String,
+    objects: Vec<String>,
+    asks: Vec<(String, String)>,
+    faults: Vec<String>,
+}
+
+fn parse(text: &str) -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    let mut section = "";
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        if let Some(title) = line.strip_prefix("# ") {
+            cases.push(Case { title: title.to_owned(), objects: Vec::new(), asks: Vec::new(), faults: Vec::new() });
+            continue;
+        }
+        if let Some(name) = line.strip_prefix("-- ").and_then(|rest| rest.strip_suffix(" --")) {
+            section = name;
+            continue;
+        }
+        let case = cases.last_mut().expect("a line stands below a title");
+        match section {
+            "objects" => case.objects.push(line.to_owned()),
+            "faults" => case.faults.push(line.to_owned()),
+            "ask" => {
+                let (ask, answer) = line.split_once(" -> ").unwrap_or_else(|| panic!("no answer in {line:?}"));
+                case.asks.push((ask.trim().to_owned(), answer.trim().to_owned()));
+            }
+            other => panic!("{other:?} is no section"),
+        }
+    }
+    cases
+}
+
+/// `KIND NAMESPACE/NAME {spec} | {metadata}`, as an object.
+fn object(line: &str) -> Value {
+    let (head, metadata) = line.split_once(" | ").unwrap_or((line, "{}"));
+    let mut words = head.splitn(3, ' ');
+    let (kind, name) = (words.next().expect("a kind"), words.next().expect("a name"));
+    let spec: Value = serde_saphyr::from_str(words.next().unwrap_or("{}")).unwrap_or_else(|e| panic!("{e} in {line}"));
+    let mut metadata: Value = serde_saphyr::from_str(metadata).unwrap_or_else(|e| panic!("{e} in {line}"));
+    let (namespace, name) = name.split_once('/').unwrap_or(("", name));
+    metadata["name"] = json!(name);
+    metadata["namespace"] = json!(namespace);
+    if kind == "EndpointSlice" {
+        metadata["labels"] = json!({"kubernetes.io/service-name": name});
+        let mut slice = spec;
+        slice["metadata"] = metadata;
+        slice["addressType"] = json!("IPv4");
+        return slice;
+    }
+    json!({"kind": kind, "metadata": metadata, "spec": spec})
+}
+
+struct World {
+    compiler: Compiler,
+    routes: RouteTable,
+    certificates: Certificates,
+    secrets: HashMap<String, Vec<u8>>,
+}
+
+fn secret(names: &str) -> (SecretState, Vec<u8>) {
+    let made = |names: &str| {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(vec![names.to_owned()]).expect("a name");
+        (params.self_signed(&key).expect("a certificate"), key)
+    };
+    let (certificate, key) = made(names);
+    let (_, other) = made(names);
+    let mut data = HashMap::from([
+        ("tls.crt".to_owned(), BASE64.encode(certificate.pem())),
+        ("tls.key".to_owned(), BASE64.encode(key.serialize_pem())),
+    ]);
+    match names {
+        "no-key" => drop(data.remove("tls.key")),
+        "other-key" => drop(data.insert("tls.key".to_owned(), BASE64.encode(other.serialize_pem()))),
+        "no-pem" => drop(data.insert("tls.crt".to_owned(), BASE64.encode("hello"))),
+        _ => {}
+    }
+    (SecretState::of(Some(&data)), certificate.der().to_vec())
+}
+
+fn world(lines: &[&String]) -> World {
+    let mut table = ServiceTable::new();
+    let mut secrets: HashMap<String, (SecretState, Vec<u8>)> = HashMap::new();
+    let mut rest = Vec::new();
+    for line in lines {
+        if let Some(named) = line.strip_prefix("Secret ") {
+            let (name, what) = named.split_once(' ').expect("a Secret and what is in it");
+            secrets.insert(name.to_owned(), secret(what));
+            continue;
+        }
+        let mut object = object(line);
+        match line.split(' ').next() {
+            Some("Service") => {
+                if object.pointer("/spec/clusterIPs").is_none() && object.pointer("/spec/type").is_none() {
+                    object["spec"]["clusterIPs"] = json!(["10.96.0.9"]);
+                }
+                table.upsert_service(object.to_string().as_bytes()).expect("a Service");
+            }
+            Some("EndpointSlice") => {
+                table.upsert_slice(object.to_string().as_bytes()).expect("a slice");
+            }
+            Some(kind @ ("Ingress" | "IngressClass")) => rest.push((kind.to_owned(), object)),
+            kind => panic!("{kind:?} is no kind of a case"),
+        }
+    }
+    let mut compiler = Compiler::new(CONTROLLER, Arc::new(RwLock::new(table)), fallback().expect("a certificate"));
+    for (kind, object) in rest {
+        match kind.as_str() {
+            "Ingress" => compiler.set_ingress(serde_json::from_value(object).expect("an Ingress")),
+            _ => compiler.set_class(serde_json::from_value(object).expect("an IngressClass")),
+        }
+    }
+    let mut ders = HashMap::new();
+    for key in compiler.wanted_secrets() {
+        let name = format!("{}/{}", key.namespace, key.name);
+        let state = match secrets.remove(&name) {
+            Some((state, der)) => {
+                ders.insert(name, der);
+                state
+            }
+            None => SecretState::of(None),
+        };
+        compiler.set_secret(&key, state);
+    }
+    let routes = compiler.routes().unwrap_or_default();
+    let none = || Certificates::new(fallback().expect("a certificate"));
+    let certificates = compiler.certificates().unwrap_or_else(none);
+    World { compiler, routes, certificates, secrets: ders }
+}
+
+impl World {
+    fn answer(&self, ask: &str) -> String {
+        if let Some(name) = ask.strip_prefix("tls").map(str::trim) {
+            let shown = self.certificates.find(name).cert[0].to_vec();
+            let known = self.secrets.iter().find(|(_, der)| **der == shown);
+            return known.map_or("fallback".to_owned(), |(name, _)| name.clone());
+        }
+        let (request, headers) = ask.split_once(" [").map_or((ask, ""), |(a, b)| (a, b.trim_end_matches(']')));
+        let (method, url) = request.split_once(' ').expect("a method and a URL");
+        let url: Uri = url.parse().expect("a URL");
+        let mut map = HeaderMap::new();
+        for header in headers.split(", ").filter(|header| !header.is_empty()) {
+            let (name, value) = header.split_once(": ").expect("a header is name: value");
+            let name = HeaderName::from_bytes(name.as_bytes()).expect("a header's name");
+            map.append(name, HeaderValue::from_str(value).expect("a value"));
+        }
+        let (method, host) = (Method::from_bytes(method.as_bytes()).expect("a method"), url.host().unwrap_or_default());
+        let query = url.query().unwrap_or_default();
+        let ask = Ask { host, path: url.path(), query, method: &method, headers: &map };
+        self.routes.find(&ask).map_or("404".to_owned(), |route| say(route))
+    }
+}
+
+/// Where a route leads, in one line.
+fn say(route: &Route) -> String {
+    let mut text = match &route.action {
+        Action::Respond(status) => status.as_u16().to_string(),
+        Action::Redirect(redirect) => {
+            format!("{} {}", redirect.status.as_u16(), redirect.location.as_deref().unwrap_or_default())
+        }
+        Action::Forward(backends) => {
+            let all = backends.list().iter().map(|one| {
+                let targets = one.upstream.targets();
+                let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
+                let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
+                let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
+                format!("{share}{} {endpoints}", one.upstream.key)
+            });
+            all.collect::<Vec<_>>().join(" + ")
+        }
+    };
+    for filter in &route.filters {
+        match filter {
+            Filter::RewritePath(rewrite) => text.push_str(&format!(" {rewrite:?}")),
+            Filter::RewriteHost(host) => text.push_str(&format!(" host {host:?}")),
+            other => text.push_str(&format!(" {other:?}")),
+        }
+    }
+    if route.policy.https_only {
+        text.push_str(" https");
+    }
+    text
+}
+
+#[test]
+fn every_case_goes_where_it_says() {
+    let mut wrong = Vec::new();
+    let mut count = 0;
+    for (file, text) in FILES {
+        let cases = parse(text);
+        let (common, cases) = cases.split_first().expect("a case");
+        for case in cases {
+            let lines: Vec<&String> = common.objects.iter().chain(&case.objects).collect();
+            let world = world(&lines);
+            for (ask, wanted) in &case.asks {
+                count += 1;
+                let seen = world.answer(ask);
+                if seen != *wanted {
+                    wrong.push(format!("{file}: {}\n  {ask}\n    wanted {wanted}\n    seen   {seen}", case.title));
+                }
+            }
+            let faults: Vec<(Key, ingress::Fault)> = world.compiler.faults().into_iter().collect();
+            let seen: Vec<String> =
+                faults.iter().map(|(key, f)| format!("{}/{} {}", key.namespace, key.name, f.reason)).collect();
+            let mut missing: Vec<String> = case.faults.clone();
+            for (at, line) in seen.iter().enumerate() {
+                let whole = format!("{line}: {}", faults[at].1.message);
+                match missing.iter().position(|wanted| wanted == line || whole == *wanted || whole.starts_with(wanted))
+                {
+                    Some(found) => drop(missing.remove(found)),
+                    None => wrong.push(format!("{file}: {}\n  nobody expected {whole}", case.title)),
+                }
+            }
+            wrong.extend(missing.iter().map(|fault| format!("{file}: {}\n  nobody said {fault}", case.title)));
+        }
+    }
+    assert!(count > 50, "{count} questions were asked");
+    assert!(wrong.is_empty(), "{} of {count} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// One route and ten thousand: the same route is found, and what is looked at does not grow.
+#[test]
+fn ten_thousand_routes_are_looked_up_like_one() {
+    let service = "Service shop/web {ports: [{name: http, port: 80}]}".to_owned();
+    let class = "IngressClass fairlead {controller: fairlead.io/ingress}".to_owned();
+    let paths: Vec<String> = (0..10_000)
+        .map(|n| {
+            format!("{{path: /p{n}, pathType: Prefix, backend: {{service: {{name: web, port: {{number: 80}}}}}}}}")
+        })
+        .collect();
+    let line = format!(
+        "Ingress shop/web {{ingressClassName: fairlead, rules: [{{http: {{paths: [{}]}}}}]}}",
+        paths.join(", ")
+    );
+    let world = world(&[&service, &class, &line]);
+    assert_eq!(world.routes.routes().count(), 10_000);
+    for n in [0, 17, 9_999] {
+        let (method, headers) = (Method::GET, HeaderMap::new());
+        let path = format!("/p{n}/and/more");
+        let ask = Ask { host: "any.example", path: &path, query: "", method: &method, headers: &headers };
+        assert_eq!(world.routes.find(&ask).map(|route| route.name.path.to_string()), Some(format!("/p{n}")));
+    }
+    assert_eq!(world.answer("GET http://any.example/p"), "404");
+}
+
+#[test]
+fn a_change_is_one_of_its_own_host() {
+    let lines = [
+        "IngressClass fairlead {controller: fairlead.io/ingress}",
+        "Service shop/web {ports: [{port: 80}]}",
+        "Ingress shop/a {ingressClassName: fairlead, rules: [{host: a.example, http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: web, port: {number: 80}}}}]}}]}",
+        "Ingress shop/b {ingressClassName: fairlead, rules: [{host: b.example, http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: web, port: {number: 80}}}}]}}]}",
+    ]
+    .map(str::to_owned);
+    let mut world = world(&lines.iter().collect::<Vec<_>>());
+    assert!(world.compiler.routes().is_none(), "nothing has changed since");
+    world.compiler.remove_ingress(&Key::new("shop", "a"));
+    world.routes = world.compiler.routes().expect("a change");
+    assert_eq!(world.answer("GET http://a.example/"), "404");
+    assert_eq!(world.answer("GET http://b.example/"), "shop/web:80 503");
+    // A class that is another controller's takes its Ingresses along.
+    world.compiler.remove_class("fairlead");
+    let class = object("IngressClass fairlead {controller: elsewhere.example/ingress}");
+    world.compiler.set_class(serde_json::from_value(class).expect("a class"));
+    world.routes = world.compiler.routes().expect("a change");
+    assert_eq!(world.answer("GET http://b.example/"), "404");
+}

@@ -208,21 +208,25 @@ separate int tell(const struct contact_key *key, __u32 kind)
 }
 
 // There is no endpoint for whoever asks for this.
-separate int note_rejected(const union address *address, __be16 port, __u8 protocol)
+inlined void note_rejected(const union address *address, __be16 port, __u8 protocol)
 {
 	struct frontend_key key = {.port = port, .protocol = protocol};
-	__u64 none = 0, *count;
+	__u64 first = 1, *count;
 
-	if (!address || !is_watched())
-		return 0;
+	if (!is_watched())
+		return;
 	set_address(key.address, address);
 	count = map_lookup(&rejected, &key);
-	if (!count) {
-		map_update(&rejected, &key, &none, BPF_NOEXIST);
-		count = map_lookup(&rejected, &key);
-	}
 	if (count)
 		add(count, 1);
+	else
+		map_update(&rejected, &key, &first, BPF_NOEXIST);
+}
+
+separate int note_rejected_packet(const struct flow_key *key)
+{
+	if (key)
+		note_rejected(&key->destination, key->destination_port, key->protocol);
 	return 0;
 }
 

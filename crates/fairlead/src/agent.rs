@@ -244,6 +244,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
+    let metrics: Arc<proxy::Metrics> = Arc::default();
     let (said, own_said) = watch::channel(None);
     let mut switchable = (None, None);
     if let Some(mode) = mode {
@@ -251,7 +252,6 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         let (switch, requests) = proxy::switch();
         let is_switchable = args.feature_gates.is_on(Feature::HandOver);
         switchable = (is_switchable.then_some(switch), Some(proxy_events.clone()));
-        let metrics: Arc<proxy::Metrics> = Arc::default();
         let recorder = proxy_events.clone();
         let watching = proxy::Watching {
             first_timeout: args.first_packet_timeout.map(std::time::Duration::from_millis),
@@ -259,13 +259,12 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
             notices: Some(Arc::new(move |notice| standalone::events::tell(&recorder, notice))),
             ..proxy::Watching::by(&args.feature_gates)
         };
-        let (node, metrics_of_run) = (view_seen.clone(), metrics.clone());
         let proxy_config = proxy::Config {
             mode,
-            node,
+            node: view_seen.clone(),
             namespace: None,
             hooks: Some(hooks.clone()),
-            metrics: metrics_of_run,
+            metrics: metrics.clone(),
             watching,
         };
         let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
@@ -293,7 +292,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                 mode,
                 features: args.feature_gates.clone(),
                 hooks: hooks.clone(),
-                metrics,
+                metrics: metrics.clone(),
                 feed: feed.clone(),
                 view: view_seen.clone(),
                 status: proxy_seen.clone(),
@@ -466,6 +465,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         view: view_seen,
         hooks,
         proxy: proxy_seen.clone(),
+        metrics,
         images: runtime.clone(),
         store: runtime.images().clone(),
     });

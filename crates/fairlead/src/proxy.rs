@@ -429,9 +429,8 @@ impl Scraped {
         let table = self.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut text = self.metrics.text(mode, &table, &view, &status);
         if self.features.is_on(Feature::Traffic) {
-            match proxy::traffic(mode, None, Some(&self.hooks), &table, &view) {
+            match proxy::traffic(mode, None, Some(&self.hooks), &self.metrics, &table, &view) {
                 Ok(traffic) => text.push_str(&traffic.metrics()),
-                Err(proxy::Error::NotCounted(_)) => {}
                 Err(error) => warn!(%error, "this scrape says nothing of Services' traffic"),
             }
         }

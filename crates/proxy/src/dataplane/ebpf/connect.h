@@ -88,8 +88,13 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 	if (frontend->flags & FIREWALL &&
 	    (client.halves[0] != node->cookie || !(frontend->flags & NODE_ALLOWED)))
 		return UNTOUCHED;
-	if (!frontend->count)
-		return frontend->flags & REFUSED ? REFUSE : UNTOUCHED;
+	if (!frontend->count) {
+		// What is to be dropped is counted where it is.
+		if (!(frontend->flags & REFUSED))
+			return UNTOUCHED;
+		note_rejected(&place->address, place->port, protocol);
+		return REFUSE;
+	}
 	if (sending) {
 		struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = ASKED};
 		struct endpoint *held = map_lookup(&sockets, &key);

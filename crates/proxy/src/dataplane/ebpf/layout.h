@@ -304,6 +304,15 @@ struct {
 	TYPE(value, struct endpoint);
 } sockets SEC(".maps");
 
+// Connections and first packets that found no endpoint, by what they asked for.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 14);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct frontend_key);
+	TYPE(value, __u64);
+} rejected SEC(".maps");
+
 // Lives and dies with the socket.
 struct {
 	INTEGER(type, BPF_MAP_TYPE_SK_STORAGE);

@@ -246,6 +246,7 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	list = in_pods ? frontend->list : frontend->outside_list;
 	count = in_pods ? frontend->count : frontend->outside_count;
 	if (!count) {
+		note_rejected_packet(&packet.key);
 		if (!(frontend->flags & REFUSED))
 			return TC_ACT_SHOT;
 		// Nobody can listen on port 0: the node itself refuses, and its answer is translated back.
@@ -326,6 +327,8 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 		if (!node)
 			return TC_ACT_OK;
 		frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
+		if (frontend && !frontend->count)
+			note_rejected_packet(&packet.key);
 		if (frontend ? frontend->flags & FIREWALL || !frontend->count
 			     : in_networks(&packet.key.destination, node->services, node->service_networks))
 			return TC_ACT_SHOT;

@@ -134,7 +134,7 @@ impl<D: Dataplane> Loop<D> {
                     node_open = changed.is_ok();
                     let now = self.config.node.borrow().clone();
                     match &self.node {
-                        Some(before) if before.differs_in_ejected_only(&now) => judged = true,
+                        Some(before) if before.differs_in_ejected_only(&now, self.config.mode) => judged = true,
                         _ => attempt = Attempt::Whole,
                     }
                 }

@@ -9,6 +9,8 @@ use ipnet::IpNet;
 use linux::ipvs::{Scheduler, Timeouts};
 use services::{Place, Protocol, Selection};
 
+use crate::Mode;
+
 /// kube-proxy's bit of the packet mark.
 const MASQUERADE_BIT: u8 = 14;
 
@@ -138,9 +140,13 @@ impl NodeView {
         NodeView { place, addresses, pods: Pods::Cidrs(pod_cidrs), service_cidrs, ..NodeView::default() }
     }
 
-    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew.
-    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView) -> bool {
-        let without = |view: &NodeView| NodeView { ejected: BTreeSet::new(), ..view.clone() };
+    /// For a data path of this mode only what is known of endpoints differs, if anything: then not every frontend is rendered
+    /// anew.
+    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView, mode: Mode) -> bool {
+        let without = |view: &NodeView| {
+            let takers = if mode == Mode::Ebpf { view.takers.clone() } else { BTreeMap::new() };
+            NodeView { ejected: BTreeSet::new(), takers, ..view.clone() }
+        };
         without(self) == without(other)
     }
 

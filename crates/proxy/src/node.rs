@@ -9,8 +9,6 @@ use ipnet::IpNet;
 use linux::ipvs::{Scheduler, Timeouts};
 use services::{Place, Protocol, Selection};
 
-use crate::Mode;
-
 /// kube-proxy's bit of the packet mark.
 const MASQUERADE_BIT: u8 = 14;
 
@@ -140,11 +138,11 @@ impl NodeView {
         NodeView { place, addresses, pods: Pods::Cidrs(pod_cidrs), service_cidrs, ..NodeView::default() }
     }
 
-    /// For a data path of this mode only what is known of endpoints differs, if anything: then not every frontend is rendered
-    /// anew.
-    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView, mode: Mode) -> bool {
+    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew. With `past` other nodes
+    /// that take packets count, too.
+    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView, past: bool) -> bool {
         let without = |view: &NodeView| {
-            let takers = if mode == Mode::Ebpf { view.takers.clone() } else { BTreeMap::new() };
+            let takers = if past { view.takers.clone() } else { BTreeMap::new() };
             NodeView { ejected: BTreeSet::new(), takers, ..view.clone() }
         };
         without(self) == without(other)

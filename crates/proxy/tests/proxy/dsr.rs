@@ -173,6 +173,18 @@ fn start(node: &Namespace, mode: Mode, objects: Objects, hooks: Option<Hooks>) -
     running
 }
 
+/// Waits until the node's proxy has taken this in.
+fn tell(running: &Running, node: NodeView) {
+    let mut status = running.status.clone();
+    let commits = status.borrow().commits;
+    running.node.send_replace(node.into());
+    running.runtime.block_on(async {
+        let told = status.wait_for(|status| status.commits > commits);
+        let told = tokio::time::timeout(PATIENCE, told).await.map(|told| told.is_ok());
+        assert_eq!(told, Ok(true));
+    });
+}
+
 /// Tells each client who it is. TCP: and sends and takes as much as is asked for; UDP: answers with as many bytes as it got.
 fn serve(pod: &Namespace) {
     let (tcp, udp) =
@@ -320,6 +332,27 @@ fn a_node_that_does_not_take_is_asked_in_the_ordinary_way() {
         }
         running.into_iter().for_each(Running::stop);
     }
+}
+
+/// As long as no Service asks, other nodes are not worth a plan; the first one that does is served with all that is known.
+#[test]
+fn a_service_may_ask_later() {
+    let world = World::new(false);
+    let mut nodes = world.start([objects("node-1", &[], ""), objects("node-2", &[], "")]);
+    let known = [objects("node-1", &[NODE_2], "dsr=true"), objects("node-2", &[NODE_1], "dsr=true")];
+    let to = at(A[0], TCP_PORT);
+    for (running, objects) in nodes.iter_mut().zip(&known).rev() {
+        tell(running, objects.node.clone());
+        assert_ne!(open(&world.client, to).expect("connected").1, CLIENT[0]);
+        running.change(|table| {
+            let frontends = objects.apply(table).into_iter().flat_map(|changes| changes.frontends).collect();
+            services::Changes { frontends, ..services::Changes::default() }
+        });
+    }
+    let (stream, seen) = open(&world.client, to).expect("connected");
+    assert_eq!(seen, CLIENT[0]);
+    carry(&stream);
+    nodes.into_iter().for_each(Running::stop);
 }
 
 /// A node that says it takes packets, and does not: the second repetition of a SYN goes the ordinary way.
@@ -519,13 +552,8 @@ fn flows_outlive_their_mode() {
     second.runtime.block_on(second.switch.to(Mode::Nftables)).expect("handed over");
     go_on("after the endpoint's node has changed its mode");
     // As the announcement that is withdrawn tells it.
-    first.node.send_modify(|view| *view = NodeView { takers: Default::default(), ..(**view).clone() }.into());
-    let mut status = first.status.clone();
-    let commits = status.borrow().commits;
-    first.runtime.block_on(async {
-        let told = status.wait_for(|status| status.commits > commits);
-        tokio::time::timeout(PATIENCE, told).await.map(|told| told.is_ok()).expect("in time")
-    });
+    let alone = objects("node-1", &[], "").node;
+    tell(&first, alone);
     go_on("after the first node has heard of it");
     let (_, seen) = open(&world.client, at(A[0], TCP_PORT)).expect("connected");
     assert_ne!(seen, CLIENT[0], "what is new goes the ordinary way");

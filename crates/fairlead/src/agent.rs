@@ -6,7 +6,7 @@ mod socket;
 
 use crate::node_object::Node;
 use crate::proxy as standalone;
-use crate::{barrier, cli, join, local, serve, server, service_cidrs, warnings};
+use crate::{barrier, cli, dsr, join, local, serve, server, service_cidrs, warnings};
 use anyhow::{Context, bail};
 use api::kinds::{NODES, SERVICE_CIDRS};
 use apiserver::Identity;
@@ -79,6 +79,14 @@ pub struct AgentArgs {
     /// Service comes before it.
     #[arg(long, default_value = "random")]
     pub endpoint_selection: services::Selection,
+    /// Endpoints on other nodes answer clients from outside without the node that was asked (DSR), where both nodes' proxies are
+    /// in the ebpf mode; the annotation fairlead.io/dsr of a Service comes before it.
+    #[arg(long)]
+    pub dsr: bool,
+    /// After how many milliseconds sockets that are sent to an endpoint repeat their first packet; by default after a second,
+    /// as the kernel has it. The ebpf mode alone can set it.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=1000))]
+    pub first_packet_timeout: Option<u64>,
     /// Node ports answer on 127.0.0.1 and ::1, too, through a relay of this process.
     #[arg(long)]
     pub localhost_node_ports: bool,
@@ -204,6 +212,9 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     // Proxy and DNS over one service table.
     let proxy_client = join::component_client(&node_client, &args.server, &identity, "fairlead-proxy").await?;
     let mode = args.proxy_mode.mode();
+    if args.first_packet_timeout.is_some() && mode != Some(Mode::Ebpf) {
+        bail!("--first-packet-timeout: only the ebpf mode can set it; leave it out, or use --proxy-mode=ebpf");
+    }
     let hooks = standalone::hooks(&args.node_cgroup, &dir)?;
     let seed = match mode {
         Some(mode) => {
@@ -228,30 +239,32 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     view.ipvs.scheduler = args.ipvs_scheduler.clone();
     view.ipvs.strict_arp = args.ipvs_strict_arp;
     view.selection = args.endpoint_selection;
+    view.direct_return = args.dsr;
     let (views, view_seen) = watch::channel(Arc::new(view));
     let (proxy_status, proxy_seen) = watch::channel(proxy::Status::default());
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let health = Arc::new(proxy::Health::new(PROXY_SYNC_PERIOD));
+    let metrics: Arc<proxy::Metrics> = Arc::default();
+    let (said, own_said) = watch::channel(None);
     let mut switchable = (None, None);
     if let Some(mode) = mode {
         let proxy_events = Recorder::new(&proxy_client, "fairlead-proxy", &name);
         let (switch, requests) = proxy::switch();
         let is_switchable = args.feature_gates.is_on(Feature::HandOver);
         switchable = (is_switchable.then_some(switch), Some(proxy_events.clone()));
-        let metrics: Arc<proxy::Metrics> = Arc::default();
         let recorder = proxy_events.clone();
         let watching = proxy::Watching {
+            first_timeout: args.first_packet_timeout.map(std::time::Duration::from_millis),
             lost_nodes: Some(lost_seen),
             notices: Some(Arc::new(move |notice| standalone::events::tell(&recorder, notice))),
             ..proxy::Watching::by(&args.feature_gates)
         };
-        let (node, metrics_of_run) = (view_seen.clone(), metrics.clone());
         let proxy_config = proxy::Config {
             mode,
-            node,
+            node: view_seen.clone(),
             namespace: None,
             hooks: Some(hooks.clone()),
-            metrics: metrics_of_run,
+            metrics: metrics.clone(),
             watching,
         };
         let subscribe = || proxy::Feed { table: feed.table.clone(), changes: feed.subscribe() };
@@ -279,7 +292,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                 mode,
                 features: args.feature_gates.clone(),
                 hooks: hooks.clone(),
-                metrics,
+                metrics: metrics.clone(),
                 feed: feed.clone(),
                 view: view_seen.clone(),
                 status: proxy_seen.clone(),
@@ -292,6 +305,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         if args.feature_gates.is_on(Feature::Barrier) {
             tasks.spawn(barrier::report(proxy_client.clone(), name.clone(), proxy_seen.clone(), token.clone()));
         }
+        let (client, status) = (node_client.clone(), proxy_seen.clone());
+        tasks.spawn(dsr::announce(client, name.clone(), args.dsr, status, own_said, token.clone()));
         let about = ObjectRef::new("v1", "Node", "", &name, &name);
         tasks.spawn(standalone::events::follow(proxy_seen.clone(), proxy_events, about, token.clone()));
         let (health, status, health_token) = (health.clone(), proxy_seen.clone(), token.clone());
@@ -320,6 +335,12 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                         true => lost.insert(name.into()),
                         false => lost.remove(name),
                     });
+                    if name == own {
+                        let now = after.map(|node| node.annotation(services::DSR_ANNOTATION).map(str::to_owned));
+                        said.send_if_modified(|said| std::mem::replace(said, now.clone()) != now);
+                    } else {
+                        views.send_if_modified(|view| dsr::notice_in(view, name, after.map(Arc::as_ref)));
+                    }
                 }
                 if let Some(node) = after.filter(|node| node.name() == own) {
                     ready.send_replace(node.is_ready());
@@ -444,6 +465,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         view: view_seen,
         hooks,
         proxy: proxy_seen.clone(),
+        metrics,
         images: runtime.clone(),
         store: runtime.images().clone(),
     });

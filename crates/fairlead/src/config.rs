@@ -26,6 +26,11 @@ pub struct ClusterConfig {
     /// Switches of every node's proxy that are not as they are by default.
     #[serde(default)]
     pub feature_gates: String,
+    /// As `--endpoint-selection` of every node's agent says it; empty: as by default.
+    #[serde(default)]
+    pub endpoint_selection: String,
+    #[serde(default)]
+    pub dsr: bool,
 }
 
 fn path(dir: &Path) -> PathBuf {

@@ -11,14 +11,14 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use lab::Lab;
 use proxy::explain::Report;
-use proxy::{Mode, NodeView, Packet};
+use proxy::{Mode, NodeView, Packet, Taker};
 use reconcile::ApiError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use services::{Place, Protocol, ServiceTable};
 
 use crate::client::session::{Connection, JSON, Session, complain, complaint, encode, fail, say};
-use crate::local;
+use crate::{dsr, local};
 
 #[derive(Args, Debug)]
 pub struct ExplainArgs {
@@ -143,6 +143,8 @@ struct Node {
     zone: Option<Arc<str>>,
     addresses: Vec<IpAddr>,
     pod_cidrs: Vec<IpNet>,
+    /// What it says of clients that came to other nodes.
+    taker: Option<Taker>,
 }
 
 struct Pod {
@@ -168,10 +170,13 @@ impl Node {
     fn of(object: &Value) -> Node {
         let addresses = object.pointer("/status/addresses").and_then(Value::as_array).into_iter().flatten();
         let internal = addresses.filter(|address| address["type"] == "InternalIP");
+        let addresses: Vec<IpAddr> = parsed(internal.filter_map(|address| address["address"].as_str()));
+        let said = object["metadata"]["annotations"][services::DSR_ANNOTATION].as_str();
         Node {
+            taker: dsr::taker_with(said, addresses.clone()),
             name: object.name().to_string(),
             zone: object["metadata"]["labels"]["topology.kubernetes.io/zone"].as_str().map(Into::into),
-            addresses: parsed(internal.filter_map(|address| address["address"].as_str())),
+            addresses,
             pod_cidrs: parsed(texts(object, "/spec/podCIDRs", "")),
         }
     }
@@ -222,12 +227,18 @@ impl Facts {
     }
 
     fn view(&self, node: &Node) -> NodeView {
-        NodeView::new(
+        let others = self.nodes.iter().filter(|other| other.name != node.name);
+        let view = NodeView::new(
             Place { node: node.name.as_str().into(), zone: node.zone.clone() },
             node.addresses.clone(),
             self.pod_cidrs.clone(),
             self.service_cidrs.clone(),
-        )
+        );
+        NodeView {
+            direct_return: node.taker.as_ref().is_some_and(|taker| taker.by_default),
+            takers: others.filter_map(|other| Some((other.name.as_str().into(), other.taker.clone()?))).collect(),
+            ..view
+        }
     }
 
     fn node(&self, name: &str) -> Option<&Node> {

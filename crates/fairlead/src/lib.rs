@@ -14,6 +14,7 @@ mod config;
 mod connector;
 mod dns;
 mod down;
+mod dsr;
 mod explain;
 mod image;
 mod join;

@@ -72,6 +72,10 @@ impl Node {
         self.metadata.labels.get("topology.kubernetes.io/zone").map(|zone| zone.as_str().into())
     }
 
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        self.metadata.annotations.get(name).map(String::as_str)
+    }
+
     /// The keys of its taints.
     pub fn taints(&self) -> impl Iterator<Item = &str> {
         self.spec.taints.iter().map(|taint| taint.key.as_str())

@@ -35,7 +35,7 @@ use tracing::{info, warn};
 
 use crate::node_object::Node;
 use crate::service_cidrs::ServiceCidr;
-use crate::{access, barrier, cli, local, warnings};
+use crate::{access, barrier, cli, dsr, local, warnings};
 pub use flags::ProxyArgs;
 use node::Inputs;
 
@@ -177,11 +177,14 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
 
     let mut inputs = Inputs::new(settings.clone());
     inputs.selection = args.endpoint_selection;
+    inputs.direct_return = args.dsr;
+    let (said, own_said) = watch::channel(None);
     let (lost_nodes, lost_seen) = watch::channel(BTreeSet::new());
     let mut sources = Sources {
         name: name.clone(),
         nodes: reconcile::watch(&client, &NODES, Scope::all()),
         lost_nodes,
+        said,
         service_cidrs: match can_list(&client, &SERVICE_CIDRS).await {
             true => Some(reconcile::watch(&client, &SERVICE_CIDRS, Scope::all())),
             // An older API server, or fewer rights: then packets to a cluster IP that nobody has are not ours to drop.
@@ -231,6 +234,7 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
     if features.is_on(Feature::Barrier) {
         tasks.spawn(barrier::report(client.clone(), name.clone(), status_seen.clone(), token.clone()));
     }
+    tasks.spawn(dsr::announce(client.clone(), name.clone(), args.dsr, status_seen.clone(), own_said, token.clone()));
     tasks.spawn(warnings::tell(feed.clone(), feed.subscribe(), events.clone(), token.clone()));
     tasks.spawn(events::follow(status_seen, events.clone(), about.clone(), token.clone()));
     tasks.spawn(proxy::serve_health_checks(
@@ -302,6 +306,8 @@ struct Sources {
     nodes: mpsc::Receiver<Change<Node>>,
     /// Nodes that have stopped sending their heartbeat.
     lost_nodes: watch::Sender<BTreeSet<Arc<str>>>,
+    /// What this node says of itself.
+    said: watch::Sender<dsr::Said>,
     service_cidrs: Option<mpsc::Receiver<Change<ServiceCidr>>>,
     addresses: Option<AddressWatch>,
 }
@@ -327,6 +333,7 @@ impl Sources {
                     Change::Reset(nodes) => {
                         let lost = nodes.iter().filter(|node| node.has_no_heartbeat()).map(|node| node.name().into());
                         self.lost_nodes.send_replace(lost.collect());
+                        inputs.takers = dsr::takers(&nodes, &self.name);
                         inputs.node = nodes.into_iter().find(|node| node.name() == self.name).or(inputs.node.take());
                     }
                     Change::Apply(node) => {
@@ -336,14 +343,19 @@ impl Sources {
                         });
                         if node.name() == self.name {
                             inputs.node = Some(node);
+                        } else {
+                            dsr::notice(&mut inputs.takers, node.name(), Some(&node));
                         }
                     }
                     // A Node that is registered anew comes back soon; until then ours is what it was.
                     Change::Delete(node) => {
                         self.lost_nodes.send_if_modified(|lost| lost.remove(node.name()));
+                        dsr::notice(&mut inputs.takers, node.name(), None);
                     }
                 }
                 if let Some(node) = &inputs.node {
+                    let now = Some(node.annotation(services::DSR_ANNOTATION).map(str::to_owned));
+                    self.said.send_if_modified(|said| std::mem::replace(said, now.clone()) != now);
                     health.set_taints(node.taints());
                 }
             }
@@ -417,9 +429,8 @@ impl Scraped {
         let table = self.feed.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut text = self.metrics.text(mode, &table, &view, &status);
         if self.features.is_on(Feature::Traffic) {
-            match proxy::traffic(mode, None, Some(&self.hooks), &table, &view) {
+            match proxy::traffic(mode, None, Some(&self.hooks), &self.metrics, &table, &view) {
                 Ok(traffic) => text.push_str(&traffic.metrics()),
-                Err(proxy::Error::NotCounted(_)) => {}
                 Err(error) => warn!(%error, "this scrape says nothing of Services' traffic"),
             }
         }

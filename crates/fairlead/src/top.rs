@@ -59,6 +59,9 @@ pub struct Service {
     pub name: String,
     pub protocol: String,
     pub endpoints: Vec<Endpoint>,
+    /// First packets for which there was no endpoint.
+    #[serde(default)]
+    pub rejected: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -130,6 +133,7 @@ impl From<proxy::Traffic> for Traffic {
             name: service.name.to_string(),
             protocol: service.name.protocol.to_string(),
             endpoints: service.endpoints.into_iter().map(endpoint).collect(),
+            rejected: service.rejected,
         };
         let fill = traffic.conntrack;
         Traffic {
@@ -195,9 +199,11 @@ fn agents(args: &ServicesArgs) -> anyhow::Result<Vec<(String, PathBuf)>> {
 
 /// All nodes' traffic by Service port, the busiest first.
 fn sum<'a>(all: impl Iterator<Item = &'a Traffic>) -> Vec<Service> {
-    let mut services: BTreeMap<(&str, &str), BTreeMap<SocketAddr, Endpoint>> = BTreeMap::new();
+    type Sum = (BTreeMap<SocketAddr, Endpoint>, u64);
+    let mut services: BTreeMap<(&str, &str), Sum> = BTreeMap::new();
     for service in all.flat_map(|traffic| &traffic.services) {
-        let endpoints = services.entry((&service.name, &service.protocol)).or_default();
+        let (endpoints, rejected) = services.entry((&service.name, &service.protocol)).or_default();
+        *rejected += service.rejected;
         for endpoint in &service.endpoints {
             let Some(held) = endpoints.get_mut(&endpoint.address) else {
                 endpoints.insert(endpoint.address, endpoint.clone());
@@ -215,10 +221,11 @@ fn sum<'a>(all: impl Iterator<Item = &'a Traffic>) -> Vec<Service> {
             held.ejected |= endpoint.ejected;
         }
     }
-    let service = |((name, protocol), endpoints): ((&str, &str), BTreeMap<_, Endpoint>)| Service {
+    let service = |((name, protocol), (endpoints, rejected)): ((&str, &str), Sum)| Service {
         name: name.to_owned(),
         protocol: protocol.to_owned(),
         endpoints: endpoints.into_values().collect(),
+        rejected,
     };
     let mut services: Vec<Service> = services.into_iter().map(service).collect();
     // Stable: those with as many come by name.
@@ -273,7 +280,8 @@ fn table(services: &[Service], with_endpoints: bool) -> String {
         };
         let total = |pick: fn(&(u64, u64)) -> u64| size(bytes.as_ref().map(|all| all.iter().map(pick).sum()));
         let ejected = service.endpoints.iter().filter(|endpoint| endpoint.ejected).count();
-        let out = if ejected > 0 { format!(", {ejected} ejected") } else { String::new() };
+        let some = |count: u64, what: &str| if count > 0 { format!(", {count} {what}") } else { String::new() };
+        let out = some(ejected as u64, "ejected") + &some(service.rejected, "rejected");
         let mut answers: Option<Answers> = None;
         for more in service.endpoints.iter().filter_map(|endpoint| endpoint.answers.as_ref()) {
             answers.get_or_insert_default().add(more);
@@ -338,6 +346,7 @@ mod tests {
             name: name.to_owned(),
             protocol: "tcp".to_owned(),
             endpoints: endpoints.to_vec(),
+            rejected: if endpoints.is_empty() { 4 } else { 0 },
         };
         let node = |services: &[Service]| Traffic { services: services.to_vec(), conntrack: Conntrack::default() };
         let one = node(&[
@@ -358,7 +367,7 @@ default/b          tcp        90            1       -         -         1
 default/web:http   tcp        12            3       1.0 KiB   3.0 MiB   2, 1 ejected
   10.244.0.1:80               8             2       1.0 KiB   3.0 MiB   ejected
   10.244.0.2:80               4             1       -         -
-default/a          tcp        0             0       -         -         0
+default/a          tcp        0             0       -         -         0, 4 rejected
 "
         );
         assert_eq!(table(&sum, false).lines().count(), 4);

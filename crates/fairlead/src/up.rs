@@ -29,6 +29,14 @@ pub struct UpArgs {
     /// Node ports answer on 127.0.0.1 and ::1 of each node, too, through a relay of its agent.
     #[arg(long)]
     pub localhost_node_ports: bool,
+    /// How each node's ebpf mode chooses among endpoints: random, maglev or least-load; the annotation
+    /// fairlead.io/endpoint-selection of a Service comes before it.
+    #[arg(long, default_value = "random")]
+    pub endpoint_selection: services::Selection,
+    /// Endpoints on other nodes answer clients from outside without the node that was asked (DSR), in the ebpf mode; the
+    /// annotation fairlead.io/dsr of a Service comes before it.
+    #[arg(long)]
+    pub dsr: bool,
     /// Switches of every node's proxy, NAME=false: EndpointEjection, FirstPacketRetry, ServiceTraffic, EndPolicy,
     /// ModeHandOver, RemovalBarrier.
     #[arg(long, value_name = "LIST", default_value = "")]
@@ -107,6 +115,8 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         localhost_node_ports: args.localhost_node_ports,
         dns: args.dns.clone().absolute()?,
         feature_gates: args.feature_gates.to_string(),
+        endpoint_selection: args.endpoint_selection.to_string(),
+        dsr: args.dsr,
     };
     config.save(dir)?;
     let outcome = bring_up(&args, &lab, &config).and_then(|()| match proxy {
@@ -250,6 +260,12 @@ fn start_agent(
     }
     if config.localhost_node_ports {
         arguments.push("--localhost-node-ports".into());
+    }
+    if !config.endpoint_selection.is_empty() {
+        arguments.extend(["--endpoint-selection".into(), config.endpoint_selection.clone()]);
+    }
+    if config.dsr {
+        arguments.push("--dsr".into());
     }
     arguments.extend(config.dns.flags());
     if !config.feature_gates.is_empty() {

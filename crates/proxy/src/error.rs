@@ -57,8 +57,6 @@ pub enum Error {
     Namespace(std::io::Error),
     #[error("cannot open a raw socket: {0}; end policies other than keep need CAP_NET_RAW")]
     Provoke(std::io::Error),
-    #[error("the {0} mode does not count what goes through each Service; the others do")]
-    NotCounted(crate::Mode),
     #[error("what ends connections has died; restart the proxy")]
     EndGone,
     #[error("the thread of a commit died: {0}; the commit is repeated")]

@@ -241,7 +241,9 @@ impl<D: Dataplane> Loop<D> {
                 told.remove(&change.id);
                 continue;
             };
-            let ignored = self.config.mode.ignores(frontend.selection);
+            let mode = self.config.mode;
+            let ignored =
+                mode.ignores(frontend.selection).into_iter().chain(mode.ignores_direct_return(frontend.direct_return));
             let what = D::unsupported(after).into_iter().chain(self.end.unsupported(&frontend)).chain(ignored);
             let what: Vec<&'static str> = what.collect();
             if what.is_empty() {

@@ -43,7 +43,7 @@ pub use linux::ipvs::{Scheduler, Timeouts};
 pub use linux::nft::Packet;
 pub use metrics::Metrics;
 pub use mode::Mode;
-pub use node::{IpvsSettings, NodeView, Pods};
+pub use node::{IpvsSettings, NodeView, Pods, Taker};
 pub use run::{Config, Feed, found, prepare, run};
 pub use status::{Status, StatusHandle, Unsupported};
 pub use traffic::{Answers, EndpointTraffic, ServiceTraffic, Traffic, traffic};

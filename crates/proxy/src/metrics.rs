@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use services::{Changes, ServiceTable, TrafficPolicy};
 
+use crate::dataplane::userspace::Tally;
 use crate::scope::scopes;
 use crate::{Mode, NodeView, Status};
 
@@ -94,11 +95,15 @@ struct Counts {
 }
 
 /// Counters of one proxy; shared by everybody who has something to count.
-pub struct Metrics(Mutex<Counts>);
+pub struct Metrics {
+    counts: Mutex<Counts>,
+    /// What relays have carried.
+    tally: Arc<Tally>,
+}
 
 impl Default for Metrics {
     fn default() -> Self {
-        Metrics(Mutex::new(Counts {
+        let counts = Counts {
             started: Timestamp::now(),
             commits: Histogram::new(&COMMIT_BOUNDS),
             whole: Histogram::new(&COMMIT_BOUNDS),
@@ -114,14 +119,19 @@ impl Default for Metrics {
             ended: 0,
             handed_over: [0; 2],
             requests: BTreeMap::new(),
-        }))
+        };
+        Metrics { counts: Mutex::new(counts), tally: Arc::default() }
     }
 }
 
 impl Metrics {
     fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
         // Counters are numbers: none is half written.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tally(&self) -> Arc<Tally> {
+        self.tally.clone()
     }
 
     /// The table has changed.

@@ -51,6 +51,14 @@ impl Mode {
         }
     }
 
+    /// What becomes of a Service whose endpoints are to answer past the node, where they cannot.
+    pub(crate) fn ignores_direct_return(self, asked: Option<bool>) -> Option<&'static str> {
+        (self != Mode::Ebpf && asked == Some(true)).then_some(
+            "its annotation fairlead.io/dsr has no effect in this mode, whose endpoints answer through the node that was asked; take it \
+             away, or use --proxy-mode=ebpf",
+        )
+    }
+
     /// Whether connections that it makes are translated by netfilter for as long as they live.
     pub(crate) fn is_translated_by_netfilter(self) -> bool {
         match self {

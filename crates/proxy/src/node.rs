@@ -1,8 +1,9 @@
 //! What the data path knows of the node it works on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use linux::ipvs::{Scheduler, Timeouts};
@@ -76,6 +77,26 @@ pub struct NodeView {
     pub ipvs: IpvsSettings,
     /// How endpoints are chosen for Services that do not say; the ebpf mode alone has a choice of its own.
     pub selection: Selection,
+    /// Whether endpoints on other nodes answer clients from outside past this node (DSR), for Services that do not say; the
+    /// ebpf mode alone can do it.
+    pub direct_return: bool,
+    /// The other nodes that take packets for it.
+    pub takers: BTreeMap<Arc<str>, Taker>,
+}
+
+/// A node whose proxy answers clients itself that came to another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taker {
+    pub addresses: Vec<IpAddr>,
+    /// For Services that do not ask for it, too.
+    pub by_default: bool,
+}
+
+impl Taker {
+    /// Whether it does so for a Service that asks for it or not, or does not say.
+    pub(crate) fn takes(&self, asked: Option<bool>) -> bool {
+        asked.unwrap_or(self.by_default)
+    }
 }
 
 /// What only the ipvs mode asks for.
@@ -105,6 +126,8 @@ impl Default for NodeView {
             ejected: BTreeSet::new(),
             ipvs: IpvsSettings::default(),
             selection: Selection::default(),
+            direct_return: false,
+            takers: BTreeMap::new(),
         }
     }
 }

@@ -109,7 +109,7 @@ pub(crate) fn localhost(
         return Ok(None);
     }
     let held = config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace)?;
-    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind());
+    let relays = Sockets::new(place(held)?, Handle::current(), eyes::relayed::Witness::blind(), Arc::default());
     let config = Config {
         mode: Mode::Userspace,
         node: config.node.clone(),
@@ -214,7 +214,7 @@ pub(crate) async fn hold(
                 status.clone(),
                 token.clone(),
             );
-            let relays = Sockets::new(place, Handle::current(), witness);
+            let relays = Sockets::new(place, Handle::current(), witness, config.metrics.tally());
             let leftovers = leftovers.filter(|_| nft.is_some());
             let kernel = Kernel { dataplane: Userspace::new(nft, relays), conntrack, leftovers };
             Loop::new(kernel, config, feed, status).watched_by(Some(watcher)).run(token).await

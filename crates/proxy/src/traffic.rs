@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use linux::bpf::{self, Hooks};
 use linux::conntrack::{self, Fill};
+use linux::iptables::Tools;
 use linux::ipvs::{self, Ipvs as _, Key};
-use linux::nft::Socket;
+use linux::nft::{Family, Socket};
 use services::{PortName, Protocol, ServiceTable};
 
-use crate::dataplane::ebpf::contacts::{Pair, contacts, flows};
+use crate::dataplane::ebpf::contacts::{self, Pair, contacts, flows};
+use crate::dataplane::userspace::Tally;
+use crate::dataplane::{frame, iptables, ipvs as ipvs_mode, nftables, userspace};
 use crate::metrics::Text;
 use crate::run::pinned;
-use crate::{Error, Mode, NodeView, stale, watch};
+use crate::{Error, Metrics, Mode, NodeView, stale, watch};
 
 /// A UDP flow without a packet for so long is over (`UDP_IDLE` in `packet.h`).
 const UDP_IDLE: Duration = Duration::from_secs(120);
@@ -33,6 +36,9 @@ pub struct ServiceTraffic {
     pub name: PortName,
     /// In the order of their addresses: those it has, and those that still have traffic.
     pub endpoints: Vec<EndpointTraffic>,
+    /// First packets that were refused or dropped for want of an endpoint: of any, or of one that the client may use. A
+    /// client that repeats itself counts again. Starts again like connections do; in the iptables mode with each commit, which writes their rules anew.
+    pub rejected: u64,
 }
 
 /// What one endpoint of a Service port got from this node.
@@ -47,7 +53,7 @@ pub struct EndpointTraffic {
     /// Bytes that open flows have carried from and to their clients; `None` unless the kernel counts them
     /// (`net.netfilter.nf_conntrack_acct=1`). The ebpf mode counts them always: of sockets of this node what the
     /// connections that have ended carried, without headers; of packets that it translates what the flows that it
-    /// remembers carried. So does IPVS: of all connections that it has counted.
+    /// remembers carried. So do IPVS and relays: of all connections that they have counted.
     pub bytes: Option<(u64, u64)>,
     /// `None` where the mode does not tell.
     pub answers: Option<Answers>,
@@ -111,6 +117,15 @@ impl Traffic {
         for (name, endpoint) in all().filter(|(_, endpoint)| endpoint.open > 0) {
             out.line(&format!("{open}{{{}}}", labels(name, endpoint)), endpoint.open);
         }
+        let rejected = "fairlead_service_rejected_total";
+        out.head("counter", rejected, "First packets to a Service port for which there was no endpoint.");
+        for ServiceTraffic { name, rejected: count, .. } in self.services.iter().filter(|one| one.rejected > 0) {
+            let PortName { namespace, service, port, protocol } = name;
+            let of = format!(
+                "namespace=\"{namespace}\",service=\"{service}\",port=\"{port}\",protocol=\"{protocol}\""
+            );
+            out.line(&format!("{rejected}{{{of}}}"), count);
+        }
         let bytes = "fairlead_service_open_bytes";
         out.head("gauge", bytes, "Bytes that these flows have carried, where the kernel counts them.");
         for (name, endpoint) in all() {
@@ -161,28 +176,85 @@ impl Traffic {
     }
 }
 
-/// Reads the traffic of a node that is in this mode; `hooks` as in the proxy's configuration. It blocks for milliseconds.
+/// Reads the traffic of a node that is in this mode; `hooks` and `metrics` as in the proxy's configuration. It blocks for
+/// milliseconds.
 pub fn traffic(
     mode: Mode,
     namespace: Option<BorrowedFd<'_>>,
     hooks: Option<&Hooks>,
+    metrics: &Metrics,
     table: &ServiceTable,
     node: &NodeView,
 ) -> Result<Traffic, Error> {
+    let mut accounts = Accounts::new(table, node);
+    let fill = match mode {
+        Mode::Nftables | Mode::Iptables => translated(namespace, &mut accounts)?,
+        Mode::Ebpf => counted(namespace, hooks, &mut accounts)?,
+        Mode::Ipvs => scheduled(namespace, &mut accounts)?,
+        Mode::Userspace => relayed(namespace, &metrics.tally(), &mut accounts)?,
+    };
     match mode {
-        Mode::Nftables | Mode::Iptables => translated(namespace, table, node),
-        Mode::Ebpf => counted(namespace, hooks, table, node),
-        Mode::Ipvs => scheduled(namespace, table, node),
-        Mode::Userspace => Err(Error::NotCounted(mode)),
+        Mode::Nftables => accounts.reject(rejections(namespace, nftables::FAMILY, nftables::TABLE)?),
+        Mode::Ipvs => accounts.reject(rejections(namespace, ipvs_mode::FAMILY, ipvs_mode::TABLE)?),
+        Mode::Userspace => accounts.reject(rejections(namespace, userspace::FAMILY, userspace::TABLE)?),
+        Mode::Iptables => {
+            let held = namespace.map(|namespace| namespace.try_clone_to_owned()).transpose();
+            let tools = Tools::open(held.map_err(Error::Namespace)?)?;
+            let named: HashMap<(String, Protocol), PortName> =
+                accounts.services.keys().map(|name| ((name.to_string(), name.protocol), name.clone())).collect();
+            for (name, protocol, count) in iptables::rejections(&tools)? {
+                if let Some(name) = named.get(&(name, protocol)) {
+                    accounts.reject_named(name, count);
+                }
+            }
+        }
+        Mode::Ebpf => accounts.reject(contacts::rejections(&mut pinned(namespace, hooks)?)?),
+    }
+    Ok(accounts.close(fill))
+}
+
+/// What the chains for unserved packets have counted; nothing for who may not look.
+fn rejections(
+    namespace: Option<BorrowedFd<'_>>,
+    family: Family,
+    table: &str,
+) -> Result<Vec<(Protocol, SocketAddr, u64)>, Error> {
+    frame::rejections(&mut Socket::open(namespace)?, family, table)
+}
+
+/// Of relays, which count by themselves.
+fn relayed(namespace: Option<BorrowedFd<'_>>, tally: &Tally, accounts: &mut Accounts) -> Result<Fill, Error> {
+    for ((name, endpoint), counted) in tally.read() {
+        accounts.of_named(&name, endpoint, |traffic| {
+            traffic.connections += counted.begun;
+            traffic.open += counted.open;
+            carry(traffic, counted.sent, counted.received);
+            if name.protocol == Protocol::Tcp {
+                let answers = traffic.answers.get_or_insert_default();
+                answers.answered += counted.answered;
+                answers.refused += counted.refused;
+                answers.retried += counted.retried;
+                answers.resets += counted.resets;
+                answers.waited += counted.waited;
+            }
+        });
+    }
+    for (name, count) in tally.rejected() {
+        accounts.reject_named(&name, count);
+    }
+    match conntrack::Socket::open(namespace) {
+        Ok(mut conntrack) => Ok(conntrack.fill()?),
+        // Without privileges the mode serves all the same.
+        Err(error) if error.is_forbidden() => Ok(Fill::default()),
+        Err(error) => Err(error.into()),
     }
 }
 
 /// Of the modes in which netfilter translates addresses: the watch's table counts, and conntrack knows what is open.
-fn translated(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &NodeView) -> Result<Traffic, Error> {
+fn translated(namespace: Option<BorrowedFd<'_>>, accounts: &mut Accounts) -> Result<Fill, Error> {
     let connections = watch::connections(&mut Socket::open(namespace)?)?;
     let mut conntrack = conntrack::Socket::open(namespace)?;
     let flows = conntrack.translated()?;
-    let mut accounts = Accounts::new(table, node);
     for (protocol, address, endpoint, count) in connections {
         accounts.of(protocol, address, endpoint, |traffic| traffic.connections += count);
     }
@@ -195,12 +267,11 @@ fn translated(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &No
             }
         });
     }
-    Ok(accounts.close(conntrack.fill()?))
+    Ok(conntrack.fill()?)
 }
 
 /// Of the ipvs mode: IPVS counts by itself, and adds up what its processors have counted every two seconds.
-fn scheduled(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &NodeView) -> Result<Traffic, Error> {
-    let mut accounts = Accounts::new(table, node);
+fn scheduled(namespace: Option<BorrowedFd<'_>>, accounts: &mut Accounts) -> Result<Fill, Error> {
     let mut ipvs = ipvs::Socket::open(namespace)?;
     for service in ipvs.services()? {
         let Key { address, protocol } = service.key;
@@ -213,18 +284,16 @@ fn scheduled(namespace: Option<BorrowedFd<'_>>, table: &ServiceTable, node: &Nod
             });
         }
     }
-    Ok(accounts.close(conntrack::Socket::open(namespace)?.fill()?))
+    Ok(conntrack::Socket::open(namespace)?.fill()?)
 }
 
 /// Of the ebpf mode, whose programs count.
 fn counted(
     namespace: Option<BorrowedFd<'_>>,
     hooks: Option<&Hooks>,
-    table: &ServiceTable,
-    node: &NodeView,
-) -> Result<Traffic, Error> {
+    accounts: &mut Accounts,
+) -> Result<Fill, Error> {
     let mut kernel = pinned(namespace, hooks)?;
-    let mut accounts = Accounts::new(table, node);
     for (Pair { protocol, asked, given }, contact) in contacts(&mut kernel)? {
         accounts.of(protocol, asked, given, |traffic| {
             traffic.connections += contact.begun;
@@ -260,8 +329,7 @@ fn counted(
             }
         });
     }
-    let mut conntrack = conntrack::Socket::open(namespace)?;
-    Ok(accounts.close(conntrack.fill()?))
+    Ok(conntrack::Socket::open(namespace)?.fill()?)
 }
 
 fn carry(traffic: &mut EndpointTraffic, sent: u64, received: u64) {
@@ -272,6 +340,7 @@ fn carry(traffic: &mut EndpointTraffic, sent: u64, received: u64) {
 /// Where traffic is booked.
 struct Accounts {
     services: BTreeMap<PortName, BTreeMap<SocketAddr, EndpointTraffic>>,
+    rejected: HashMap<PortName, u64>,
     owners: HashMap<(Protocol, SocketAddr), PortName>,
 }
 
@@ -291,7 +360,7 @@ impl Accounts {
                 owners.entry((protocol, address)).or_insert_with(|| frontend.name.clone());
             }
         }
-        Accounts { services, owners }
+        Accounts { services, rejected: HashMap::new(), owners }
     }
 
     fn of(
@@ -302,16 +371,35 @@ impl Accounts {
         add: impl FnOnce(&mut EndpointTraffic),
     ) {
         // Others translate addresses too.
-        let owner = self.owners.get(&(protocol, address)).and_then(|name| self.services.get_mut(name));
-        if let Some(endpoints) = owner {
+        if let Some(name) = self.owners.get(&(protocol, address)).cloned() {
+            self.of_named(&name, endpoint, add);
+        }
+    }
+
+    /// Of a Service that has gone there is nothing to tell.
+    fn of_named(&mut self, name: &PortName, endpoint: SocketAddr, add: impl FnOnce(&mut EndpointTraffic)) {
+        if let Some(endpoints) = self.services.get_mut(name) {
             add(endpoints.entry(endpoint).or_insert_with(|| EndpointTraffic::none(endpoint, false)));
         }
     }
 
+    fn reject(&mut self, counts: Vec<(Protocol, SocketAddr, u64)>) {
+        for (protocol, address, count) in counts {
+            if let Some(name) = self.owners.get(&(protocol, address)).cloned() {
+                self.reject_named(&name, count);
+            }
+        }
+    }
+
+    fn reject_named(&mut self, name: &PortName, count: u64) {
+        *self.rejected.entry(name.clone()).or_default() += count;
+    }
+
     fn close(self, conntrack: Fill) -> Traffic {
         let service = |(name, endpoints): (PortName, BTreeMap<SocketAddr, EndpointTraffic>)| ServiceTraffic {
-            name,
+            rejected: self.rejected.get(&name).copied().unwrap_or_default(),
             endpoints: endpoints.into_values().collect(),
+            name,
         };
         Traffic { services: self.services.into_iter().map(service).collect(), conntrack }
     }
@@ -340,7 +428,7 @@ mod tests {
             PortName { namespace: "shop".into(), service: "web".into(), port: "http".into(), protocol: Protocol::Tcp };
         let idle = EndpointTraffic::none(address(8081), false);
         let traffic = Traffic {
-            services: vec![ServiceTraffic { name, endpoints: vec![busy, idle] }],
+            services: vec![ServiceTraffic { name, endpoints: vec![busy, idle], rejected: 5 }],
             conntrack: Fill { entries: 12, limit: 262_144, dropped: 3 },
         };
         let text = traffic.metrics();
@@ -354,6 +442,7 @@ mod tests {
             format!("fairlead_service_connect_duration_seconds_sum{{{labels}}} 0.5"),
             format!("fairlead_service_connect_duration_seconds_count{{{labels}}} 4"),
             format!("fairlead_service_endpoint_ejected{{{labels}}} 1"),
+            r#"fairlead_service_rejected_total{namespace="shop",service="web",port="http",protocol="tcp"} 5"#.into(),
             "fairlead_conntrack_entries 12".into(),
             "fairlead_conntrack_drops_total 3".into(),
         ] {

@@ -171,6 +171,9 @@ impl Display for PortName {
     }
 }
 
+/// Says of a Service whether its endpoints answer past the node that a client came to: `true` or `false`.
+pub const DSR_ANNOTATION: &str = "fairlead.io/dsr";
+
 /// One port of one Service. Back ends destructure it fully, so that a new field asks each of them for a decision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Frontend {
@@ -192,6 +195,9 @@ pub struct Frontend {
     pub end_policy: EndPolicy,
     /// `None`: as the node's proxy does by default.
     pub selection: Option<Selection>,
+    /// Whether endpoints on other nodes answer clients from outside without the node that these came to (DSR); `None` as
+    /// above.
+    pub direct_return: Option<bool>,
     /// In slot order: ready IPv4, ready IPv6, all others. A ready endpoint keeps its slot; when one leaves, the last
     /// ready one of its family moves into the hole.
     pub endpoints: Vec<Arc<Endpoint>>,

@@ -10,7 +10,9 @@ mod object;
 mod table;
 
 pub use endpoint::{Categories, Endpoint, Hints, Place, categorize_endpoints};
-pub use frontend::{Affinity, EndPolicy, Frontend, FrontendId, PortName, Protocol, Selection, TrafficPolicy};
+pub use frontend::{
+    Affinity, DSR_ANNOTATION, EndPolicy, Frontend, FrontendId, PortName, Protocol, Selection, TrafficPolicy,
+};
 pub use object::{Service, ServiceKind, ServicePort, Slice, SliceEndpoint, SlicePort, SliceVersion, Warnings};
 pub use table::{Changes, FrontendChange, Owner, Refused, Seed, ServiceKey, ServiceTable, SliceChange};
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{Affinity, EndPolicy, Error, Hints, Protocol, Selection, TrafficPolicy};
+use crate::{Affinity, DSR_ANNOTATION, EndPolicy, Error, Hints, Protocol, Selection, TrafficPolicy};
 
 /// A Service, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +28,7 @@ pub struct Service {
     pub proxy_name: Option<Arc<str>>,
     pub end_policy: EndPolicy,
     pub selection: Option<Selection>,
+    pub direct_return: Option<bool>,
     /// What is wrong with it and does not keep it out of the table: it is as if that had not been said.
     pub warnings: Option<Box<Warnings>>,
 }
@@ -122,6 +123,8 @@ struct RawAnnotations {
     end_policy: Option<String>,
     #[serde(rename = "fairlead.io/endpoint-selection")]
     selection: Option<String>,
+    #[serde(rename = "fairlead.io/dsr")]
+    direct_return: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -389,9 +392,19 @@ impl Service {
             }
             selection
         });
+        let direct_return = annotations.and_then(|annotations| annotations.direct_return.as_deref()).and_then(|text| {
+            let direct_return = text.trim().parse().ok();
+            if direct_return.is_none() {
+                warnings.push(format!(
+                    "annotation {DSR_ANNOTATION} is {text:?}, which is not true or false; it is as if there were none"
+                ));
+            }
+            direct_return
+        });
         Ok(Service {
             end_policy,
             selection,
+            direct_return,
             warnings: (!warnings.is_empty())
                 .then(|| Box::new(Warnings { uid: raw.metadata.uid.as_str().into(), texts: warnings })),
             kind: kind(&check, spec)?,

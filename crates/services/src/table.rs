@@ -472,6 +472,7 @@ impl ServiceTable {
                     health_check_node_port: service.health_check_node_port,
                     end_policy: service.end_policy,
                     selection: service.selection,
+                    direct_return: service.direct_return,
                 };
                 self.ids.insert(id, key.clone());
                 frontends.push(after);

@@ -12,7 +12,8 @@ use super::plot::{Plot, Series};
 use super::{ROUNDS, Row, median};
 use crate::shell;
 
-/// Modes whose figures count, and beside them what kube-proxy makes: its iptables mode is ours to the letter.
+/// Modes whose figures count, and beside them what kube-proxy makes: its iptables mode is ours to the letter, here by the
+/// legacy variant of the tools, which is the faster one.
 const MODES: &[&str] = &["nftables", "ebpf"];
 const PEERS: &[&str] = &["iptables", "kube-proxy-nftables"];
 /// Of the peers, the one with a proxy that can watch, or not.
@@ -100,10 +101,10 @@ fn program(path: &PathBuf) -> Result<Vec<Row>> {
     for mode in MODES {
         let find = |services| loads.iter().position(|load| load.mode == *mode && load.services == services);
         let (Some(small), Some(large)) = (find(100), find(100_000)) else { continue };
-        let growth = (middle(large, "change_p50_ms")? / middle(small, "change_p50_ms")?).log10() / 3.0;
+        let growth = |figure| Ok::<f64, anyhow::Error>((middle(large, figure)? / middle(small, figure)?).log10() / 3.0);
         rows.push(Row {
-            what: format!("{mode}: growth exponent of one endpoint's p50, 100 to 100,000"),
-            measured: format!("{growth:.3}"),
+            what: format!("{mode}: growth exponent of one endpoint's p50 / p99, 100 to 100,000"),
+            measured: format!("{:.3} / {:.3}", growth("change_p50_ms")?, growth("change_p99_ms")?),
             wanted: "under 0.1".into(),
         });
     }

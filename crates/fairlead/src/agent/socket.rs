@@ -31,6 +31,7 @@ pub struct Local {
     pub view: watch::Receiver<Arc<NodeView>>,
     pub hooks: proxy::Hooks,
     pub proxy: watch::Receiver<proxy::Status>,
+    pub metrics: Arc<proxy::Metrics>,
     pub images: Arc<Builtin>,
     pub store: ImageStore,
 }
@@ -154,12 +155,12 @@ async fn local_request(state: &Local, request: Request<hyper::body::Incoming>) -
         }
         (&Method::GET, "/traffic") => {
             let mode = state.mode().context(NO_PROXY)?;
-            let (table, hooks) = (state.feed.table.clone(), state.hooks.clone());
+            let (table, hooks, metrics) = (state.feed.table.clone(), state.hooks.clone(), state.metrics.clone());
             let mut view = NodeView::clone(&state.view.borrow());
             view.ejected.extend(&state.proxy.borrow().ejected);
             let traffic = tokio::task::spawn_blocking(move || {
                 let table = table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-                proxy::traffic(mode, None, Some(&hooks), &table, &view)
+                proxy::traffic(mode, None, Some(&hooks), &metrics, &table, &view)
             })
             .await??;
             Ok(serde_json::to_string(&top::Traffic::from(traffic))?)

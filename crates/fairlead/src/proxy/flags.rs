@@ -40,6 +40,10 @@ pub struct ProxyArgs {
     /// Service comes before it.
     #[arg(long, default_value = "random")]
     pub endpoint_selection: services::Selection,
+    /// Endpoints on other nodes answer clients from outside without the node that was asked (DSR), where both nodes' proxies are
+    /// in the ebpf mode; the annotation fairlead.io/dsr of a Service comes before it.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", action = clap::ArgAction::Set)]
+    pub dsr: bool,
     /// After how many milliseconds sockets that are sent to an endpoint repeat their first packet; by default after a second,
     /// as the kernel has it. The ebpf mode alone can set it.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=1000))]

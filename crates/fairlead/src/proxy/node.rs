@@ -1,9 +1,11 @@
 //! The view of the node that a stand-alone proxy makes of its Node object, its settings and its interfaces.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use proxy::configuration::{NodePortAddress, PodDetection, Settings, node_port_addresses};
-use proxy::{Mode, NodeView, Pods};
+use proxy::{Mode, NodeView, Pods, Taker};
 use services::{Place, Selection};
 
 use crate::node_object::Node;
@@ -22,6 +24,8 @@ pub struct Inputs {
     /// The addresses of the host's interfaces.
     pub held: Vec<IpAddr>,
     pub selection: Selection,
+    pub direct_return: bool,
+    pub takers: BTreeMap<Arc<str>, Taker>,
 }
 
 impl Inputs {
@@ -32,6 +36,8 @@ impl Inputs {
             service_cidrs: ServiceCidrs::default(),
             held: Vec::new(),
             selection: Selection::default(),
+            direct_return: false,
+            takers: BTreeMap::new(),
         }
     }
 
@@ -75,6 +81,8 @@ impl Inputs {
         view.masquerade_bit = settings.masquerade_bit;
         view.ipvs = settings.ipvs.clone();
         view.selection = self.selection;
+        view.direct_return = self.direct_return;
+        view.takers = self.takers.clone();
         Some(view)
     }
 }

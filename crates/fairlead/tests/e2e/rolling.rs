@@ -121,8 +121,11 @@ fn rolling_update(mode: &str, then: &[&str]) {
     assert!(tally.failures.is_empty(), "{mode}: {} failures\n{}", tally.failures.len(), tally.failures.join("\n"));
     let reports = expect("kubectl get leases -n kube-system -l fairlead.io/component=proxy -o name", "");
     assert_eq!(reports.lines().count(), usize::from(NODES), "{mode}: every proxy reports: {reports}");
-    let documents =
-        [include_str!("../../../../docs/rolling-updates.md"), include_str!("../../../../docs/endpoint-selection.md")];
+    let documents = [
+        include_str!("../../../../docs/rolling-updates.md"),
+        include_str!("../../../../docs/endpoint-selection.md"),
+        include_str!("../../../../docs/dsr.md"),
+    ];
     for command in documents.iter().flat_map(|text| text.lines()) {
         if let Some(command) = command.trim_start().strip_prefix("$ ") {
             expect(command, "");

@@ -90,6 +90,12 @@ fn carries_services(link: &Link) -> bool {
     link.name != "lo" && link.mac.is_some() && link.kind != "bridge"
 }
 
+/// What every device of the namespace takes on which packets to Services may be; 0 without one.
+pub(super) fn smallest_mtu(namespace: &Netns) -> Result<u32, Error> {
+    let links = Links::open(namespace)?.links()?;
+    Ok(links.iter().filter(|link| carries_services(link)).map(|link| link.mtu).min().unwrap_or_default())
+}
+
 /// A thread that follows the namespace's devices until this is dropped.
 pub(super) struct Watch {
     end: Arc<EventFd>,

@@ -75,6 +75,10 @@ impl Kernel for Fake {
         Ok(1)
     }
 
+    fn mtu(&self) -> Result<u32, Error> {
+        Ok(1_500)
+    }
+
     fn entries(&mut self, map: &str) -> Result<Entries, Error> {
         self.layout(map)?;
         let mut entries = Entries::default();

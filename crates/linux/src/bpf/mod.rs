@@ -59,6 +59,9 @@ pub trait Kernel: Send {
     /// The number by which programs know the node's own network namespace.
     fn namespace_cookie(&self) -> Result<u64, Error>;
 
+    /// The largest packet, in bytes with its IP header, that every device with programs takes.
+    fn mtu(&self) -> Result<u32, Error>;
+
     /// Everything a map holds, in no order; empty if the map does not exist yet.
     fn entries(&mut self, map: &str) -> Result<Entries, Error>;
 

@@ -260,6 +260,10 @@ impl Kernel for Pinned {
         Ok(self.namespace.cookie()?)
     }
 
+    fn mtu(&self) -> Result<u32, Error> {
+        super::devices::smallest_mtu(&self.namespace)
+    }
+
     fn entries(&mut self, map: &str) -> Result<Entries, Error> {
         if !is_bpffs(&self.hooks.pins) || !self.dir.join(map).exists() {
             return Ok(Entries::default());

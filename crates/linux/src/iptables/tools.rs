@@ -115,6 +115,11 @@ impl Tools {
         Ok(best.0)
     }
 
+    /// The table as `iptables-save -c` prints it: with the packets and bytes that each rule has counted.
+    pub fn save_counters(&self, v6: bool, table: Table) -> Result<String, Error> {
+        self.run(&self.variant.program(v6, "save"), &["-c", "-t", &table.to_string()], None)
+    }
+
     fn run(&self, program: &str, arguments: &[&str], input: Option<&str>) -> Result<String, Error> {
         self.inside(|| run_here(program, arguments, input))
     }

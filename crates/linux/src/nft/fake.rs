@@ -41,14 +41,14 @@ impl Fake {
         self.interfaces.push((net, interface.into()));
     }
 
-    /// Everything held, in nft-like text: equal texts are equal rulesets.
+    /// Everything held but what packets have filled, in nft-like text: equal texts are equal rulesets.
     pub fn dump(&self) -> String {
         let mut text = String::new();
         for ((family, name), table) in &self.tables {
             text += &format!("table {family} {name}\n");
             for (set, elements) in table.sets.values() {
                 text += &format!("  {set}\n");
-                for element in elements.values() {
+                for element in elements.values().filter(|_| !set.dynamic) {
                     text += &format!("    {element}\n");
                 }
             }

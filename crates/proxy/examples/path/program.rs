@@ -8,7 +8,7 @@ use serde_json::json;
 use services::{Changes, ServiceTable};
 
 use crate::cgroup::Attached;
-use crate::world::{Running, cluster_ip, nowhere, service, slice};
+use crate::world::{Running, cluster_ip, nowhere, prepare, service, slice};
 use crate::{Draw, Failure, Lab, Rules, peer};
 
 const PORT: u16 = 8080;
@@ -24,6 +24,7 @@ pub fn program(lab: &Lab, rules: Rules, services: usize, endpoints: usize, chang
                 table.upsert_slice(&slice(number, PORT, nowhere(number, endpoints)))?;
             }
             let attached = (mode == proxy::Mode::Ebpf).then(Attached::new);
+            prepare(&node, mode)?;
             let running = Running::start(mode, &node, table, attached.as_ref().map(Attached::hooks))?;
             Held::Ours { running: Box::new(running), _attached: attached }
         }

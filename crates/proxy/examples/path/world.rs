@@ -2,12 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use linux::link::{Address, Item, Links, Route, Veth};
 use linux::netns::Netns;
+use nix::sys::socket::{Backlog, listen};
 use proxy::{Config, Feed, Mode, NodeView, Status};
 use serde_json::json;
 use services::{Changes, Place, ServiceTable};
@@ -38,7 +40,9 @@ impl World {
 
     pub fn for_mode(lab: &Lab, name: &str, mode: Mode) -> Result<World, Failure> {
         let attached = (mode == Mode::Ebpf).then(Attached::new);
-        Ok(World { attached, ..World::new(lab, name)? })
+        let world = World { attached, ..World::new(lab, name)? };
+        prepare(&world.node, mode)?;
+        Ok(world)
     }
 
     pub fn hooks(&self) -> Option<proxy::Hooks> {
@@ -59,6 +63,8 @@ impl World {
     pub fn serve(&self, stop: &Arc<AtomicBool>) -> Result<(), Failure> {
         for port in PORTS {
             let listener = Arc::new(self.server.run(|| TcpListener::bind((SERVER, port)))??);
+            // A full queue loses a SYN now and then, and who waits a second for the next one counts nothing meanwhile.
+            listen(&*listener, Backlog::MAXCONN)?;
             for _ in 0..4 {
                 let (stop, listener) = (stop.clone(), listener.clone());
                 // The client resets what is closed here, so that nothing stays in TIME-WAIT.
@@ -72,6 +78,19 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// What the mode must find on a node before it starts: the kubelet's hint that iptables is the legacy variant, which takes
+/// seconds for 10,000 Services where the nft variant takes minutes.
+pub fn prepare(node: &Netns, mode: Mode) -> Result<(), Failure> {
+    if mode == Mode::Iptables {
+        let hint = ["-t", "mangle", "-N", "KUBE-IPTABLES-HINT"];
+        let output = node.run(|| Command::new("iptables-legacy").args(hint).output())??;
+        if !output.status.success() {
+            return Err(format!("iptables-legacy: {}", String::from_utf8_lossy(&output.stderr).trim()).into());
+        }
+    }
+    Ok(())
 }
 
 /// A cable from the node to a pod.

@@ -1,10 +1,15 @@
 //! What the modes' own nftables tables have in common: how one is declared and recognized, and the chains for packets that
 //! nobody serves.
 
-use linux::nft::{ADDRESS_LOCAL, Chain, Datum, Op, Reject, Rule, Set, Statement, Transaction, Value};
+use std::net::SocketAddr;
+
+use linux::nft::{
+    ADDRESS_LOCAL, Chain, DataType, Datum, Family, Op, Reject, Rule, Set, Socket, Statement, Transaction, Value,
+};
+use services::Protocol;
 use sha2::{Digest, Sha256};
 
-use crate::NodeView;
+use crate::{Error, NodeView};
 
 /// Destinations without an endpoint anywhere, and those without one in their scope.
 pub const REFUSED: &str = "refused";
@@ -16,6 +21,10 @@ pub const ALLOWED: &str = "allowed";
 
 /// The chain that answers with a refusal.
 pub const REFUSE: &str = "refuse";
+
+/// Addresses of Services that are counted at a time for want of an endpoint, and how long one is remembered.
+const REJECTED: u32 = 1 << 16;
+const REJECTED_SECONDS: u32 = 3600;
 
 /// The sets and chains of a table, without any element.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,6 +84,52 @@ pub fn from_host() -> Statement {
     Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL))
 }
 
+/// address . protocol . port of Services, filled by first packets that found no endpoint.
+fn rejected(v6: bool) -> Set {
+    use DataType::{InetProto, InetService};
+    let ip = if v6 { DataType::Ipv6Addr } else { DataType::Ipv4Addr };
+    Set::of(&named("rejected", v6), &[ip, InetProto, InetService]).dynamic(REJECTED)
+}
+
+/// The sets that packets fill, of both families.
+pub fn tallies() -> [Set; 2] {
+    [false, true].map(rejected)
+}
+
+/// `None` if the datum is no address.
+pub fn at(ip: &Datum, port: u16) -> Option<SocketAddr> {
+    match ip {
+        Datum::V4(ip) => Some(SocketAddr::from((*ip, port))),
+        Datum::V6(ip) => Some(SocketAddr::from((*ip, port))),
+        _ => None,
+    }
+}
+
+/// Counts a packet by where it goes.
+pub fn count_rejected(v6: bool) -> Statement {
+    let (set, key) = (rejected(v6).name, Value::destination(v6).into());
+    Statement::Count { set, key, timeout_seconds: REJECTED_SECONDS }
+}
+
+/// First packets that found no endpoint, by the address that they went to, since it was last idle for an hour; none if the
+/// table is not there.
+pub fn rejections(nft: &mut Socket, family: Family, table: &str) -> Result<Vec<(Protocol, SocketAddr, u64)>, Error> {
+    let mut found = Vec::new();
+    for set in tallies() {
+        let counters = match nft.counters(family, table, &set) {
+            Err(error) if error.is_absent() => return Ok(Vec::new()),
+            counters => counters?,
+        };
+        found.extend(counters.iter().filter_map(|(key, count)| match &key.0[..] {
+            [ip, Datum::Proto(protocol), Datum::Port(port)] => {
+                Some((Protocol::from_number(*protocol)?, at(ip, *port)?, *count))
+            }
+            _ => None,
+        }));
+    }
+    Ok(found)
+}
+
 /// Refuses as a host does where nobody listens.
 pub fn refuse() -> (Chain, Vec<Rule>) {
     let rules = vec![
@@ -97,8 +152,9 @@ pub fn unserved(node: &NodeView) -> (Chain, Vec<Rule>) {
     for v6 in [false, true] {
         let family = || Statement::of_family(v6);
         let destination = || Value::destination(v6);
-        rules.push(Rule::new([family(), is_in(destination(), REFUSED, v6), Statement::goto(REFUSE)]));
-        rules.push(Rule::new([family(), is_in(destination(), SILENT, v6), Statement::drop()]));
+        let count = || count_rejected(v6);
+        rules.push(Rule::new([family(), is_in(destination(), REFUSED, v6), count(), Statement::goto(REFUSE)]));
+        rules.push(Rule::new([family(), is_in(destination(), SILENT, v6), count(), Statement::drop()]));
         let undefined_port = is_in([Value::DestinationIp { v6 }], CLUSTER_IPS, v6);
         rules.push(Rule::new([family(), undefined_port, Statement::goto(REFUSE)]));
     }

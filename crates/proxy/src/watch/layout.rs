@@ -16,9 +16,9 @@ use linux::nft::{
 };
 use services::Protocol;
 
-use super::members::{Kind, TCP, at};
+use super::members::{Kind, TCP};
 use crate::Error;
-use crate::dataplane::frame::{digest, from_host, named};
+use crate::dataplane::frame::{at, digest, from_host, named};
 
 pub const FAMILY: Family = Family::Inet;
 pub const TABLE: &str = "fairlead-watch";
@@ -101,6 +101,12 @@ fn has_alternative(v6: bool) -> Statement {
     Statement::is_in(key, &Kind::Alternatives.name(v6))
 }
 
+/// The endpoint has left the pick of the address, where one other is left.
+fn is_out(v6: bool, endpoint: [Value; 2]) -> Statement {
+    let key = [Value::OriginalDestinationIp { v6 }, Value::Const(TCP), Value::OriginalDestinationPort];
+    Statement::is_in(key.into_iter().chain(endpoint), &Kind::Out.name(v6))
+}
+
 fn chains(by: Translator, retry: bool, count: bool) -> Vec<(Chain, Vec<Rule>)> {
     let base = Chain::base;
     // Regular chains first: the others name them.
@@ -165,24 +171,16 @@ fn refusals(by: Translator, retry: bool) -> Vec<(Chain, Vec<Rule>)> {
     // The connection is out of the kernel's table: when the client repeats its first packet, that is picked anew.
     let hold = || retry.then(|| Rule::new([Statement::Counter, Statement::drop()]));
     let held: Vec<Rule> = [told.clone()].into_iter().chain(hold()).collect();
-    let of_each = |then: &str| {
+    let of_each = |endpoint: fn(bool) -> [Value; 2], then: &str| {
         let rules = [false, true].map(|v6| {
-            let out = |endpoint: [Value; 2]| {
-                let key = Value::original_destination(v6).into_iter().chain(endpoint);
-                Statement::is_in(key, &Kind::Out.name(v6))
-            };
-            // Who answers, as the packet says before IPVS has translated it, and as conntrack says at any time.
-            let is_out = match by {
-                Translator::Nat => out([Value::SourceIp { v6 }, Value::SourcePort]),
-                Translator::Ipvs => out([Value::ReplySourceIp { v6 }, Value::ReplySourcePort]),
-            };
-            [has_alternative(v6), is_out]
+            [has_alternative(v6), is_out(v6, endpoint(v6))]
                 .map(|is_so| Rule::new([Statement::of_family(v6), is_so, Statement::goto(then)]))
         });
         rules.concat()
     };
-    let unreachable =
-        [false, true].map(|v6| Rule::new([Statement::of_family(v6), has_alternative(v6), Statement::goto("held")]));
+    // Who answers, as the packet says before IPVS has translated it, and as conntrack says at any time.
+    let by_packet: fn(bool) -> [Value; 2] = |v6| [Value::SourceIp { v6 }, Value::SourcePort];
+    let by_conntrack: fn(bool) -> [Value; 2] = |v6| [Value::ReplySourceIp { v6 }, Value::ReplySourcePort];
     let unreachable_type = |icmp: u8, number: u8| {
         let mut statements = vec![is_protocol(icmp), Statement::Equal(Value::IcmpType, Datum::Proto(number))];
         if icmp == 1 {
@@ -209,18 +207,19 @@ fn refusals(by: Translator, retry: bool) -> Vec<(Chain, Vec<Rule>)> {
     let refusals = || vec![reset("refused"), unreachable_type(1, 3), unreachable_type(58, 1)];
     let mut chains = vec![(Chain::regular("held"), held)];
     match by {
-        Translator::Nat => chains.push((Chain::regular("refused"), of_each("held"))),
+        Translator::Nat => chains.push((Chain::regular("refused"), of_each(by_packet, "held"))),
         Translator::Ipvs => {
-            chains.extend([(Chain::regular("told"), vec![told]), (Chain::regular("refused"), of_each("told"))])
+            chains.extend([(Chain::regular("told"), vec![told]), (Chain::regular("refused"), of_each(by_conntrack, "told"))])
         }
     }
-    chains.push((Chain::regular("unreachable"), unreachable.into()));
+    // An ICMP error comes from whoever writes it.
+    chains.push((Chain::regular("unreachable"), of_each(by_conntrack, "held")));
     if by == Translator::Ipvs
         && let Some(hold) = hold()
     {
         chains.extend([
             (Chain::regular("hold"), vec![hold]),
-            (Chain::regular("translated"), of_each("hold")),
+            (Chain::regular("translated"), of_each(by_conntrack, "hold")),
             (filter("answers_forward", Hook::Postrouting, AFTER_IPVS), vec![reset("translated")]),
             (filter("answers_here", Hook::Input, AFTER_IPVS), vec![reset("translated")]),
         ]);

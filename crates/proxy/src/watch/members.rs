@@ -7,7 +7,7 @@ use services::{Frontend, Protocol, TrafficPolicy};
 
 use super::layout::{FAMILY, TABLE};
 use crate::NodeView;
-use crate::dataplane::frame::named;
+use crate::dataplane::frame::{at, named};
 use crate::scope::{Scopes, scopes};
 
 /// What one frontend adds to the sets, in order and each once. One for each of many frontends, mostly of one member.
@@ -130,14 +130,6 @@ impl Kind {
             (Kind::Frozen, [ip, Datum::Port(port)]) => Some(Member::Frozen(at(ip, *port)?)),
             _ => None,
         }
-    }
-}
-
-pub fn at(ip: &Datum, port: u16) -> Option<SocketAddr> {
-    match ip {
-        Datum::V4(ip) => Some(SocketAddr::from((*ip, port))),
-        Datum::V6(ip) => Some(SocketAddr::from((*ip, port))),
-        _ => None,
     }
 }
 

@@ -31,7 +31,7 @@ use std::net::{IpAddr, SocketAddr};
 use linux::nft::Packet;
 use proxy::{Mode, NodeView};
 use serde_json::{Value, json};
-use services::{Changes, Place, Protocol, Selection, ServiceTable};
+use services::{Changes, DSR_ANNOTATION, Place, Protocol, Selection, ServiceTable};
 
 pub struct Case {
     pub title: String,
@@ -360,6 +360,7 @@ fn service(name: &str, addresses: &str, ports: &str, options: &[&str]) -> Value 
             "sources" => object["spec"]["loadBalancerSourceRanges"] = json!(list()),
             "otherProxy" => object["metadata"]["labels"] = json!({"service.kubernetes.io/service-proxy-name": value}),
             "selection" => object["metadata"]["annotations"] = json!({Selection::ANNOTATION: value}),
+            "dsr" => object["metadata"]["annotations"] = json!({DSR_ANNOTATION: value}),
             "class" => object["spec"]["loadBalancerClass"] = json!(value),
             "type" => object["spec"]["type"] = json!(value),
             other => panic!("no such option: {other}"),

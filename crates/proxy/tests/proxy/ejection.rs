@@ -207,6 +207,27 @@ impl Stage {
         }
     }
 
+    fn traffic(&self, running: &Running) -> proxy::Traffic {
+        let file = std::fs::File::open(&self.node.path).expect("namespace");
+        let hooks = self.attached.as_ref().map(Attached::hooks);
+        let table = running.table.read().expect("table");
+        let (namespace, view) = (Some(std::os::fd::AsFd::as_fd(&file)), crate::net::node_view());
+        proxy::traffic(self.mode, namespace, hooks.as_ref(), &running.metrics, &table, &view).expect("traffic")
+    }
+
+    /// Takes the endpoints away: from now on clients are refused, and their first packets counted.
+    fn rejections_are_counted(&self, running: &mut Running) {
+        let rejected = |running: &Running| self.traffic(running).services[0].rejected;
+        assert_eq!(rejected(running), 0, "{}", self.mode);
+        // Somewhere to go: what has no route is not forwarded, and not refused by us.
+        self.node.ip("route add 10.96.0.0/12 dev pod2");
+        running.change(|table| table.upsert_slice(&slice("web", 8080, "TCP", &[])).expect("slice"));
+        for _ in 0..3 {
+            assert_eq!(self.request().0, Err(std::io::ErrorKind::ConnectionRefused), "{}", self.mode);
+        }
+        assert_eq!(rejected(running), 3, "{}", self.mode);
+    }
+
     fn wait(running: &mut Running, what: &str, done: impl FnMut(&Status) -> bool) {
         let status = &mut running.status;
         let done = running.runtime.block_on(async {
@@ -340,6 +361,28 @@ fn ebpf_hides_an_unreachable_endpoint_while_there_is_another() {
     stage.ask_until_out(&mut running, &stage.pods[1], 2);
     assert_eq!(*told.lock().expect("list"), [notice(&stage.pods[1], Some(Evidence::Refused))]);
     running.stop();
+}
+
+/// The same where netfilter translates, and for many clients at once: some repeat their packets when the endpoint is out and
+/// one other is left.
+#[test]
+fn an_unreachable_endpoint_is_hidden_while_there_is_another() {
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        let stage = Stage::new(mode);
+        let mut running = stage.serve(2, Watching::default());
+        stage.pods[1].bar();
+        let to: SocketAddr = SERVICE.parse().expect("address");
+        let answers = stage.client.run(move || {
+            std::thread::scope(|scope| {
+                let ask = || TcpStream::connect_timeout(&to, Duration::from_secs(8)).map_err(|error| error.kind());
+                let clients: Vec<_> = (0..40).map(|_| scope.spawn(ask)).collect();
+                clients.into_iter().map(|client| client.join().expect("no panic").map(drop)).collect::<Vec<_>>()
+            })
+        });
+        assert!(answers.iter().all(Result::is_ok), "{mode}: {answers:?}");
+        Stage::wait(&mut running, "an ejection", |status| status.ejections == 1);
+        running.stop();
+    }
 }
 
 /// Packets whose sockets no program has seen are watched on their way. Pods are not in the cgroup here.
@@ -513,13 +556,8 @@ pub fn counted(modes: &[Mode]) {
     for mode in modes.iter().copied() {
         let stage = Stage::new(mode);
         stage.node.sysctl("net/netfilter/nf_conntrack_acct", "1");
-        let running = stage.serve(2, Watching::default());
-        let file = std::fs::File::open(&stage.node.path).expect("namespace");
-        let read = || {
-            let table = running.table.read().expect("table");
-            proxy::traffic(mode, Some(std::os::fd::AsFd::as_fd(&file)), None, &table, &crate::net::node_view())
-                .expect("traffic")
-        };
+        let mut running = stage.serve(2, Watching::default());
+        let read = || stage.traffic(&running);
         assert_eq!(read().services[0].connections(), 0);
         let mut answers = std::collections::BTreeMap::<String, u64>::new();
         for _ in 0..30 {
@@ -541,6 +579,7 @@ pub fn counted(modes: &[Mode]) {
             assert!(sent > answered * 100 && received > answered * 100, "{sent} {received}");
         }
         assert!(traffic.conntrack.entries >= 30 && traffic.conntrack.limit > 1000, "{:?}", traffic.conntrack);
+        stage.rejections_are_counted(&mut running);
         running.stop();
     }
 }
@@ -577,15 +616,8 @@ fn ebpf_sets_the_first_timeout_of_sockets() {
 #[test]
 fn ebpf_counts_traffic_per_endpoint() {
     let stage = Stage::new(Mode::Ebpf);
-    let running = stage.serve(2, Watching::default());
-    let file = std::fs::File::open(&stage.node.path).expect("namespace");
-    let hooks = stage.attached.as_ref().map(Attached::hooks);
-    let read = || {
-        let table = running.table.read().expect("table");
-        let namespace = Some(std::os::fd::AsFd::as_fd(&file));
-        let traffic = proxy::traffic(Mode::Ebpf, namespace, hooks.as_ref(), &table, &crate::net::node_view());
-        traffic.expect("traffic").services.remove(0).endpoints
-    };
+    let mut running = stage.serve(2, Watching::default());
+    let read = || stage.traffic(&running).services.remove(0).endpoints;
     assert!(read().iter().all(|endpoint| endpoint.connections == 0));
     let mut asked = std::collections::BTreeMap::<String, u64>::new();
     for _ in 0..30 {
@@ -623,6 +655,52 @@ fn ebpf_counts_traffic_per_endpoint() {
     };
     // Ten connections of at least eight packets, each with 52 bytes of headers.
     assert!(carried(&last) - carried(&after) > 10 * 8 * 52, "{} after {}", carried(&last), carried(&after));
+    stage.rejections_are_counted(&mut running);
+    running.stop();
+}
+
+/// Who got what by relays, which count by themselves.
+#[test]
+fn relays_count_traffic_per_endpoint() {
+    let mut stage = Stage::new(Mode::Userspace);
+    stage.node.ip(&format!("addr add {}/32 dev lo", crate::net::NODE));
+    let mut running = stage.serve(2, Watching { ejection: false, ..Watching::default() });
+    let read = |stage: &Stage, running: &Running| stage.traffic(running).services.remove(0).endpoints;
+    let mut asked = std::collections::BTreeMap::<String, u64>::new();
+    for _ in 0..30 {
+        *asked.entry(stage.request().0.expect("an answer")).or_default() += 1;
+    }
+    let wait = |stage: &Stage, running: &Running, open: u64| {
+        let patience = Instant::now() + Duration::from_secs(5);
+        while read(stage, running).iter().map(|endpoint| endpoint.open).sum::<u64>() != open {
+            assert!(Instant::now() < patience, "{:?}", read(stage, running));
+            std::thread::yield_now();
+        }
+    };
+    // A relay sees an end a moment after the client.
+    wait(&stage, &running, 0);
+    for endpoint in read(&stage, &running) {
+        let count = asked.get(&endpoint.address.ip().to_string()).copied().unwrap_or(0);
+        assert_eq!((endpoint.connections, endpoint.bytes), (count, Some((0, count * "10.244.0.11".len() as u64))));
+        let answers = endpoint.answers.expect("counted");
+        assert_eq!((answers.answered, answers.refused, answers.retried, answers.resets), (count, 0, 0, 0));
+        assert!(answers.waited > Duration::ZERO, "{answers:?}");
+    }
+    let before = read(&stage, &running);
+    // One of them refuses: its clients are sent to the other one.
+    stage.pods[1].close();
+    for _ in 0..10 {
+        assert_eq!(stage.request().0.as_deref(), Ok(&*stage.pods[0].address));
+    }
+    wait(&stage, &running, 0);
+    let after = read(&stage, &running);
+    let gained = |of: fn(&proxy::Answers) -> u64, endpoint: usize| {
+        of(&after[endpoint].answers.expect("counted")) - of(&before[endpoint].answers.expect("counted"))
+    };
+    assert_eq!((gained(|one| one.answered, 0), gained(|one| one.answered, 1)), (10, 0));
+    assert_eq!((gained(|one| one.refused, 0), gained(|one| one.refused, 1)), (0, 5));
+    assert_eq!(gained(|one| one.retried, 1), 5);
+    stage.rejections_are_counted(&mut running);
     running.stop();
 }
 

@@ -21,6 +21,7 @@ pub struct Running {
     pub switch: proxy::Switch,
     token: CancellationToken,
     pub runtime: tokio::runtime::Runtime,
+    pub metrics: Arc<proxy::Metrics>,
     task: tokio::task::JoinHandle<Result<(), proxy::Error>>,
     /// Kept, or the loop would see it close.
     pub node: watch::Sender<Arc<proxy::NodeView>>,
@@ -47,7 +48,7 @@ impl Running {
         Self::start_at(None, mode, proxy::Watching::default(), node_view(), None)
     }
 
-    fn start_at(
+    pub fn start_at(
         namespace: Option<OwnedFd>,
         mode: Mode,
         watching: proxy::Watching,
@@ -62,11 +63,12 @@ impl Running {
         let token = CancellationToken::new();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("tokio");
-        let config = Config { mode, node: node_receiver, namespace, hooks, metrics: Arc::default(), watching };
+        let metrics: Arc<proxy::Metrics> = Arc::default();
+        let config = Config { mode, node: node_receiver, namespace, hooks, metrics: metrics.clone(), watching };
         let feed = Feed { table: table.clone(), changes: receiver };
         let (switch, requests) = proxy::switch();
         let task = runtime.spawn(proxy::run_switchable(config, feed, sender, requests, token.clone()));
-        Running { table, changes, status, switch, token, runtime, task, node }
+        Running { table, changes, status, switch, token, runtime, metrics, task, node }
     }
 
     /// Changes the table and waits until the kernel has it.

@@ -6,6 +6,7 @@ mod cgroup;
 mod choices;
 mod configuration;
 mod differences;
+mod dsr;
 mod ebpf;
 mod ejection;
 mod end;

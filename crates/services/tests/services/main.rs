@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
-use services::{FrontendId, Owner, Protocol, Seed, Selection, ServiceKind, ServiceTable};
+use services::{DSR_ANNOTATION, FrontendId, Owner, Protocol, Seed, Selection, ServiceKind, ServiceTable};
 
 fn service(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name}, "spec": spec})
@@ -227,6 +227,21 @@ fn a_service_says_how_its_endpoints_are_chosen() {
             annotation == "best",
             "{told}"
         );
+    }
+}
+
+#[test]
+fn a_service_says_whether_its_endpoints_answer_past_the_node() {
+    let mut table = ServiceTable::new();
+    let values = [("true", Some(true)), (" false", Some(false)), ("yes", None)];
+    for (annotation, expected) in values {
+        let mut web = web();
+        web["metadata"]["annotations"] = json!({DSR_ANNOTATION: annotation});
+        table.upsert_service(&bytes(&web)).expect("service");
+        assert!(table.frontends().all(|frontend| frontend.direct_return == expected), "{annotation}");
+        let told = table.service("default", "web").and_then(|service| service.warnings.clone());
+        let told = told.map(|warnings| warnings.texts.join("")).unwrap_or_default();
+        assert_eq!(told.contains("\"yes\", which is not true or false"), expected.is_none(), "{told}");
     }
 }
 

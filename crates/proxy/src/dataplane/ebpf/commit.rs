@@ -13,7 +13,7 @@ use std::time::Duration;
 use linux::bpf::{self, Kernel};
 use services::{Frontend, FrontendId, Seed};
 
-use super::layout::{Base, Key, Line, List, Map, NODES, Value, flag};
+use super::layout::{Base, Key, Line, List, Map, NODES, TAKERS, Value, flag};
 use super::loads;
 use super::plan::{Entries, entries};
 use crate::dataplane::{Change, Dataplane};
@@ -74,7 +74,18 @@ impl<K: Kernel> Ebpf<K> {
     }
 
     fn serve(&mut self, base: &Base) -> Result<(), Error> {
-        let bytes = base.bytes(self.kernel.namespace_cookie()?);
+        let wanted = base.taker_keys();
+        let held = self.kernel.entries(TAKERS.name)?.keys;
+        let gone: Vec<u8> = held
+            .chunks(TAKERS.key_size)
+            .filter(|key| !wanted.chunks(TAKERS.key_size).any(|wanted| wanted == *key))
+            .flatten()
+            .copied()
+            .collect();
+        let values = 1_u32.to_ne_bytes().repeat(wanted.len() / TAKERS.key_size);
+        self.kernel.put(TAKERS.name, &bpf::Entries { keys: wanted, values })?;
+        self.kernel.remove(TAKERS.name, &gone)?;
+        let bytes = base.bytes(self.kernel.namespace_cookie()?, self.kernel.mtu()?);
         if self.kernel.entries(NODES.name)?.values != bytes {
             self.kernel.put(NODES.name, &bpf::Entries { keys: 0_u32.to_ne_bytes().to_vec(), values: bytes })?;
         }
@@ -244,6 +255,8 @@ impl<K: Kernel + 'static> Dataplane for Ebpf<K> {
                 }
             }
         }
+        // A node port may go from one frontend to another together with its endpoint.
+        difference.remove.retain(|key| !difference.put.contains_key(key));
         let done = self.apply(&difference).and_then(|()| base.map_or(Ok(()), |base| self.serve(base)));
         if let Err(error) = done {
             for change in changes {

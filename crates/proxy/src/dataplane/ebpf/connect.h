@@ -88,13 +88,18 @@ inlined enum outcome choose(struct bpf_sock_addr *context, struct endpoint *plac
 	if (frontend->flags & FIREWALL &&
 	    (client.halves[0] != node->cookie || !(frontend->flags & NODE_ALLOWED)))
 		return UNTOUCHED;
-	if (!frontend->count)
-		return frontend->flags & REFUSED ? REFUSE : UNTOUCHED;
+	if (!frontend->count) {
+		// What is to be dropped is counted where it is.
+		if (!(frontend->flags & REFUSED))
+			return UNTOUCHED;
+		note_rejected(&place->address, place->port, protocol);
+		return REFUSE;
+	}
 	if (sending) {
 		struct socket_key key = {.cookie = socket_cookie(context), .at = *place, .asked = ASKED};
 		struct endpoint *held = map_lookup(&sockets, &key);
 
-		if (held && is_member(frontend->id, 1, held)) {
+		if (held && is_member(frontend->id, SERVING, held)) {
 			picked = *held;
 			remember(context, place, &picked, 0, 0);
 			*place = picked;
@@ -276,5 +281,5 @@ SEC("cgroup_skb/egress") int send(struct __sk_buff *skb)
 	if (!asked)
 		return 1;
 	frontend = find_frontend(&asked->address, asked->port, IPPROTO_UDP);
-	return frontend && is_member(frontend->id, 1, &key.at);
+	return frontend && is_member(frontend->id, SERVING, &key.at);
 }

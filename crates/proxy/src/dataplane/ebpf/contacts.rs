@@ -12,6 +12,7 @@ use crate::Error;
 pub const CONTACTS: Layout = Layout { name: "contacts", key_size: 40, value_size: 96, limit: 1 << 16 };
 pub const SETTINGS: Layout = Layout { name: "settings", key_size: 4, value_size: 16, limit: 1 };
 pub const LISTENERS: Layout = Layout { name: "listeners", key_size: 20, value_size: 4, limit: 1 << 14 };
+pub const REJECTED: Layout = Layout { name: "rejected", key_size: 20, value_size: 8, limit: 1 << 14 };
 /// The ring of events.
 pub const EVENTS: &str = "events";
 
@@ -75,6 +76,18 @@ fn contact(bytes: &[u8]) -> Contact {
         received: reader.long(),
         waited: Duration::from_nanos(reader.long()),
     }
+}
+
+/// Connections and first packets that found no endpoint, by the address that they asked for.
+pub fn rejections(kernel: &mut dyn Kernel) -> Result<Vec<(Protocol, SocketAddr, u64)>, Error> {
+    let bpf::Entries { keys, values } = kernel.entries(REJECTED.name)?;
+    let entries = keys.chunks(REJECTED.key_size).zip(values.chunks(REJECTED.value_size));
+    let rejection = |(key, value): (&[u8], &[u8])| {
+        let mut reader = Reader(key);
+        let address = SocketAddr::new(reader.address(), reader.port());
+        Some((Protocol::from_number(reader.take::<2>()[0])?, address, Reader(value).long()))
+    };
+    Ok(entries.filter_map(rejection).collect())
 }
 
 /// One direction of a connection whose packets are translated.

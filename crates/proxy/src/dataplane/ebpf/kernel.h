@@ -34,8 +34,10 @@ HELPER(11, long, replace_l4_checksum, struct __sk_buff *packet, __u32 offset, __
 HELPER(26, long, load_bytes, const void *packet, __u32 offset, void *to, __u32 length);
 HELPER(28, long, checksum_difference, void *from, __u32 from_size, void *to, __u32 to_size, __u32 seed);
 HELPER(46, __u64, socket_cookie, void *context);
+HELPER(50, long, adjust_room, struct __sk_buff *packet, __s32 difference, __u32 mode, __u64 flags);
 HELPER(59, long, set_callbacks, struct bpf_sock_ops *socket, int flags);
 HELPER(107, void *, socket_storage, void *map, void *socket, void *initial, __u64 flags);
 HELPER(122, __u64, namespace_cookie, void *context);
 HELPER(130, long, ring_output, void *ring, void *data, __u64 size, __u64 flags);
+HELPER(152, long, redirect_neighbour, __u32 device, void *next_hop, int size, __u64 flags);
 HELPER(187, int, set_result, int value);

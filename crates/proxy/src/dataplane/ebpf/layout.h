@@ -17,7 +17,8 @@ struct endpoint {
 	union address address;
 	__be16 port;
 	__u16 unused;
-	__u32 unused_too;
+	// Of a flow whose endpoint answers past this node: the device through which its packets leave, once one has.
+	__u32 device;
 };
 
 // An address that clients use; port and protocol 0 stand for what the others leave of a cluster IP.
@@ -40,6 +41,8 @@ enum frontend_flags {
 	// How endpoints are chosen, if not at random.
 	MAGLEV = 32,
 	LEAST_LOAD = 64,
+	// Endpoints on other nodes answer their clients past this node (DSR).
+	DIRECT = 128,
 };
 
 struct frontend {
@@ -77,10 +80,21 @@ struct load_key {
 	__u32 unused;
 };
 
-// Who is in a list, and who may go on answering a UDP flow (`list` is then the frontend's id).
+enum member_kind {
+	IN_LIST = 0,
+	// May go on answering a UDP flow; `list` is the frontend's id, as below.
+	SERVING = 1,
+	// On another node, which takes packets of clients for it and answers them itself.
+	TAKEN_THERE = 2,
+	// On this node, for a frontend's own address.
+	TAKEN_HERE = 3,
+	// On this node, for a node port of any node; `list` is the port, as a number, and the protocol.
+	TAKEN_BY_PORT = 4,
+};
+
 struct member_key {
 	__u32 list;
-	__u16 serving;
+	__u16 kind;
 	__be16 port;
 	__be32 address[4];
 };
@@ -127,6 +141,12 @@ enum flow_flags {
 	CLOSED = 32,
 	// Is part of its endpoint's load.
 	COUNTED = 64,
+	// Its endpoint answers past this node.
+	PAST = 128,
+	// The same, as it leaves to the endpoint's node: what opens it carries along whom the client asked for.
+	OPENS = 256,
+	// Its SYN came a second time, and went to the same endpoint.
+	REPEATED = 512,
 };
 
 struct flow {
@@ -182,6 +202,9 @@ struct node {
 	struct network services[NETWORKS];
 	// Whether there are pod networks of the family: without one nobody is outside.
 	__u32 has_pods[2];
+	// What every device takes, with IP headers.
+	__u32 mtu;
+	__u32 unused;
 };
 
 struct {
@@ -237,6 +260,16 @@ struct {
 	TYPE(value, struct places);
 } maglev SEC(".maps");
 
+// Other nodes whose proxies take packets for endpoints of theirs and answer the clients themselves.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_HASH);
+	INTEGER(max_entries, 1 << 14);
+	INTEGER(map_flags, BPF_F_NO_PREALLOC);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, union address);
+	TYPE(value, __u32);
+} takers SEC(".maps");
+
 // Filled by packets; the least recently used make room.
 
 struct {
@@ -270,6 +303,15 @@ struct {
 	TYPE(key, struct socket_key);
 	TYPE(value, struct endpoint);
 } sockets SEC(".maps");
+
+// Connections and first packets that found no endpoint, by what they asked for.
+struct {
+	INTEGER(type, BPF_MAP_TYPE_LRU_HASH);
+	INTEGER(max_entries, 1 << 14);
+	INTEGER(pinning, PIN_BY_NAME);
+	TYPE(key, struct frontend_key);
+	TYPE(value, __u64);
+} rejected SEC(".maps");
 
 // Lives and dies with the socket.
 struct {

@@ -1,6 +1,7 @@
 //! The maps as values, and the bytes they have in `layout.h`: numbers as the machine writes them, addresses and ports as
 //! packets do, IPv4 as ::ffff:a.b.c.d.
 
+use std::collections::BTreeSet;
 use std::fmt::{Display, Formatter};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -13,20 +14,24 @@ use super::maglev::PLACES;
 use crate::NodeView;
 
 /// Grows whenever a map changes its form.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// How many networks of each kind a node can tell apart.
 const NETWORKS: usize = 8;
 
 /// The maps that are written from here; the others are filled by packets.
-pub const LAYOUTS: [Layout; 6] = [
+pub const LAYOUTS: [Layout; 7] = [
     Layout { name: "frontends", key_size: 20, value_size: 28, limit: 1 << 18 },
     Layout { name: "endpoints", key_size: 8, value_size: 24, limit: 1 << 20 },
     Layout { name: "members", key_size: 24, value_size: 4, limit: 1 << 18 },
     Layout { name: "sources", key_size: 24, value_size: 4, limit: 1 << 16 },
     Layout { name: "maglev", key_size: 8, value_size: 2 * PLACES, limit: 1 << 18 },
     NODES,
+    TAKERS,
 ];
+
+/// Addresses of the nodes that take packets for endpoints of theirs, and may send such here.
+pub const TAKERS: Layout = Layout { name: "takers", key_size: 16, value_size: 4, limit: 1 << 14 };
 
 /// What the programs know of the node: one entry, which is always there, and of zeroes while this mode does not serve.
 pub const NODES: Layout = Layout { name: "nodes", key_size: 4, value_size: NODE_SIZE, limit: 1 };
@@ -77,7 +82,7 @@ pub fn flow_seen(flow: &[u8]) -> Duration {
     Duration::from_nanos(u64::from_ne_bytes(*seen))
 }
 
-const NODE_SIZE: usize = 8 + 2 * 16 + 2 * 4 + 2 * NETWORKS * 32 + 2 * 4;
+const NODE_SIZE: usize = 8 + 2 * 16 + 2 * 4 + 2 * NETWORKS * 32 + 2 * 4 + 2 * 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Map {
@@ -144,6 +149,11 @@ pub enum Key {
         id: FrontendId,
         endpoint: SocketAddr,
     },
+    /// Answers clients itself that came to another node.
+    Taken {
+        by: Taken,
+        endpoint: SocketAddr,
+    },
     /// May use a frontend with a firewall.
     Source {
         id: FrontendId,
@@ -154,6 +164,46 @@ pub enum Key {
         list: List,
         part: u32,
     },
+}
+
+/// Where an endpoint is that answers past the node that was asked, and for which of the frontend's addresses; the last three
+/// of `enum member_kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Taken {
+    There(FrontendId),
+    Here(FrontendId),
+    /// Here, for this node port of any node.
+    ByPort(Protocol, u16),
+}
+
+impl Taken {
+    /// `list` and `kind` of the key.
+    fn numbers(self) -> (u32, u16) {
+        match self {
+            Taken::There(id) => (id.0, 2),
+            Taken::Here(id) => (id.0, 3),
+            Taken::ByPort(protocol, port) => (u32::from(port) << 8 | u32::from(protocol.number()), 4),
+        }
+    }
+
+    fn from_numbers(list: u32, kind: u16) -> Option<Self> {
+        match kind {
+            2 => Some(Taken::There(FrontendId(list))),
+            3 => Some(Taken::Here(FrontendId(list))),
+            4 => Some(Taken::ByPort(Protocol::from_number(list as u8)?, (list >> 8) as u16)),
+            _ => None,
+        }
+    }
+}
+
+impl Display for Taken {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Taken::There(id) => write!(f, "{}/taken-there", id.0),
+            Taken::Here(id) => write!(f, "{}/taken-here", id.0),
+            Taken::ByPort(protocol, port) => write!(f, "{port}/{protocol}/taken-here"),
+        }
+    }
 }
 
 /// What a frontend's traffic meets.
@@ -176,7 +226,8 @@ pub mod flag {
     pub const NODE_ALLOWED: u32 = 16;
     pub const MAGLEV: u32 = 32;
     pub const LEAST_LOAD: u32 = 64;
-    pub const NAMES: [(u32, &str); 7] = [
+    pub const DIRECT: u32 = 128;
+    pub const NAMES: [(u32, &str); 8] = [
         (REFUSED, "refused"),
         (MASQUERADE, "masquerade"),
         (MASQUERADE_OUTSIDE, "masquerade_outside"),
@@ -184,6 +235,7 @@ pub mod flag {
         (NODE_ALLOWED, "node_allowed"),
         (MAGLEV, "maglev"),
         (LEAST_LOAD, "least_load"),
+        (DIRECT, "direct"),
     ];
 }
 
@@ -236,16 +288,16 @@ impl Key {
         match self {
             Key::Frontend { .. } => Map::Frontends,
             Key::Endpoint { .. } => Map::Endpoints,
-            Key::Member { .. } | Key::Serving { .. } => Map::Members,
+            Key::Member { .. } | Key::Serving { .. } | Key::Taken { .. } => Map::Members,
             Key::Source { .. } => Map::Sources,
             Key::Places { .. } => Map::Maglev,
         }
     }
 
     pub fn write(&self, bytes: &mut Vec<u8>) {
-        let member = |bytes: &mut Vec<u8>, list: u32, serving: u16, endpoint: &SocketAddr| {
+        let member = |bytes: &mut Vec<u8>, list: u32, kind: u16, endpoint: &SocketAddr| {
             bytes.extend(list.to_ne_bytes());
-            bytes.extend(serving.to_ne_bytes());
+            bytes.extend(kind.to_ne_bytes());
             bytes.extend(endpoint.port().to_be_bytes());
             write_address(bytes, endpoint.ip());
         };
@@ -262,6 +314,10 @@ impl Key {
             }
             Key::Member { list, endpoint } => member(bytes, list.number(), 0, endpoint),
             Key::Serving { id, endpoint } => member(bytes, id.0, 1, endpoint),
+            Key::Taken { by, endpoint } => {
+                let (list, kind) = by.numbers();
+                member(bytes, list, kind, endpoint);
+            }
             Key::Source { id, network } => {
                 // The id is matched as a whole, and IPv4 is at the end of a mapped address.
                 let before = 32 + if network.addr().is_ipv4() { 96 } else { 0 };
@@ -287,12 +343,13 @@ impl Key {
             Map::Endpoints => Key::Endpoint { list: List::from_number(reader.number()), slot: reader.number() },
             Map::Maglev => Key::Places { list: List::from_number(reader.number()), part: reader.number() },
             Map::Members => {
-                let (list, serving) = (reader.number(), u16::from_ne_bytes(reader.take()));
+                let (list, kind) = (reader.number(), u16::from_ne_bytes(reader.take()));
                 let port = reader.port();
                 let endpoint = SocketAddr::new(reader.address(), port);
-                match serving {
+                match kind {
                     0 => Key::Member { list: List::from_number(list), endpoint },
-                    _ => Key::Serving { id: FrontendId(list), endpoint },
+                    1 => Key::Serving { id: FrontendId(list), endpoint },
+                    _ => Key::Taken { by: Taken::from_numbers(list, kind)?, endpoint },
                 }
             }
             Map::Sources => {
@@ -355,6 +412,7 @@ impl Display for Line<'_> {
             Key::Endpoint { list, slot } => write!(f, "{list} . {slot}")?,
             Key::Member { list, endpoint } => write!(f, "{list} . {endpoint}")?,
             Key::Serving { id, endpoint } => write!(f, "{}/serving . {endpoint}", id.0)?,
+            Key::Taken { by, endpoint } => write!(f, "{by} . {endpoint}")?,
             Key::Source { id, network } => write!(f, "{} . {network}", id.0)?,
             Key::Places { list, part } => write!(f, "{list} . {part}")?,
         }
@@ -387,6 +445,8 @@ pub struct Base {
     pub addresses: Vec<IpAddr>,
     pub pods: Vec<IpNet>,
     pub services: Vec<IpNet>,
+    /// Addresses of nodes that take packets for endpoints of theirs, and may send such here.
+    pub takers: BTreeSet<IpAddr>,
 }
 
 impl Base {
@@ -395,6 +455,7 @@ impl Base {
             addresses: node.primary_addresses(),
             pods: [false, true].into_iter().flat_map(|v6| node.pod_cidrs(v6)).copied().collect(),
             services: node.service_cidrs.clone(),
+            takers: node.takers.values().flat_map(|taker| taker.addresses.iter().copied()).collect(),
         }
     }
 
@@ -411,8 +472,15 @@ impl Base {
         self.pods.iter().any(|network| network.contains(&address))
     }
 
+    /// `takers`, in order.
+    pub fn taker_keys(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.takers.iter().for_each(|address| write_address(&mut bytes, *address));
+        bytes
+    }
+
     /// `struct node`.
-    pub fn bytes(&self, cookie: u64) -> Vec<u8> {
+    pub fn bytes(&self, cookie: u64, mtu: u32) -> Vec<u8> {
         let mut bytes = cookie.to_ne_bytes().to_vec();
         for v6 in [false, true] {
             let none = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
@@ -435,6 +503,7 @@ impl Base {
         for v6 in [false, true] {
             bytes.extend(u32::from(self.has_pods(v6)).to_ne_bytes());
         }
+        bytes.extend([mtu, 0].iter().flat_map(|number| number.to_ne_bytes()));
         bytes
     }
 }
@@ -449,6 +518,9 @@ impl Display for Base {
         }
         for network in &self.services {
             writeln!(f, "nodes {{ Services in {network} }}")?;
+        }
+        for address in &self.takers {
+            writeln!(f, "takers {{ {address} }}")?;
         }
         Ok(())
     }
@@ -474,6 +546,9 @@ mod tests {
             (Key::Endpoint { list, slot: 5 }, Value::Endpoint(endpoint(six))),
             (Key::Member { list, endpoint: endpoint(six) }, Value::Present),
             (Key::Serving { id, endpoint: endpoint(four) }, Value::Present),
+            (Key::Taken { by: Taken::There(id), endpoint: endpoint(six) }, Value::Present),
+            (Key::Taken { by: Taken::Here(id), endpoint: endpoint(four) }, Value::Present),
+            (Key::Taken { by: Taken::ByPort(Protocol::Udp, 30_053), endpoint: endpoint(four) }, Value::Present),
             (Key::Places { list, part: 3 }, Value::Places(std::array::from_fn(|slot| slot as u16 * 300))),
             (Key::Source { id, network: network("203.0.113.0/24") }, Value::Present),
             (Key::Source { id, network: network("0.0.0.0/0") }, Value::Present),
@@ -488,8 +563,13 @@ mod tests {
             assert_eq!(Key::read(key.map(), &key_bytes), Some(key));
             assert_eq!(Value::read(key.map(), &value_bytes), value);
         }
-        let base =
-            Base { addresses: vec![address("192.168.49.2")], pods: vec![network("10.244.0.0/16")], services: vec![] };
-        assert_eq!(base.bytes(1).len(), NODE_SIZE);
+        let base = Base {
+            addresses: vec![address("192.168.49.2")],
+            pods: vec![network("10.244.0.0/16")],
+            services: vec![],
+            takers: [address("192.168.49.3"), address("fd00::3")].into(),
+        };
+        assert_eq!(base.bytes(1, 1_500).len(), NODE_SIZE);
+        assert_eq!(base.taker_keys().len(), 2 * TAKERS.key_size);
     }
 }

@@ -5,6 +5,7 @@
 //! - `layout`: the same maps as values
 //! - `contacts`: those in which the programs of `watch.h` count
 //! - `ended`: what becomes of connections whose time is over
+//! - `direct.h`: endpoints on other nodes that answer past this one
 //! - `plan`: a frontend's entries
 //! - `maglev`: a frontend's table, where endpoints are chosen by one
 //! - `loads`: how many flows endpoints have, where the less loaded is chosen

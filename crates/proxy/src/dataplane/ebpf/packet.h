@@ -3,7 +3,7 @@
 // source where it leaves, in both directions; between them lies the node's own routing and firewall.
 #pragma once
 
-#include "refusal.h"
+#include "direct.h"
 
 // Ports for masquerading: below those that sockets of the node take by themselves, and below node ports.
 #define FIRST_PORT 1024
@@ -31,8 +31,12 @@ separate int translate_error(struct __sk_buff *skb, int leaving)
 		if (same_address(&error.source, &error.key.source))
 			rewrite_outer(skb, &error, &to.address, 1);
 	} else {
+		__u32 device = flow->flags & PAST ? to.device : 0;
+
 		rewrite_inner(skb, &error, &to, 1);
 		rewrite_outer(skb, &error, &to.address, 0);
+		if (device)
+			return go_past(device);
 	}
 	return TC_ACT_OK;
 }
@@ -70,7 +74,7 @@ separate int masquerade(const struct packet *packet, const struct endpoint *endp
 	return 0;
 }
 
-// Beside OTHERS_LEFT, MOVED and COUNTED.
+// Beside OTHERS_LEFT, MOVED, COUNTED and PAST.
 #define START_MASQUERADED 1
 
 // Writes down where this flow goes and how its answers are translated back.
@@ -94,9 +98,18 @@ separate int start_flow(const struct packet *packet, const struct endpoint *endp
 	flow.flags = ANSWER | (how & (OTHERS_LEFT | MOVED));
 	if (map_update(&flows, &key, &flow, BPF_ANY))
 		return 0;
+	if (how & PAST) {
+		key.destination = endpoint->address;
+		key.destination_port = endpoint->port;
+		key.source = packet->key.source;
+		key.source_port = packet->key.source_port;
+		flow.flags = OPENS;
+		if (map_update(&flows, &key, &flow, BPF_ANY))
+			return 0;
+	}
 	key = packet->key;
 	flow.to = *endpoint;
-	flow.flags = PICKED | (how & (MOVED | COUNTED));
+	flow.flags = PICKED | (how & (MOVED | COUNTED | PAST));
 	flow.bytes = packet->length;
 	if (how & COUNTED)
 		add_load(endpoint, key.protocol, LOAD_OF_FLOWS, 1);
@@ -120,11 +133,21 @@ inlined int goes_on(const struct packet *packet, struct flow *flow)
 
 	if (flow->flags & PICKED) {
 		if (packet->key.protocol == IPPROTO_UDP) {
-			if (idle > UDP_IDLE || !is_member(flow->id, 1, &flow->to))
+			if (idle > UDP_IDLE || !is_member(flow->id, SERVING, &flow->to))
+				return 0;
+			if (flow->flags & PAST && !is_still_taken(flow))
 				return 0;
 		} else if (is_first_syn(packet)) {
-			if (idle > SYN_REPEATS || !(flow->flags & (ANSWERED | MOVED)))
+			if (idle > SYN_REPEATS || (flow->flags & PAST && !is_still_taken(flow)))
 				return 0;
+			if (!(flow->flags & (ANSWERED | MOVED))) {
+				// The answer may be on its way, past this node.
+				if (!(flow->flags & PAST) || flow->flags & REPEATED)
+					return 0;
+				flow->flags |= REPEATED;
+			}
+		} else if (flow->flags & PAST) {
+			note_acknowledgement(packet, flow, flow->seen);
 		}
 	}
 	note_packet(packet, flow, now);
@@ -159,13 +182,19 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	__u32 list, count, how = 0;
 	int in_pods, again = 0;
 
-	if (!parse(skb, &packet, 0))
+	if (!parse(skb, &packet, 0)) {
+		if (packet.key.protocol == (packet.is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IPIP))
+			return open_capsule(skb, packet.is_ipv6);
 		return translate_error(skb, 0);
+	}
 	flow = map_lookup(&flows, &packet.key);
 	if (flow && goes_on(&packet, flow)) {
-		if (packet.tcp_flags & TCP_RST)
+		// Of a flow that is answered past this node, the endpoint's end does not come this way.
+		if (packet.tcp_flags & TCP_RST || (flow->flags & PAST && packet.tcp_flags & TCP_FIN))
 			uncount_flow(flow, packet.key.protocol);
 		endpoint = flow->to;
+		if (flow->flags & PAST && endpoint.device && packet.key.protocol == IPPROTO_TCP && !is_first_syn(&packet))
+			return rewrite(skb, &packet, &endpoint, 0) ? TC_ACT_SHOT : go_past(endpoint.device);
 		return rewrite(skb, &packet, &endpoint, 0);
 	}
 	// The same client and endpoint as in a flow of old, but this time it is this endpoint that was given.
@@ -199,6 +228,7 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 	list = in_pods ? frontend->list : frontend->outside_list;
 	count = in_pods ? frontend->count : frontend->outside_count;
 	if (!count) {
+		note_rejected_packet(&packet.key);
 		if (!(frontend->flags & REFUSED))
 			return TC_ACT_SHOT;
 		// Nobody can listen on port 0: the node itself refuses, and its answer is translated back.
@@ -217,20 +247,24 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 			forget_client(list, &packet.key.source);
 		if (!pick(&choice, &packet.key.source, packet.key.protocol, &endpoint))
 			return TC_ACT_SHOT;
-		if (frontend->flags & MASQUERADE ||
+		// A first SYN and its repetition were not answered: perhaps not even taken.
+		if (frontend->flags & DIRECT && !in_pods && !(again && flow->flags & PAST) &&
+		    goes_past(&packet, node, frontend->id, &endpoint))
+			how |= PAST;
+		else if (frontend->flags & MASQUERADE ||
 		    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
 		    same_address(&endpoint.address, &packet.key.source))
 			how |= START_MASQUERADED;
 		if (frontend->flags & LEAST_LOAD)
 			how |= COUNTED;
 		// Once: if the second refuses, too, the client is told.
-		if (count > 1 && !again && holds_refusals())
+		if (count > 1 && !again && !(how & PAST) && holds_refusals())
 			how |= OTHERS_LEFT;
 	}
 	if (flow)
 		uncount_flow(flow, packet.key.protocol);
 	if (count)
-		note_start(&packet, &endpoint, again ? &tried : NULL, count > 1);
+		note_start(&packet, &endpoint, again ? &tried : NULL, how & PAST ? UNSEEN : count > 1 ? OTHERS : 0);
 	// A full table: the client asks again.
 	if (!start_flow(&packet, &endpoint, frontend->id, how))
 		return TC_ACT_SHOT;
@@ -256,6 +290,8 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 	flow = map_lookup(&flows, &packet.key);
 	if (flow) {
 		note_packet(&packet, flow, now_ns());
+		if (flow->flags & OPENS)
+			return send_past(skb, &packet, flow);
 		// The client repeats its SYN, which then goes to another endpoint.
 		if (packet.tcp_flags & TCP_RST && note_refusal(&packet.key, flow))
 			return TC_ACT_SHOT;
@@ -279,6 +315,8 @@ SEC("classifier/leaving") int leaving(struct __sk_buff *skb)
 		if (!node)
 			return TC_ACT_OK;
 		frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
+		if (frontend && !frontend->count)
+			note_rejected_packet(&packet.key);
 		if (frontend ? frontend->flags & FIREWALL || !frontend->count
 			     : in_networks(&packet.key.destination, node->services, node->service_networks))
 			return TC_ACT_SHOT;

@@ -66,9 +66,9 @@ inlined struct frontend *find_frontend(const union address *address, __be16 port
 	return map_lookup(&frontends, &key);
 }
 
-inlined int is_member(__u32 list, __u16 serving, const struct endpoint *endpoint)
+inlined int is_member(__u32 list, __u16 kind, const struct endpoint *endpoint)
 {
-	struct member_key key = {.list = list, .serving = serving, .port = endpoint->port};
+	struct member_key key = {.list = list, .kind = kind, .port = endpoint->port};
 
 	set_address(key.address, &endpoint->address);
 	return map_lookup(&members, &key) != NULL;
@@ -99,7 +99,7 @@ separate int pick(const struct choice *choice, const union address *client, __u8
 		struct affinity *held = map_lookup(&affinities, &client_key);
 		__u64 now = now_ns();
 
-		if (held && held->until > now && is_member(list, 0, &held->endpoint)) {
+		if (held && held->until > now && is_member(list, IN_LIST, &held->endpoint)) {
 			held->until = now + affinity_seconds * SECOND;
 			*picked = held->endpoint;
 			return 1;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use services::{Endpoint, Frontend, Protocol, Selection, TrafficPolicy};
 
-use super::layout::{Key, Line, List, Target, Value, flag};
+use super::layout::{Key, Line, List, Taken, Target, Value, flag};
 use super::maglev::{self, PLACES};
 use crate::NodeView;
 use crate::addresses::{Addresses, of_family};
@@ -70,6 +70,7 @@ impl<'a> Plan<'a> {
             // The loop ends connections, whatever the mode (`crate::end`).
             end_policy: _,
             selection,
+            direct_return,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;
@@ -97,7 +98,9 @@ impl<'a> Plan<'a> {
         // Outside traffic under policy Cluster: the reply must come back through this node, whose address the client
         // talks to.
         let masquerade = if *external_policy == TrafficPolicy::Cluster { flag::MASQUERADE } else { 0 };
-        let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade | choice);
+        let is_direct = *external_policy == TrafficPolicy::Cluster && direct_return.unwrap_or(node.direct_return);
+        let direct = if is_direct { flag::DIRECT } else { 0 };
+        let outside = self.target(TrafficPolicy::Cluster, *external_policy, masquerade | choice | direct);
         for address in &addresses.external {
             self.frontend(*address, *port, outside);
         }
@@ -131,6 +134,9 @@ impl<'a> Plan<'a> {
                 self.list(policy, affinity.is_some(), selection == Selection::Maglev);
             }
         }
+        if is_direct && is_outside {
+            self.taken(node);
+        }
         if name.protocol == Protocol::Udp {
             let serving = endpoints.iter().filter(|endpoint| endpoint.address.is_ipv6() == v6);
             for endpoint in serving.filter(|endpoint| endpoint.ready || endpoint.serving) {
@@ -160,6 +166,25 @@ impl<'a> Plan<'a> {
             outside: scope(outside),
             affinity_seconds: self.frontend.affinity.map_or(0, |affinity| affinity.timeout_seconds),
             flags: flags | refused,
+        }
+    }
+
+    /// Endpoints that answer clients from outside themselves: on nodes that take packets for them, and on this one. A flow
+    /// stays with an endpoint that still serves.
+    fn taken(&mut self, node: &NodeView) {
+        let Frontend { id, name, node_port, direct_return, endpoints, .. } = self.frontend;
+        let serving = endpoints.iter().filter(|endpoint| endpoint.ready || endpoint.serving);
+        for endpoint in serving.filter(|endpoint| endpoint.address.is_ipv6() == self.v6) {
+            let Some(place) = &endpoint.node else { continue };
+            let mut insert = |by| self.entries.insert(Key::Taken { by, endpoint: endpoint.address }, Value::Present);
+            if *place == node.place.node {
+                insert(Taken::Here(*id));
+                if let Some(port) = node_port {
+                    insert(Taken::ByPort(name.protocol, port.get()));
+                }
+            } else if node.takers.get(place).is_some_and(|taker| taker.takes(*direct_return)) {
+                insert(Taken::There(*id));
+            }
         }
     }
 

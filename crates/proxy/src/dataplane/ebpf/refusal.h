@@ -134,8 +134,8 @@ inlined void note_answer(const struct packet *packet, struct flow *answer)
 		note_answered(&contact, flow->seen);
 }
 
-// Its client asked `tried` before, and got no answer.
-separate int note_start(const struct packet *packet, const struct endpoint *endpoint, const struct endpoint *tried, int others)
+// `how` is of `enum begun_how`. Its client asked `tried` before, and got no answer.
+separate int note_start(const struct packet *packet, const struct endpoint *endpoint, const struct endpoint *tried, __u32 how)
 {
 	struct contact_key key;
 	struct contact *contact;
@@ -148,7 +148,7 @@ separate int note_start(const struct packet *packet, const struct endpoint *endp
 	if (!contact_in(&key, &asked, endpoint, packet->key.protocol))
 		return 0;
 	// There were others when it asked first.
-	note_begun(&key, others || tried ? OTHERS : 0);
+	note_begun(&key, tried ? how | OTHERS : how);
 	if (!tried || (tried->port == endpoint->port && same_address(&tried->address, &endpoint->address)))
 		return 0;
 	name_contact(&key, &asked, tried, packet->key.protocol);

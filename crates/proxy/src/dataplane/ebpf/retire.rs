@@ -10,7 +10,7 @@ use linux::bpf::{self, Hooks, Kernel, Pinned};
 
 use super::OBJECT;
 use super::contacts::{CONTACTS, LISTENERS, SETTINGS, Settings};
-use super::layout::{FLOWS, LAYOUT, LOADS, Map, NODES, flow_seen};
+use super::layout::{FLOWS, LAYOUT, LOADS, Map, NODES, TAKERS, flow_seen};
 use crate::Error;
 
 const IDLE: Duration = Duration::from_secs(3_600);
@@ -41,7 +41,7 @@ pub fn retire(hooks: &Hooks, namespace: Option<BorrowedFd<'_>>) -> Result<Retire
         Settings::default().put(&mut kernel)?;
     }
     // Nobody counts any more what ends.
-    for layout in Map::ALL.map(Map::layout).into_iter().chain([CONTACTS, LISTENERS, LOADS]) {
+    for layout in Map::ALL.map(Map::layout).into_iter().chain([CONTACTS, LISTENERS, LOADS, TAKERS]) {
         let held = kernel.entries(layout.name)?;
         // Whoever was killed early may not have made the map.
         if !held.keys.is_empty() {

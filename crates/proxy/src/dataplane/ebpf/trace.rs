@@ -7,7 +7,7 @@ use linux::nft::{Fate, Packet};
 use services::Protocol;
 
 use super::commit::Ebpf;
-use super::layout::{Base, Key, LOADS, Line, List, LoadKind, Map, Target, Value, flag, load_key};
+use super::layout::{Base, Key, LOADS, Line, List, LoadKind, Map, Taken, Target, Value, flag, load_key};
 use super::maglev::{self, PLACES};
 
 /// Who asks.
@@ -203,6 +203,14 @@ impl Walk<'_> {
         }
         let hash = maglev::hash(packet.from, protocol);
         let Some(to) = self.pick(scope, &target, protocol, Some(hash), draw) else { return Fate::Dropped };
+        if target.flags & flag::DIRECT != 0
+            && !is_pod
+            && !self.base.takers.contains(&source)
+            && self.get(Key::Taken { by: Taken::There(target.id), endpoint: to }).is_some()
+        {
+            self.log.push(format!("{to} answers past this node"));
+            return Fate::Sent { to, masqueraded: false };
+        }
         let outside = !is_pod && self.base.has_pods(source.is_ipv6());
         let masqueraded = target.flags & flag::MASQUERADE != 0
             || (target.flags & flag::MASQUERADE_OUTSIDE != 0 && outside)

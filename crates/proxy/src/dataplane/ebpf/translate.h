@@ -22,18 +22,18 @@ struct packet {
 	__u8 tcp_flags;
 };
 
-// Whether this is a packet that Services are about.
-inlined int parse(struct __sk_buff *skb, struct packet *packet, __u8 leaving)
+// Whether the packet at this offset is one that Services are about.
+inlined int parse_at(struct __sk_buff *skb, struct packet *packet, __u8 leaving, __u32 at)
 {
 	__be16 ports[2];
 
 	__builtin_memset(packet, 0, sizeof(*packet));
 	packet->key.leaving = leaving;
-	packet->length = skb->len - ETH_HLEN;
+	packet->length = skb->len - at;
 	if (skb->protocol == big16(ETH_P_IP)) {
 		struct iphdr header;
 
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)))
+		if (load_bytes(skb, at, &header, sizeof(header)))
 			return 0;
 		// Ports are in the first fragment only: fragments are not translated at all.
 		if (header.ihl < 5 || header.frag_off & big16(0x3fff))
@@ -41,16 +41,16 @@ inlined int parse(struct __sk_buff *skb, struct packet *packet, __u8 leaving)
 		set_ipv4(&packet->key.source, header.saddr);
 		set_ipv4(&packet->key.destination, header.daddr);
 		packet->key.protocol = header.protocol;
-		packet->transport = ETH_HLEN + header.ihl * 4;
+		packet->transport = at + header.ihl * 4;
 	} else if (skb->protocol == big16(ETH_P_IPV6)) {
 		struct ipv6hdr header;
 
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)))
+		if (load_bytes(skb, at, &header, sizeof(header)))
 			return 0;
 		__builtin_memcpy(&packet->key.source, &header.saddr, 16);
 		__builtin_memcpy(&packet->key.destination, &header.daddr, 16);
 		packet->key.protocol = header.nexthdr;
-		packet->transport = ETH_HLEN + sizeof(header);
+		packet->transport = at + sizeof(header);
 		packet->is_ipv6 = 1;
 	} else {
 		return 0;
@@ -64,6 +64,11 @@ inlined int parse(struct __sk_buff *skb, struct packet *packet, __u8 leaving)
 	if (packet->key.protocol == IPPROTO_TCP)
 		load_bytes(skb, packet->transport + TCP_FLAGS, &packet->tcp_flags, 1);
 	return 1;
+}
+
+inlined int parse(struct __sk_buff *skb, struct packet *packet, __u8 leaving)
+{
+	return parse_at(skb, packet, leaving, ETH_HLEN);
 }
 
 inlined int is_first_syn(const struct packet *packet)

@@ -207,6 +207,29 @@ separate int tell(const struct contact_key *key, __u32 kind)
 	return ring_output(&events, &event, sizeof(event), 0);
 }
 
+// There is no endpoint for whoever asks for this.
+inlined void note_rejected(const union address *address, __be16 port, __u8 protocol)
+{
+	struct frontend_key key = {.port = port, .protocol = protocol};
+	__u64 first = 1, *count;
+
+	if (!is_watched())
+		return;
+	set_address(key.address, address);
+	count = map_lookup(&rejected, &key);
+	if (count)
+		add(count, 1);
+	else
+		map_update(&rejected, &key, &first, BPF_NOEXIST);
+}
+
+separate int note_rejected_packet(const struct flow_key *key)
+{
+	if (key)
+		note_rejected(&key->destination, key->destination_port, key->protocol);
+	return 0;
+}
+
 // There are new connections, this one among them.
 inlined void ring_bell(const struct contact_key *key, __u64 now)
 {
@@ -224,6 +247,8 @@ enum begun_how {
 	OTHERS = 1,
 	// It is a TCP socket of this node, which is open from now on.
 	SOCKET = 2,
+	// Its answer does not come this way: that none was seen is no evidence.
+	UNSEEN = 4,
 };
 
 // A SYN, or the first packet of a UDP flow.
@@ -238,7 +263,7 @@ separate int note_begun(const struct contact_key *key, __u32 how)
 	if (!contact)
 		return 0;
 	add(&contact->begun, 1);
-	if (key->protocol != IPPROTO_TCP)
+	if (key->protocol != IPPROTO_TCP || how & UNSEEN)
 		return 0;
 	if (!contact->asked_at || now - contact->asked_at > STALE)
 		contact->asked_at = now;

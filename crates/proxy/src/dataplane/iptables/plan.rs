@@ -120,6 +120,7 @@ impl Plan<'_> {
             end_policy: _,
             // The loop says that it is not this mode's to choose.
             selection: _,
+            direct_return: _,
             health_check_node_port,
             endpoints: _,
         } = self.frontend;

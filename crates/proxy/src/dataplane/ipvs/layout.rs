@@ -9,7 +9,9 @@ use linux::nft::{
 };
 
 use crate::NodeView;
-use crate::dataplane::frame::{REFUSE, digest, firewall, from_host, masquerade, named, nobodys, refuse};
+use crate::dataplane::frame::{
+    REFUSE, count_rejected, digest, firewall, from_host, masquerade, named, nobodys, refuse, tallies,
+};
 
 pub const FAMILY: Family = Family::Inet;
 pub const TABLE: &str = "fairlead-ipvs";
@@ -112,7 +114,8 @@ pub struct Base {
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
-        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
+        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6)));
+        let sets = sets.chain(tallies()).collect();
         Base {
             sets,
             chains: chains(node),
@@ -242,7 +245,8 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
         let regular = |stem: &str, rules: Vec<Rule>| (Chain::regular(&named(stem, v6)), rules);
         chains.push(firewall(v6));
         let mut inside_only = from_pods();
-        inside_only.extend([Rule::new([from_host(), Statement::returns()]), Rule::new([Statement::drop()])]);
+        let drop = Rule::new([count_rejected(v6), Statement::drop()]);
+        inside_only.extend([Rule::new([from_host(), Statement::returns()]), drop]);
         chains.push(regular("inside_only", inside_only));
         let mut outside = from_pods();
         // Without the pods' network nobody can tell who is outside: then nothing is but the host, whose packets come from
@@ -285,10 +289,13 @@ fn check() -> Vec<Rule> {
         let rule = |map: Map, then: Statement| {
             Rule::new([Statement::of_family(v6), is_in(Value::destination(v6), map, v6), then])
         };
+        let reject = |map: Map, then: Statement| {
+            Rule::new([Statement::of_family(v6), is_in(Value::destination(v6), map, v6), count_rejected(v6), then])
+        };
         rules.extend([
             rule(Map::Firewalled, Statement::jump(&named("firewall", v6))),
-            rule(Map::Refused, Statement::goto(REFUSE)),
-            rule(Map::Silent, Statement::drop()),
+            reject(Map::Refused, Statement::goto(REFUSE)),
+            reject(Map::Silent, Statement::drop()),
             rule(Map::SilentOutside, Statement::jump(&named("inside_only", v6))),
             // Until its address is ours, a packet would leave for elsewhere.
             Rule::new([

@@ -111,6 +111,7 @@ impl<'a> Plan<'a> {
             end_policy: _,
             // The loop says that it is not this mode's to choose.
             selection: _,
+            direct_return: _,
             endpoints: _,
         } = self.frontend;
         let (v6, node) = (self.v6, self.node);

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::layout::{Map, from_pods};
 use crate::Pods;
+use crate::dataplane::frame::count_rejected;
 
 /// Which map says where a destination's endpoints are listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -169,10 +170,10 @@ impl Class {
         let mut rules: Vec<Rule> =
             pods.map(|from_pod| Rule::new([Statement::of_family(v6), from_pod, short_circuit()])).collect();
         rules.push(Rule::new([Statement::Equal(Value::FibSourceType, Datum::Mark(ADDRESS_LOCAL)), short_circuit()]));
-        rules.push(Rule::new([match here {
-            Some(here) => Statement::goto(&here.name()),
-            None => Statement::drop(),
-        }]));
+        rules.push(match here {
+            Some(here) => Rule::new([Statement::goto(&here.name())]),
+            None => Rule::new([count_rejected(v6), Statement::drop()]),
+        });
         rules
     }
 }

@@ -146,7 +146,8 @@ pub struct Base {
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
-        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
+        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6)));
+        let sets = sets.chain(frame::tallies()).collect();
         Base { frame: Frame { sets, chains: chains(node) }, pods: node.pods.clone() }
     }
 
@@ -155,7 +156,7 @@ impl Base {
     pub fn mark(&self) -> String {
         let sets: String = self.frame.sets.iter().map(|set| set.to_string()).collect();
         // Chains that pick are part of the layout too, but not of its text: their version is.
-        let digest = |text: &str| frame::digest(&format!("1 {text}"));
+        let digest = |text: &str| frame::digest(&format!("2 {text}"));
         format!("{}{}_{}", Self::MARK, digest(&sets), digest(&self.to_string()))
     }
 

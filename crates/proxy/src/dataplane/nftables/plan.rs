@@ -96,6 +96,7 @@ impl<'a> Plan<'a> {
             end_policy: _,
             // The loop says that it is not this mode's to choose.
             selection: _,
+            direct_return: _,
             health_check_node_port: _,
             endpoints: _,
         } = self.frontend;

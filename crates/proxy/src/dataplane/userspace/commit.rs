@@ -15,6 +15,7 @@ use super::layout::{Base, FAMILY, Map, TABLE};
 use super::picker::Picker;
 use super::plan::{Entries, Reach, Slot, entries};
 use super::relay::{Door, Inside, Open, Relays};
+use crate::dataplane::frame::at;
 use crate::dataplane::{Answerers, Change, Dataplane, Kept, OwnTable};
 use crate::{Error, NodeView};
 
@@ -166,13 +167,8 @@ impl<N: Nft, R: Relays> Userspace<N, R> {
 }
 
 fn socket(value: &Key) -> Option<SocketAddr> {
-    let address = match value.0.first()? {
-        Datum::V4(address) => IpAddr::V4(*address),
-        Datum::V6(address) => IpAddr::V6(*address),
-        _ => return None,
-    };
-    match value.0.get(1)? {
-        Datum::Port(port) => Some(SocketAddr::new(address, *port)),
+    match &value.0[..] {
+        [address, Datum::Port(port)] => at(address, *port),
         _ => None,
     }
 }

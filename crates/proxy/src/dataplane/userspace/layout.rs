@@ -82,7 +82,8 @@ pub struct Base {
 
 impl Base {
     pub fn new(node: &NodeView) -> Self {
-        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6))).collect();
+        let sets = [false, true].into_iter().flat_map(|v6| Map::ALL.map(|map| map.set(v6)));
+        let sets = sets.chain(frame::tallies()).collect();
         let own = node.addresses.iter().map(|address| IpNet::from(*address));
         let pods = [false, true].into_iter().flat_map(|v6| node.pod_cidrs(v6));
         Base { frame: Frame { sets, chains: chains(node) }, inside: pods.copied().chain(own).collect() }
@@ -142,7 +143,8 @@ fn chains(node: &NodeView) -> Vec<(Chain, Vec<Rule>)> {
             Rule::new([Statement::of_family(v6), Statement::InNet(Value::SourceIp { v6 }, *cidr), Statement::returns()])
         });
         let mut rules: Vec<Rule> = pods.collect();
-        rules.extend([Rule::new([from_host(), Statement::returns()]), Rule::new([Statement::drop()])]);
+        let drop = Rule::new([frame::count_rejected(v6), Statement::drop()]);
+        rules.extend([Rule::new([from_host(), Statement::returns()]), drop]);
         chains.push((Chain::regular(&named("drop_outside", v6)), rules));
     }
     let base = Chain::base;

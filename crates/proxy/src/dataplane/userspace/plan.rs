@@ -149,6 +149,7 @@ impl Plan<'_> {
             end_policy: _,
             // The loop says that it is not this mode's to choose.
             selection: _,
+            direct_return: _,
             endpoints,
         } = self.frontend;
         let v6 = self.v6;

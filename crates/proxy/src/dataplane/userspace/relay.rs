@@ -15,6 +15,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::picker::Picker;
 use super::plan::Reach;
+use super::tally::Tally;
 use super::{tcp, udp};
 use crate::watch::relayed::Witness;
 
@@ -138,14 +139,15 @@ pub struct Sockets {
     runtime: Handle,
     pipes: Arc<Pool>,
     witness: Witness,
+    tally: Arc<Tally>,
 }
 
 impl Sockets {
-    pub fn new(place: Place, runtime: Handle, witness: Witness) -> Self {
+    pub fn new(place: Place, runtime: Handle, witness: Witness, tally: Arc<Tally>) -> Self {
         if let Err(error) = splice::raise_open_files() {
             tracing::warn!("proxy: cannot raise the limit of open files: {error}; many connections may need it");
         }
-        Sockets { place, runtime, pipes: Arc::default(), witness }
+        Sockets { place, runtime, pipes: Arc::default(), witness, tally }
     }
 }
 
@@ -159,16 +161,17 @@ impl Relays for Sockets {
             Protocol::Tcp => {
                 let listener = self.place.listen(door.bind)?;
                 let address = listener.local_addr()?;
-                let (place, pipes, witness) = (self.place.clone(), self.pipes.clone(), self.witness.clone());
-                let relay = tcp::Relay { door, place, pipes, witness };
+                let (place, pipes) = (self.place.clone(), self.pipes.clone());
+                let (witness, tally) = (self.witness.clone(), self.tally.clone());
+                let relay = tcp::Relay { door, place, pipes, witness, tally };
                 self.runtime.spawn(tcp::serve(listener, Arc::new(relay), closed.clone()));
                 address
             }
             Protocol::Udp => {
                 let socket = self.place.bind_udp(door.bind)?;
                 let address = socket.local_addr()?;
-                let (place, witness) = (self.place.clone(), self.witness.clone());
-                let relay = udp::Relay { door, place, socket, buffers: Mutex::default(), witness };
+                let (place, witness, tally) = (self.place.clone(), self.witness.clone(), self.tally.clone());
+                let relay = udp::Relay { door, place, socket, buffers: Mutex::default(), witness, tally };
                 self.runtime.spawn(udp::serve(Arc::new(relay), closed.clone()));
                 address
             }

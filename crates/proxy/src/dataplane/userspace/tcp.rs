@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::relay::{Door, Place};
+use super::tally::{Count, OpenCount, Tally};
 use crate::watch::Evidence;
 use crate::watch::relayed::{Seen, Witness};
 
@@ -31,6 +32,7 @@ pub struct Relay {
     pub place: Place,
     pub pipes: Arc<Pool>,
     pub witness: Witness,
+    pub tally: Arc<Tally>,
 }
 
 /// Accepts until the relay is closed. Connections go on then, until they end.
@@ -59,14 +61,16 @@ pub async fn serve(listener: TcpListener, relay: Arc<Relay>, closed: Cancellatio
 }
 
 async fn carry(client: TcpStream, from: IpAddr, relay: Arc<Relay>) {
-    let Some(server) = connect(&relay, from).await else {
+    let Some((server, open)) = connect(&relay, from).await else {
         // Dropped with a reset: the client must not take it for an answer that is empty.
         client.set_zero_linger().ok();
         return;
     };
     client.set_nodelay(true).ok();
     let pipes = &relay.pipes;
-    if tokio::try_join!(transfer(&client, &server, pipes), transfer(&server, &client, pipes)).is_err() {
+    let (sent, received) = (|bytes| open.sent(bytes), |bytes| open.received(bytes));
+    if tokio::try_join!(transfer(&client, &server, pipes, sent), transfer(&server, &client, pipes, received)).is_err() {
+        open.reset();
         // One side has reset the connection: the other is to know.
         client.set_zero_linger().ok();
         server.set_zero_linger().ok();
@@ -74,11 +78,21 @@ async fn carry(client: TcpStream, from: IpAddr, relay: Arc<Relay>) {
 }
 
 /// A connection to the first endpoint that answers; `None` if none does.
-async fn connect(relay: &Relay, from: IpAddr) -> Option<TcpStream> {
+async fn connect(relay: &Relay, from: IpAddr) -> Option<(TcpStream, OpenCount)> {
     let mut endpoints = VecDeque::from(relay.door.candidates(from));
+    if endpoints.is_empty() {
+        relay.tally.reject(&relay.door.name);
+    }
+    let mut before: Option<Arc<Count>> = None;
     let attempts = if relay.witness.retry { ATTEMPTS } else { 1 };
     for attempt in 0..attempts {
         let endpoint = endpoints.pop_front()?;
+        if let Some(before) = before {
+            before.retry();
+        }
+        let count = relay.tally.of(&relay.door.name, endpoint);
+        count.begin();
+        let begun = Instant::now();
         let patience = PATIENCE[attempt.min(PATIENCE.len() - 1)];
         match timeout(patience, relay.place.connect(endpoint)).await {
             Ok(Ok(stream)) => {
@@ -86,11 +100,12 @@ async fn connect(relay: &Relay, from: IpAddr) -> Option<TcpStream> {
                 if attempt > 0 {
                     relay.witness.tell(Seen::Retried);
                 }
-                return Some(stream);
+                return Some((stream, count.open(begun.elapsed())));
             }
             Ok(Err(error)) => {
                 tracing::debug!("proxy: {}: {endpoint}: {error}", relay.door.name);
                 if is_refusal(&error) {
+                    count.refuse();
                     relay.witness.tell(Seen::Evidence((endpoint, Protocol::Tcp), Evidence::Refused));
                 }
             }
@@ -100,6 +115,7 @@ async fn connect(relay: &Relay, from: IpAddr) -> Option<TcpStream> {
                 endpoints.push_back(endpoint);
             }
         }
+        before = Some(count);
     }
     None
 }
@@ -111,7 +127,7 @@ pub fn is_refusal(error: &io::Error) -> bool {
 }
 
 /// Carries one direction until its sender ends it, then says so to the receiver.
-async fn transfer(from: &TcpStream, to: &TcpStream, pipes: &Pool) -> io::Result<()> {
+async fn transfer(from: &TcpStream, to: &TcpStream, pipes: &Pool, carried: impl Fn(usize)) -> io::Result<()> {
     loop {
         from.readable().await?;
         let mut pipe = pipes.take()?;
@@ -130,7 +146,7 @@ async fn transfer(from: &TcpStream, to: &TcpStream, pipes: &Pool) -> io::Result<
         while pipe.held() > 0 {
             to.writable().await?;
             match to.try_io(Interest::WRITABLE, || pipe.drain(to)) {
-                Ok(_) => {}
+                Ok(bytes) => carried(bytes),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::relay::{Door, Place};
+use super::tally::{OpenCount, Tally};
 use super::tcp::is_refusal as refused;
 use crate::watch::Evidence;
 use crate::watch::relayed::{Seen, Witness};
@@ -34,6 +35,7 @@ pub struct Relay {
     /// Room for one datagram each: sessions need it only while they hold one.
     pub buffers: Mutex<Vec<Vec<u8>>>,
     pub witness: Witness,
+    pub tally: Arc<Tally>,
 }
 
 impl Relay {
@@ -101,22 +103,31 @@ enum Left {
 async fn session(relay: &Relay, client: SocketAddr, mut datagrams: mpsc::Receiver<Datagram>) -> io::Result<()> {
     let candidates = || VecDeque::from(relay.door.candidates(client.ip()));
     let mut endpoints = candidates();
+    if endpoints.is_empty() {
+        relay.tally.reject(&relay.door.name);
+    }
     // What nobody has answered yet: it goes to the next endpoint if this one refuses.
     let mut unanswered = datagrams.recv().await;
     while let Some(endpoint) = endpoints.pop_front() {
         let upstream = relay.place.connect_udp(endpoint).await?;
+        let count = relay.tally.of(&relay.door.name, endpoint);
+        count.begin();
+        // There is no answer to wait for before datagrams go.
+        let open = count.open(Duration::ZERO);
         relay.door.picker.remember(client.ip(), endpoint, Instant::now());
-        match exchange(relay, client, endpoint, &upstream, &mut datagrams, &mut unanswered).await? {
+        match exchange(relay, client, (endpoint, &open), &upstream, &mut datagrams, &mut unanswered).await? {
             Left::Idle => return Ok(()),
             Left::Gone(datagram) => {
                 endpoints = candidates();
                 unanswered = Some(datagram);
             }
             Left::Refused => {
+                count.refuse();
                 relay.witness.tell(Seen::Evidence((endpoint, Protocol::Udp), Evidence::Refused));
                 if unanswered.is_none() || !relay.witness.retry {
                     return Ok(());
                 }
+                count.retry();
                 relay.witness.tell(Seen::Retried);
             }
         }
@@ -127,7 +138,7 @@ async fn session(relay: &Relay, client: SocketAddr, mut datagrams: mpsc::Receive
 async fn exchange(
     relay: &Relay,
     client: SocketAddr,
-    endpoint: SocketAddr,
+    (endpoint, open): (SocketAddr, &OpenCount),
     upstream: &UdpSocket,
     datagrams: &mut mpsc::Receiver<Datagram>,
     unanswered: &mut Option<Datagram>,
@@ -135,7 +146,7 @@ async fn exchange(
     let idle = tokio::time::sleep(IDLE);
     tokio::pin!(idle);
     if let Some(datagram) = unanswered.as_ref() {
-        upstream.send(datagram).await?;
+        open.sent(upstream.send(datagram).await?);
     }
     loop {
         tokio::select! {
@@ -148,8 +159,8 @@ async fn exchange(
                 *unanswered = Some(datagram);
                 match sent {
                     Err(error) if refused(&error) => return Ok(Left::Refused),
-                    sent => sent?,
-                };
+                    sent => open.sent(sent?),
+                }
             }
             ready = upstream.ready(Interest::READABLE | Interest::ERROR) => {
                 if ready?.is_error() {
@@ -164,6 +175,7 @@ async fn exchange(
                 match upstream.try_recv(&mut buffer) {
                     Ok(size) => {
                         *unanswered = None;
+                        open.received(size);
                         // The client may have gone; the next datagram tells.
                         relay.socket.send_to(&buffer[..size], client).await.ok();
                     }

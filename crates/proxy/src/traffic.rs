@@ -121,9 +121,7 @@ impl Traffic {
         out.head("counter", rejected, "First packets to a Service port for which there was no endpoint.");
         for ServiceTraffic { name, rejected: count, .. } in self.services.iter().filter(|one| one.rejected > 0) {
             let PortName { namespace, service, port, protocol } = name;
-            let of = format!(
-                "namespace=\"{namespace}\",service=\"{service}\",port=\"{port}\",protocol=\"{protocol}\""
-            );
+            let of = format!("namespace=\"{namespace}\",service=\"{service}\",port=\"{port}\",protocol=\"{protocol}\"");
             out.line(&format!("{rejected}{{{of}}}"), count);
         }
         let bytes = "fairlead_service_open_bytes";
@@ -288,11 +286,7 @@ fn scheduled(namespace: Option<BorrowedFd<'_>>, accounts: &mut Accounts) -> Resu
 }
 
 /// Of the ebpf mode, whose programs count.
-fn counted(
-    namespace: Option<BorrowedFd<'_>>,
-    hooks: Option<&Hooks>,
-    accounts: &mut Accounts,
-) -> Result<Fill, Error> {
+fn counted(namespace: Option<BorrowedFd<'_>>, hooks: Option<&Hooks>, accounts: &mut Accounts) -> Result<Fill, Error> {
     let mut kernel = pinned(namespace, hooks)?;
     for (Pair { protocol, asked, given }, contact) in contacts(&mut kernel)? {
         accounts.of(protocol, asked, given, |traffic| {

@@ -208,9 +208,8 @@ fn refusals(by: Translator, retry: bool) -> Vec<(Chain, Vec<Rule>)> {
     let mut chains = vec![(Chain::regular("held"), held)];
     match by {
         Translator::Nat => chains.push((Chain::regular("refused"), of_each(by_packet, "held"))),
-        Translator::Ipvs => {
-            chains.extend([(Chain::regular("told"), vec![told]), (Chain::regular("refused"), of_each(by_conntrack, "told"))])
-        }
+        Translator::Ipvs => chains
+            .extend([(Chain::regular("told"), vec![told]), (Chain::regular("refused"), of_each(by_conntrack, "told"))]),
     }
     // An ICMP error comes from whoever writes it.
     chains.push((Chain::regular("unreachable"), of_each(by_conntrack, "held")));

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
+use linux::bpf::Fake;
 use linux::nft::{Fate, Packet};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, sendto, socket,
@@ -260,6 +261,9 @@ fn answers_do_not_pass(bridge_netfilter: bool) {
             let passed = world.passed() - before;
             assert!(passed < 2_000, "{to}: {passed} bytes of answers passed the first node");
         }
+        let (stream, seen) = open(&world.client, at(B[family], TCP_PORT)).expect("connected");
+        assert_eq!(seen, client, "by the endpoint's own node");
+        carry(&stream);
         for to in roads(family, UDP_PORT, 53) {
             let socket = udp_to(&world.client, to);
             let before = world.passed();
@@ -480,16 +484,17 @@ fn flows_outlive_their_mode() {
     second.stop();
 }
 
+/// The mode over a fake that holds these objects.
+fn traced(objects: &Objects) -> Ebpf<Fake> {
+    let mut ebpf = Ebpf::new(Fake::new(&LAYOUTS));
+    let base = Ebpf::<Fake>::base(&objects.node);
+    ebpf.commit(Some(&base), &whole::<Ebpf<Fake>>(&objects.table(), &objects.node)).expect("commit");
+    ebpf
+}
+
 /// What programs are told, and what the tracer says they do.
 #[test]
 fn only_what_comes_from_outside_is_answered_past_the_node() {
-    let traced = |takers: &[(&str, [&str; 2], bool)], options: &str| {
-        let objects = objects("node-1", takers, options);
-        let mut ebpf = Ebpf::new(linux::bpf::Fake::new(&LAYOUTS));
-        let base = Ebpf::<linux::bpf::Fake>::base(&objects.node);
-        ebpf.commit(Some(&base), &whole::<Ebpf<linux::bpf::Fake>>(&objects.table(), &objects.node)).expect("commit");
-        ebpf
-    };
     let default = ("node-2", B, true);
     let on_default = "dsr=true";
     for (takers, options, from, to, masqueraded) in [
@@ -503,7 +508,7 @@ fn only_what_comes_from_outside_is_answered_past_the_node() {
         (&[default], "dsr=false", CLIENT[0], at(A[0], TCP_PORT), true),
         (&[], on_default, CLIENT[0], at(A[0], TCP_PORT), true),
     ] {
-        let ebpf = traced(takers, options);
+        let ebpf = traced(&objects("node-1", takers, options));
         let packet = Packet { from: at(from, 40_000), to, protocol: 6 };
         let mut log = Vec::new();
         let found = fates(|draw| ebpf.walk(Way::Arrive, &packet, draw, &mut log));
@@ -512,14 +517,20 @@ fn only_what_comes_from_outside_is_answered_past_the_node() {
         assert_eq!(found.into_keys().collect::<Vec<_>>(), expected, "{takers:?} {options} {from} {to}");
         assert_eq!(log.iter().any(|line| line.contains("answers past this node")), !masqueraded, "{log:?}");
     }
+    let mut here = objects("node-2", &[NODE_1], "dsr=true");
+    let ebpf = traced(&here);
+    // The endpoint's own node has no reason to masquerade, either.
+    for (from, to, masqueraded) in [(CLIENT[0], B[0], false), (A[1], B[1], false)] {
+        let packet = Packet { from: at(from, 40_000), to: at(to, TCP_PORT), protocol: 6 };
+        let found = fates(|draw| ebpf.walk(Way::Arrive, &packet, draw, &mut Vec::new()));
+        let expected = [Fate::Sent { to: at(POD[usize::from(to.contains(':'))], SERVED), masqueraded }];
+        assert_eq!(found.into_keys().collect::<Vec<_>>(), expected, "{from} {to}");
+    }
     // The node of the endpoint opens its doors for as long as the Service has it.
     let doors = |objects: &Objects| {
-        let mut ebpf = Ebpf::new(linux::bpf::Fake::new(&LAYOUTS));
-        let base = Ebpf::<linux::bpf::Fake>::base(&objects.node);
-        ebpf.commit(Some(&base), &whole::<Ebpf<linux::bpf::Fake>>(&objects.table(), &objects.node)).expect("commit");
+        let mut ebpf = traced(objects);
         ebpf.lines().expect("lines").into_iter().filter(|line| line.contains("taken")).collect::<Vec<_>>()
     };
-    let mut here = objects("node-2", &[NODE_1], "dsr=true");
     let ports = format!("{TCP_PORT}/tcp/taken-here . {}:{SERVED}", POD[0]);
     let found = doors(&here);
     assert_eq!(found.len(), 8, "{found:#?}");

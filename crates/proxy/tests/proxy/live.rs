@@ -79,7 +79,8 @@ impl Running {
         let status = &mut self.status;
         self.runtime.block_on(async {
             let done = status.wait_for(|status| status.commits > commits && status.pending == 0);
-            tokio::time::timeout(Duration::from_secs(10), done).await.expect("in time").expect("alive");
+            let done = tokio::time::timeout(Duration::from_secs(10), done).await.map(|done| done.is_ok());
+            assert_eq!(done, Ok(true), "no commit: {:?}", status.borrow().error);
         });
     }
 

@@ -180,39 +180,31 @@ separate int start_answer(const struct packet *inner, const struct endpoint *end
 }
 
 // A packet that another node has enclosed: taken out, it goes to its endpoint. Whatever else has two headers is left alone.
-separate int open_capsule(struct __sk_buff *skb, int is_ipv6)
+// The caller's stack holds both packet and endpoint: there is not much of it.
+separate int open_capsule(struct __sk_buff *skb, struct packet *packet, struct endpoint *endpoint)
 {
-	struct endpoint endpoint = {};
 	union address sender = {};
-	struct packet inner;
-	__u32 size = capsule_size(is_ipv6);
+	__u32 size;
 
-	if (is_ipv6) {
-		struct ipv6hdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)))
-			return TC_ACT_OK;
-		__builtin_memcpy(&sender, &header.saddr, 16);
-		__builtin_memcpy(&endpoint.address, &header.daddr, 16);
-		__builtin_memcpy(&endpoint.port, &header.flow_lbl[1], 2);
-	} else {
-		struct iphdr header;
-
-		if (load_bytes(skb, ETH_HLEN, &header, sizeof(header)) || header.ihl != 5)
-			return TC_ACT_OK;
-		set_ipv4(&sender, header.saddr);
-		set_ipv4(&endpoint.address, header.daddr);
-		endpoint.port = header.id;
-	}
-	if (!this_node() || !parse_at(skb, &inner, 0, ETH_HLEN + size) || !is_taken_here(&inner, &endpoint))
+	if (!packet || !endpoint)
+		return TC_ACT_OK;
+	size = capsule_size(packet->is_ipv6);
+	sender = packet->key.source;
+	endpoint->address = packet->key.destination;
+	if (load_bytes(skb, ETH_HLEN + (packet->is_ipv6 ? offsetof(struct ipv6hdr, flow_lbl) + 1 : offsetof(struct iphdr, id)),
+		       &endpoint->port, 2))
+		return TC_ACT_OK;
+	// As nodes write it: without options.
+	if (packet->transport != ETH_HLEN + size || !this_node() || !parse_at(skb, packet, 0, packet->transport) ||
+	    !is_taken_here(packet, endpoint))
 		return TC_ACT_OK;
 	// Only nodes may say whom a client asked for.
 	if (!is_taker(&sender))
 		return TC_ACT_SHOT;
-	if (is_first_syn(&inner) && note_straight(&endpoint.address, endpoint.port))
+	if (is_first_syn(packet) && note_straight(&endpoint->address, endpoint->port))
 		return TC_ACT_SHOT;
-	if (!start_answer(&inner, &endpoint) || adjust_room(skb, -(__s32)size, BPF_ADJ_ROOM_MAC, 0))
+	if (!start_answer(packet, endpoint) || adjust_room(skb, -(__s32)size, BPF_ADJ_ROOM_MAC, 0))
 		return TC_ACT_SHOT;
-	inner.transport -= size;
-	return rewrite(skb, &inner, &endpoint, 0);
+	packet->transport -= size;
+	return rewrite(skb, packet, endpoint, 0);
 }

@@ -162,6 +162,24 @@ inlined int may_use(const struct frontend *frontend, const union address *source
 	return !(frontend->flags & FIREWALL) || map_lookup(&sources, &key);
 }
 
+// How the answers of a new flow come back: as bits for `start_flow`.
+inlined __u32 way_back(const struct packet *packet, const struct frontend *frontend, const struct node *node,
+		       const struct endpoint *endpoint, int in_pods, int may_go_past)
+{
+	if (frontend->flags & DIRECT && !in_pods) {
+		if (may_go_past && goes_past(packet, node, frontend->id, endpoint))
+			return PAST;
+		// Those of an endpoint of this node come through it in any case.
+		if (is_member(frontend->id, TAKEN_HERE, endpoint))
+			return 0;
+	}
+	if (frontend->flags & MASQUERADE ||
+	    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet->is_ipv6 ? 1 : 0]) ||
+	    same_address(&endpoint->address, &packet->key.source))
+		return START_MASQUERADED;
+	return 0;
+}
+
 // Its endpoint did not answer: affinity must not lead there again.
 inlined void forget_client(__u32 list, const union address *client)
 {
@@ -184,7 +202,7 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 
 	if (!parse(skb, &packet, 0)) {
 		if (packet.key.protocol == (packet.is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IPIP))
-			return open_capsule(skb, packet.is_ipv6);
+			return open_capsule(skb, &packet, &endpoint);
 		return translate_error(skb, 0);
 	}
 	flow = map_lookup(&flows, &packet.key);
@@ -248,13 +266,7 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		if (!pick(&choice, &packet.key.source, packet.key.protocol, &endpoint))
 			return TC_ACT_SHOT;
 		// A first SYN and its repetition were not answered: perhaps not even taken.
-		if (frontend->flags & DIRECT && !in_pods && !(again && flow->flags & PAST) &&
-		    goes_past(&packet, node, frontend->id, &endpoint))
-			how |= PAST;
-		else if (frontend->flags & MASQUERADE ||
-		    (frontend->flags & MASQUERADE_OUTSIDE && !in_pods && node->has_pods[packet.is_ipv6 ? 1 : 0]) ||
-		    same_address(&endpoint.address, &packet.key.source))
-			how |= START_MASQUERADED;
+		how |= way_back(&packet, frontend, node, &endpoint, in_pods, !(again && flow->flags & PAST));
 		if (frontend->flags & LEAST_LOAD)
 			how |= COUNTED;
 		// Once: if the second refuses, too, the client is told.

@@ -203,13 +203,15 @@ impl Walk<'_> {
         }
         let hash = maglev::hash(packet.from, protocol);
         let Some(to) = self.pick(scope, &target, protocol, Some(hash), draw) else { return Fate::Dropped };
-        if target.flags & flag::DIRECT != 0
-            && !is_pod
-            && !self.base.takers.contains(&source)
-            && self.get(Key::Taken { by: Taken::There(target.id), endpoint: to }).is_some()
-        {
-            self.log.push(format!("{to} answers past this node"));
-            return Fate::Sent { to, masqueraded: false };
+        if target.flags & flag::DIRECT != 0 && !is_pod {
+            let is_node = self.base.takers.contains(&source);
+            let mut is_taken = |by| self.get(Key::Taken { by, endpoint: to }).is_some();
+            let past = !is_node && is_taken(Taken::There(target.id));
+            if past || is_taken(Taken::Here(target.id)) {
+                let answer = if past { "answers past this node" } else { "sees the client" };
+                self.log.push(format!("{to} {answer}"));
+                return Fate::Sent { to, masqueraded: false };
+            }
         }
         let outside = !is_pod && self.base.has_pods(source.is_ipv6());
         let masqueraded = target.flags & flag::MASQUERADE != 0

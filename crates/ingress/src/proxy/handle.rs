@@ -38,7 +38,12 @@ pub async fn handle(
     let line = worker.log.borrow().is_on().then(|| Box::new(Line::new(&client, &request)));
     let arrival = match route(&worker, &request, started) {
         Ok(arrival) => arrival,
-        Err(response) => {
+        Err(rejected) => {
+            let mut response = answer(rejected.status, rejected.text);
+            if rejected.is_refused {
+                // What follows on the connection may be part of the same trick.
+                response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+            }
             worker.tell(line, &response, None, started);
             return Ok(response);
         }
@@ -54,13 +59,18 @@ pub async fn handle(
     Ok(response)
 }
 
-fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Result<Arrival, Response<ResponseBody>> {
+/// A request that no route gets.
+struct Rejected {
+    status: StatusCode,
+    text: &'static str,
+    /// It could be read in two ways, or asks for what is not served.
+    is_refused: bool,
+}
+
+fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Result<Arrival, Rejected> {
     let refuse = |refusal: Refusal| {
         worker.shared.refused.fetch_add(1, Ordering::Relaxed);
-        let mut response = answer(refusal.status(), refusal.text());
-        // What follows on the connection may be part of the same trick.
-        response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
-        response
+        Rejected { status: refusal.status(), text: refusal.text(), is_refused: true }
     };
     let host = hygiene::host(request).map_err(refuse)?;
     let host: Cow<'_, str> = match host.bytes().any(|byte| byte.is_ascii_uppercase()) {
@@ -77,7 +87,8 @@ fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Resu
     };
     let Some(route) = worker.shared.routes.load().find(&ask).cloned() else {
         worker.shared.unrouted.fetch_add(1, Ordering::Relaxed);
-        return Err(answer(StatusCode::NOT_FOUND, "no Ingress has a rule for this\n"));
+        let text = "no Ingress has a rule for this\n";
+        return Err(Rejected { status: StatusCode::NOT_FOUND, text, is_refused: false });
     };
     let path = match path {
         Cow::Owned(path) => Some(path),

@@ -4,6 +4,7 @@
 //! Ctrl-C held off, takes the cluster down and compares the machine with what it was before.
 
 mod leftovers;
+mod names;
 mod rules;
 mod story;
 mod traffic;

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{Options, rules, traffic};
+use super::{Options, names, rules, traffic};
 use crate::cluster::Cluster;
 use crate::{image, shell};
 
@@ -44,6 +44,11 @@ pub fn tell(cluster: &Cluster, options: &Options) -> Result<()> {
     let cluster_ip = text(&service, "/spec/clusterIP")?;
     let dns = cluster.get(&["service", "kube-dns", "-n", "kube-system"])?;
     ways_in(cluster, options, &pods, cluster_ip, text(&dns, "/spec/clusterIP")?)?;
+
+    if cluster.has_kubectl() {
+        println!("\n== names, asked for by a pod");
+        names::ask(cluster)?;
+    }
 
     println!("\n== the rules on node-1 that carry these packets ({})", options.proxy_mode);
     let words: Vec<String> = [cluster_ip.to_owned(), NODE_PORT.to_string()].into_iter().chain(pods.ips).collect();
@@ -118,7 +123,7 @@ fn internal_ipv4(node: &Value) -> Option<&str> {
     internal.filter_map(|address| address["address"].as_str()).find(|ip| ip.contains('.'))
 }
 
-fn text<'a>(value: &'a Value, pointer: &str) -> Result<&'a str> {
+pub fn text<'a>(value: &'a Value, pointer: &str) -> Result<&'a str> {
     value
         .pointer(pointer)
         .and_then(Value::as_str)

@@ -4,7 +4,6 @@
 //! other controller: what one writes, another sees.
 
 pub mod amount;
-pub mod clusterdns;
 pub mod conditions;
 pub mod cronjob;
 pub mod daemonset;
@@ -19,6 +18,7 @@ pub mod job;
 pub mod namespace;
 pub mod nodelifecycle;
 pub mod nodes;
+pub mod nodeservices;
 pub mod owners;
 pub mod plain;
 pub mod plan;
@@ -59,7 +59,7 @@ pub struct Context {
 
 /// Every controller there is.
 pub const ALL: &[Descriptor] = &[
-    clusterdns::DESCRIPTOR,
+    nodeservices::DESCRIPTOR,
     namespace::DESCRIPTOR,
     serviceaccount::DESCRIPTOR,
     rootca::DESCRIPTOR,

@@ -99,6 +99,8 @@ pub struct AgentArgs {
     pub overlay: Overlay,
     #[command(flatten)]
     pub dns: crate::dns::DnsOptions,
+    #[command(flatten)]
+    pub ingress: crate::ingress::IngressOptions,
     /// Labels of the node, key=value.
     #[arg(long, value_name = "KEY=VALUE")]
     pub label: Vec<String>,
@@ -320,6 +322,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         });
     }
     let (ready, ready_seen) = watch::channel(false);
+    let (ingress, ingress_wanted) = watch::channel(false);
     let nodes: Cache<Node> = {
         let own = name.clone();
         reconcile::feed(
@@ -345,6 +348,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
                 if let Some(node) = after.filter(|node| node.name() == own) {
                     ready.send_replace(node.is_ready());
                     health.set_taints(node.taints());
+                    ingress.send_replace(node.wants_ingress());
                     views.send_if_modified(|view| {
                         let zone = node.zone();
                         let changed = view.place.zone != zone;
@@ -391,6 +395,17 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     tasks.spawn(async move {
         dns_server.run(dns_token).await;
     });
+
+    let ingress_client = join::component_client(&node_client, &args.server, &identity, "fairlead-ingress").await?;
+    let ingress_node = crate::ingress::Node { name: name.clone(), addresses: args.node_ip.clone() };
+    tasks.spawn(crate::ingress::serve_while_labelled(
+        ingress_client,
+        feed.clone(),
+        args.ingress.clone(),
+        ingress_node,
+        ingress_wanted,
+        token.clone(),
+    ));
 
     // Runtime and kubelet.
     let dialer = match &outer {

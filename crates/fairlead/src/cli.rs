@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{agent, await_dns, client, dns, down, explain, image, node, proxy, server, status, top, up};
+use crate::{agent, await_dns, client, dns, down, explain, image, ingress, node, proxy, server, status, top, up};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -48,6 +48,8 @@ enum Command {
     Proxy(Box<proxy::ProxyArgs>),
     /// Run cluster DNS alone, in CoreDNS's place, for any Kubernetes.
     Dns(Box<dns::DnsArgs>),
+    /// Run the Ingress controller and its proxy alone, for any Kubernetes.
+    Ingress(Box<ingress::IngressArgs>),
     /// Create or change objects from files (server-side apply).
     Apply(client::ApplyArgs),
     /// Show objects.
@@ -67,7 +69,12 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         if !matches!(
             self.command,
-            Command::Server(_) | Command::Agent(_) | Command::Up(_) | Command::Proxy(_) | Command::Dns(_)
+            Command::Server(_)
+                | Command::Agent(_)
+                | Command::Up(_)
+                | Command::Proxy(_)
+                | Command::Dns(_)
+                | Command::Ingress(_)
         ) {
             linux::sigpipe::end_on_closed_pipe();
         }
@@ -83,6 +90,7 @@ impl Cli {
             Command::Agent(args) => agent::run(args),
             Command::Proxy(args) => proxy::run(*args),
             Command::Dns(args) => dns::run(*args),
+            Command::Ingress(args) => ingress::run(*args),
             Command::Apply(args) => blocking(args.run()),
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),

@@ -37,6 +37,18 @@ pub fn all() -> Vec<Component> {
                 rule("discovery.k8s.io", &["endpointslices"], &READ),
             ],
         ),
+        component(
+            "fairlead-ingress",
+            vec![
+                rule("", &["services"], &["list", "watch"]),
+                rule("networking.k8s.io", &["ingresses", "ingressclasses"], &["list", "watch"]),
+                rule("networking.k8s.io", &["ingresses/status"], &["patch"]),
+                // Only those that Ingresses name are asked for, each by its name.
+                rule("", &["secrets"], &["list", "watch"]),
+                rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
+                events(),
+            ],
+        ),
         component("fairlead-podnet", vec![rule("", &["nodes"], &READ)]),
         component(
             "fairlead-scheduler",

@@ -1,6 +1,7 @@
 //! What a cluster was made with, kept in its data directory, so that `up` again means the same cluster.
 
 use crate::dns::DnsOptions;
+use crate::ingress::IngressOptions;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,6 +24,8 @@ pub struct ClusterConfig {
     pub localhost_node_ports: bool,
     #[serde(default)]
     pub dns: DnsOptions,
+    #[serde(default)]
+    pub ingress: IngressOptions,
     /// Switches of every node's proxy that are not as they are by default.
     #[serde(default)]
     pub feature_gates: String,

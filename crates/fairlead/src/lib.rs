@@ -17,6 +17,7 @@ mod down;
 mod dsr;
 mod explain;
 mod image;
+mod ingress;
 mod join;
 mod kubeconfig;
 mod local;

@@ -68,6 +68,11 @@ impl Node {
         self.has_ready("True")
     }
 
+    /// Whether it runs the Ingress proxy.
+    pub fn wants_ingress(&self) -> bool {
+        self.metadata.labels.get(crate::ingress::LABEL).is_some_and(|value| value != "false")
+    }
+
     pub fn zone(&self) -> Option<Arc<str>> {
         self.metadata.labels.get("topology.kubernetes.io/zone").map(|zone| zone.as_str().into())
     }

@@ -3,8 +3,9 @@
 use crate::config::Publish;
 use crate::connector::LabConnector;
 use crate::pki::{Pki, San};
-use crate::{cli, components, kubeconfig, publish, serve, signer};
+use crate::{cli, components, ingress, kubeconfig, publish, serve, signer};
 use anyhow::{Context, bail};
+use api::kinds::{INGRESS_CLASSES, SERVICES};
 use apiserver::auth::token::TokenKey;
 use apiserver::bootstrap::{self, Advertise};
 use apiserver::{Allocation, ApiServer, Connector, Identity};
@@ -317,5 +318,29 @@ async fn cluster_objects(api: &ApiServer, args: &ServerArgs, dir: &Path) -> anyh
                 {"name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": DNS_PORT},
                 {"name": "metrics", "port": DNS_METRICS_PORT, "protocol": "TCP", "targetPort": DNS_METRICS_PORT}]},
     });
-    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/services", &service, true).await.map_err(fail)
+    bootstrap::ensure(&master, "/api/v1/namespaces/kube-system/services", &service, true).await.map_err(fail)?;
+    ingress_objects(&master).await.map_err(fail)
+}
+
+/// The class of Ingresses that name none, and the Service that leads to the nodes that serve them. Both are made once: who
+/// wants another default class, or other node ports, may say so.
+async fn ingress_objects(master: &ApiServer) -> Result<(), String> {
+    let class = json!({
+        "apiVersion": INGRESS_CLASSES.api_version(), "kind": INGRESS_CLASSES.kind,
+        "metadata": {"name": ::ingress::CLASS,
+            "annotations": {"ingressclass.kubernetes.io/is-default-class": "true"}},
+        "spec": {"controller": ::ingress::CONTROLLER},
+    });
+    bootstrap::ensure(master, &INGRESS_CLASSES.path(""), &class, false).await?;
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": ingress::SERVICE, "namespace": ingress::NAMESPACE,
+            "labels": {"app.kubernetes.io/name": ingress::SERVICE}},
+        // Local: the client's own address arrives, and load balancers ask only nodes that serve.
+        "spec": {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ipFamilyPolicy": "PreferDualStack",
+            "ports": [
+                {"name": "http", "port": 80, "protocol": "TCP", "targetPort": ingress::HTTP_PORT},
+                {"name": "https", "port": 443, "protocol": "TCP", "targetPort": ingress::HTTPS_PORT}]},
+    });
+    bootstrap::ensure(master, &SERVICES.path(ingress::NAMESPACE), &service, false).await
 }

@@ -3,6 +3,7 @@
 use crate::agent::{NodeProxy, Overlay};
 use crate::config::{ClusterConfig, Publish};
 use crate::dns::DnsOptions;
+use crate::ingress::{self, IngressOptions};
 use crate::{cli, down, local, server};
 use anyhow::{Context, bail};
 use clap::Args;
@@ -67,6 +68,8 @@ pub struct UpArgs {
     pub insecure_registry: Vec<String>,
     #[command(flatten)]
     pub dns: DnsOptions,
+    #[command(flatten)]
+    pub ingress: IngressOptions,
     /// Return when the cluster is ready, and leave it running.
     #[arg(long)]
     pub detach: bool,
@@ -114,6 +117,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         nodes,
         localhost_node_ports: args.localhost_node_ports,
         dns: args.dns.clone().absolute()?,
+        ingress: args.ingress.clone(),
         feature_gates: args.feature_gates.to_string(),
         endpoint_selection: args.endpoint_selection.to_string(),
         dsr: args.dsr,
@@ -268,6 +272,8 @@ fn start_agent(
         arguments.push("--dsr".into());
     }
     arguments.extend(config.dns.flags());
+    arguments.extend(config.ingress.flags());
+    arguments.push(format!("--label={}=true", ingress::LABEL));
     if !config.feature_gates.is_empty() {
         arguments.extend(["--feature-gates".into(), config.feature_gates.clone()]);
     }

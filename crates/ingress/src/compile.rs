@@ -65,6 +65,7 @@ pub struct Compiler {
     dirty_hosts: BTreeSet<HostPattern>,
     dirty_defaults: bool,
     dirty_certificates: bool,
+    dirty_secrets: bool,
 }
 
 #[derive(Default)]
@@ -112,6 +113,7 @@ impl Compiler {
             dirty_hosts: BTreeSet::new(),
             dirty_defaults: false,
             dirty_certificates: false,
+            dirty_secrets: false,
         }
     }
 
@@ -210,6 +212,7 @@ impl Compiler {
         }
         self.dirty_defaults |= translated.default.is_some();
         self.dirty_certificates |= !translated.certificates.is_empty();
+        self.dirty_secrets |= !translated.certificates.is_empty();
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -278,6 +281,16 @@ impl Compiler {
             self.secrets.entry(key.clone()).or_insert(SecretState::Unknown);
         }
         wanted
+    }
+
+    /// The Secrets that are wanted, if they may be others than at the last call.
+    pub fn new_secrets(&mut self) -> Option<BTreeSet<Key>> {
+        std::mem::take(&mut self.dirty_secrets).then(|| self.wanted_secrets())
+    }
+
+    /// Somebody wants a Secret that was not looked at yet.
+    pub fn waits_for_secrets(&self) -> bool {
+        self.secrets.values().any(|state| matches!(state, SecretState::Unknown))
     }
 
     /// The certificates, if anything changed since the last call.

@@ -12,6 +12,7 @@ mod error;
 mod host;
 mod objects;
 mod policy;
+mod proxy;
 mod route;
 mod swap;
 mod table;
@@ -26,9 +27,10 @@ pub use error::IngressError;
 pub use host::{HostPattern, host_of};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
+pub use proxy::{Limits, LogFormat, Proxy, ProxyConfig, Readiness};
 pub use route::{
-    Action, Ask, Backends, Canary, Cors, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route,
-    RouteName, ValueMatch, WeightedBackend, cookie,
+    Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
+    ValueMatch, WeightedBackend, cookie,
 };
 pub use swap::Swap;
 pub use table::{PathTable, RouteTable};

@@ -1,7 +1,6 @@
 //! What a request must look like for a route, and what becomes of it then. Ingress and Gateway are both translated to this.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use regex::Regex;
@@ -225,12 +224,6 @@ pub enum Filter {
     ResponseHeaders(HeaderChanges),
     RewritePath(PathRewrite),
     RewriteHost(HeaderValue),
-    /// A copy, whose answer nobody reads, of so many of a hundred thousand requests.
-    Mirror {
-        upstream: Arc<Upstream>,
-        share: u32,
-    },
-    Cors(Arc<Cors>),
 }
 
 #[derive(Clone, Debug, Default)]
@@ -252,18 +245,6 @@ impl HeaderChanges {
             headers.append(name, value.clone());
         }
     }
-}
-
-/// Who may use answers from other origins (Fetch standard).
-#[derive(Clone, Debug, Default)]
-pub struct Cors {
-    /// `https://*.example.com` stands for any label in front; empty or `*`: every origin.
-    pub origins: Vec<Box<str>>,
-    pub methods: Box<str>,
-    pub headers: Box<str>,
-    pub expose: Box<str>,
-    pub credentials: bool,
-    pub max_age: Duration,
 }
 
 impl Route {

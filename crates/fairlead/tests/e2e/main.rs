@@ -8,6 +8,7 @@ mod daemon;
 mod death;
 mod dns;
 mod handover;
+mod ingress;
 mod load;
 mod play;
 mod registry;

@@ -1,3 +1,5 @@
 //! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
 
+mod proxy;
 mod routes;
+mod world;

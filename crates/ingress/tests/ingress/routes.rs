@@ -58,7 +58,7 @@ fn parse(text: &str) -> Vec<Case> {
 }
 
 /// `KIND NAMESPACE/NAME {spec} | {metadata}`, as an object.
-fn object(line: &str) -> Value {
+pub fn object(line: &str) -> Value {
     let (head, metadata) = line.split_once(" | ").unwrap_or((line, "{}"));
     let mut words = head.splitn(3, ' ');
     let (kind, name) = (words.next().expect("a kind"), words.next().expect("a name"));

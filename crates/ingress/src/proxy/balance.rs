@@ -1,0 +1,127 @@
+//! Which endpoint gets a request.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::policy::Balance;
+use crate::upstream::{Endpoint, Upstream};
+
+/// The first pause of an endpoint that failed; each failure in a row makes it longer.
+const PAUSE: u64 = 500;
+const LONGEST_PAUSE: u64 = 10_000;
+
+/// Chooses among the endpoints that are not in `tried`. `now` is in milliseconds, `draw` any number.
+pub fn pick(
+    upstream: &Upstream,
+    endpoints: &[Arc<Endpoint>],
+    balance: Balance,
+    tried: &[SocketAddr],
+    now: u64,
+    draw: u64,
+) -> Option<Arc<Endpoint>> {
+    let count = endpoints.len();
+    let is_good = |endpoint: &&Arc<Endpoint>| !tried.contains(&endpoint.address) && !endpoint.is_ejected(now);
+    let first = match (count, balance) {
+        (0, _) => return None,
+        (_, Balance::RoundRobin) => upstream.turn.fetch_add(1, Ordering::Relaxed) as usize % count,
+        (_, Balance::LeastLoad) => {
+            let (a, b) = (draw as u32 as usize % count, (draw >> 32) as usize % count);
+            let better = |a: usize, b: usize| {
+                let active = |at: usize| endpoints[at].active.load(Ordering::Relaxed);
+                if active(b) < active(a) { b } else { a }
+            };
+            match (is_good(&&endpoints[a]), is_good(&&endpoints[b])) {
+                (true, true) => better(a, b),
+                (false, true) => b,
+                _ => a,
+            }
+        }
+    };
+    let from_first = || endpoints[first..].iter().chain(&endpoints[..first]);
+    // When all are out of order, one of them is tried all the same.
+    let untried = |endpoint: &&Arc<Endpoint>| !tried.contains(&endpoint.address);
+    from_first().find(is_good).or_else(|| from_first().find(untried)).cloned()
+}
+
+impl Endpoint {
+    /// It did not do what was asked; others are asked for a while.
+    pub fn failed(&self, now: u64) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed).min(16);
+        let pause = (PAUSE << failures).min(LONGEST_PAUSE);
+        self.ejected_until.store(now + pause, Ordering::Relaxed);
+    }
+
+    pub fn succeeded(&self) {
+        // Read first: written to, the line would go from processor to processor with each request.
+        if self.failures.load(Ordering::Relaxed) != 0 {
+            self.failures.store(0, Ordering::Relaxed);
+            self.ejected_until.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A request under way, counted at its endpoint until dropped.
+pub struct Active(pub Arc<Endpoint>);
+
+impl Active {
+    pub fn new(endpoint: Arc<Endpoint>) -> Self {
+        endpoint.active.fetch_add(1, Ordering::Relaxed);
+        endpoint.requests.fetch_add(1, Ordering::Relaxed);
+        Active(endpoint)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The time since the process began to carry requests, in milliseconds.
+pub fn milliseconds(since: Duration) -> u64 {
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::upstream::{PortRef, UpstreamKey, Upstreams};
+
+    fn endpoints() -> (Arc<Upstream>, Vec<Arc<Endpoint>>) {
+        let key = UpstreamKey { namespace: "shop".into(), service: "web".into(), port: PortRef::Number(80) };
+        let upstream = Upstreams::default().get(&key, &services::ServiceTable::new());
+        let all = (1..=3).map(|n| Arc::new(Endpoint::new(SocketAddr::from(([10, 0, 0, n], 80))))).collect();
+        (upstream, all)
+    }
+
+    #[test]
+    fn turns_reach_everybody_and_load_the_least_loaded() {
+        let (upstream, all) = endpoints();
+        let one = |balance, draw| pick(&upstream, &all, balance, &[], 0, draw).expect("somebody").address;
+        let seen: BTreeSet<SocketAddr> = (0..3).map(|_| one(Balance::RoundRobin, 0)).collect();
+        assert_eq!(seen.len(), 3);
+        let _busy = Active::new(all[0].clone());
+        assert_eq!(one(Balance::LeastLoad, 1 << 32), all[1].address, "0 is busy, 1 is not");
+        assert_eq!(one(Balance::LeastLoad, 1), all[1].address);
+    }
+
+    #[test]
+    fn who_failed_is_passed_over_for_a_while_unless_all_have() {
+        let (upstream, all) = endpoints();
+        let one = |tried: &[SocketAddr], now| pick(&upstream, &all, Balance::LeastLoad, tried, now, 0);
+        all[0].failed(1000);
+        assert_ne!(one(&[], 1001).expect("another").address, all[0].address);
+        assert_eq!(one(&[], 1000 + PAUSE).expect("back").address, all[0].address);
+        all.iter().for_each(|endpoint| endpoint.failed(2000));
+        assert!(one(&[], 2001).is_some(), "better one that failed than nobody");
+        let tried: Vec<SocketAddr> = all.iter().map(|endpoint| endpoint.address).collect();
+        assert!(one(&tried, 2001).is_none());
+        all[0].succeeded();
+        assert_eq!(one(&[], 2001).expect("well again").address, all[0].address);
+    }
+}

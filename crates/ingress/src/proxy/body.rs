@@ -1,0 +1,198 @@
+//! Bodies on their way through: bounded in size and in silence, and counted.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::forward::Finish;
+
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a request's body ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    TooLarge,
+    TooSlow,
+}
+
+/// Runs out when nothing moves for a while. Made only when somebody really waits.
+struct Patience {
+    limit: Duration,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patience {
+    fn new(limit: Duration) -> Self {
+        Patience { limit, sleep: None }
+    }
+
+    fn moved(&mut self) {
+        self.sleep = None;
+    }
+
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        let limit = self.limit;
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + limit)));
+        sleep.as_mut().poll(cx).is_ready()
+    }
+}
+
+/// A request's body towards an endpoint.
+pub enum RequestBody {
+    Empty,
+    Client(Box<ClientBody>),
+}
+
+pub struct ClientBody {
+    inner: Incoming,
+    patience: Patience,
+    /// Bytes that may still come; `None`: any.
+    left: Option<u64>,
+    trouble: Rc<Cell<Option<Trouble>>>,
+}
+
+impl RequestBody {
+    /// `limit` in bytes, 0 for any. Why the body ended early will stand in `trouble`.
+    pub fn new(inner: Incoming, limit: u64, patience: Duration, trouble: &Rc<Cell<Option<Trouble>>>) -> Self {
+        if inner.is_end_stream() {
+            return RequestBody::Empty;
+        }
+        let left = (limit > 0).then_some(limit);
+        RequestBody::Client(Box::new(ClientBody {
+            inner,
+            patience: Patience::new(patience),
+            left,
+            trouble: trouble.clone(),
+        }))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        matches!(self, RequestBody::Empty)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let RequestBody::Client(body) = &mut *self else { return Poll::Ready(None) };
+        match Pin::new(&mut body.inner).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                body.patience.moved();
+                if let (Some(left), Some(data)) = (&mut body.left, frame.data_ref()) {
+                    match left.checked_sub(data.len() as u64) {
+                        Some(rest) => *left = rest,
+                        None => {
+                            body.trouble.set(Some(Trouble::TooLarge));
+                            return Poll::Ready(Some(Err("the body is larger than allowed".into())));
+                        }
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending if body.patience.is_over(cx) => {
+                body.trouble.set(Some(Trouble::TooSlow));
+                Poll::Ready(Some(Err("the body does not come".into())))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            RequestBody::Empty => true,
+            RequestBody::Client(body) => body.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            RequestBody::Empty => SizeHint::with_exact(0),
+            RequestBody::Client(body) => body.inner.size_hint(),
+        }
+    }
+}
+
+/// An answer's body towards the client.
+pub enum ResponseBody {
+    Own(Option<Bytes>),
+    Endpoint(EndpointBody),
+}
+
+pub struct EndpointBody {
+    inner: Incoming,
+    patience: Patience,
+    /// What remains to be done when the answer is over.
+    finish: Finish,
+}
+
+impl ResponseBody {
+    pub fn endpoint(inner: Incoming, patience: Duration, mut finish: Finish) -> Self {
+        if inner.is_end_stream() {
+            finish.complete();
+        }
+        ResponseBody::Endpoint(EndpointBody { inner, patience: Patience::new(patience), finish })
+    }
+
+    pub fn text(text: impl Into<Bytes>) -> Self {
+        ResponseBody::Own(Some(text.into()))
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let body = match &mut *self {
+            ResponseBody::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            ResponseBody::Endpoint(body) => body,
+        };
+        match Pin::new(&mut body.inner).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                body.patience.moved();
+                if let Some(data) = frame.data_ref() {
+                    body.finish.sent(data.len());
+                }
+                if body.inner.is_end_stream() {
+                    body.finish.complete();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => {
+                body.finish.complete();
+                Poll::Ready(None)
+            }
+            Poll::Pending if body.patience.is_over(cx) => {
+                Poll::Ready(Some(Err("the endpoint's answer does not go on".into())))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            ResponseBody::Own(text) => text.is_none(),
+            ResponseBody::Endpoint(body) => body.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            ResponseBody::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
+            ResponseBody::Endpoint(body) => body.inner.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! One request: where it may go, decided before a byte of it moves.
+
+use std::borrow::Cow;
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use http::header::{CONTENT_LENGTH, HOST, LOCATION};
+use http::{HeaderValue, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::body::ResponseBody;
+use super::forward::forward;
+use super::hygiene::{self, Refusal};
+use super::log::Line;
+use super::worker::{Client, Worker};
+use crate::route::{Action, Ask, PathRewrite, Redirect, Route};
+
+/// What is known of a request when it has been decided about.
+pub struct Arrival {
+    pub started: Instant,
+    pub route: Arc<Route>,
+    /// In lower case, without its port.
+    pub host: Box<str>,
+    /// The path to match and send, if it is not the one in the request.
+    pub path: Option<String>,
+}
+
+/// Answers a request. Whatever goes wrong is an answer, too.
+pub async fn handle(
+    worker: Rc<Worker>,
+    client: Rc<Client>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
+    let started = Instant::now();
+    let line = worker.log.borrow().is_on().then(|| Box::new(Line::new(&client, &request)));
+    let arrival = match route(&worker, &request, started) {
+        Ok(arrival) => arrival,
+        Err(rejected) => {
+            let mut response = answer(rejected.status, rejected.text);
+            if rejected.is_refused {
+                // What follows on the connection may be part of the same trick.
+                response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            worker.tell(line, &response, None, started);
+            return Ok(response);
+        }
+    };
+    let response = match decide(&client, &arrival, &request) {
+        Some(response) => {
+            arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
+            worker.tell(line, &response, Some(&arrival.route), started);
+            response
+        }
+        None => forward(worker, client, arrival, request, line).await,
+    };
+    Ok(response)
+}
+
+/// A request that no route gets.
+struct Rejected {
+    status: StatusCode,
+    text: &'static str,
+    /// It could be read in two ways, or asks for what is not served.
+    is_refused: bool,
+}
+
+fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Result<Arrival, Rejected> {
+    let refuse = |refusal: Refusal| {
+        worker.shared.refused.fetch_add(1, Ordering::Relaxed);
+        Rejected { status: refusal.status(), text: refusal.text(), is_refused: true }
+    };
+    let host = hygiene::host(request).map_err(refuse)?;
+    let host: Cow<'_, str> = match host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        true => Cow::Owned(host.to_ascii_lowercase()),
+        false => Cow::Borrowed(host),
+    };
+    let path = hygiene::plain_path(request.uri().path()).map_err(refuse)?;
+    let ask = Ask {
+        host: &host,
+        path: &path,
+        query: request.uri().query().unwrap_or_default(),
+        method: request.method(),
+        headers: request.headers(),
+    };
+    let Some(route) = worker.shared.routes.load().find(&ask).cloned() else {
+        worker.shared.unrouted.fetch_add(1, Ordering::Relaxed);
+        let text = "no Ingress has a rule for this\n";
+        return Err(Rejected { status: StatusCode::NOT_FOUND, text, is_refused: false });
+    };
+    let path = match path {
+        Cow::Owned(path) => Some(path),
+        Cow::Borrowed(_) => None,
+    };
+    Ok(Arrival { started, route, host: host.into(), path })
+}
+
+/// An answer that needs no endpoint.
+fn decide(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
+    let policy = &arrival.route.policy;
+    let ip = client.peer.ip();
+    let is_allowed = policy.allow.is_empty() || policy.allow.iter().any(|range| range.contains(&ip));
+    if !is_allowed || policy.deny.iter().any(|range| range.contains(&ip)) {
+        return Some(answer(StatusCode::FORBIDDEN, "this address may not come here\n"));
+    }
+    if policy.https_only && !is_secure(client, request) {
+        let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        let path = arrival.path.as_deref().unwrap_or(request.uri().path());
+        let location = format!("https://{}{path}{query}", arrival.host);
+        return Some(redirect(StatusCode::PERMANENT_REDIRECT, &location));
+    }
+    match &arrival.route.action {
+        Action::Forward(_) => {}
+        Action::Respond(status) => return Some(answer(*status, "there is nothing behind this path\n")),
+        Action::Redirect(wanted) => {
+            let location = location(wanted, client, arrival, request);
+            return Some(redirect(wanted.status, &location));
+        }
+    }
+    let length = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if policy.body_limit > 0 && length.is_some_and(|length| length > policy.body_limit) {
+        return Some(answer(StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than allowed here\n"));
+    }
+    None
+}
+
+fn is_secure(client: &Client, request: &Request<Incoming>) -> bool {
+    let told = || request.headers().get("x-forwarded-proto").is_some_and(|value| value == "https");
+    client.is_tls || (client.is_trusted && told())
+}
+
+fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
+    if let Some(location) = &wanted.location {
+        return location.to_string();
+    }
+    let is_tls = is_secure(client, request);
+    let scheme = wanted.scheme.unwrap_or(if is_tls { "https" } else { "http" });
+    let host = wanted.host.as_deref().unwrap_or(&arrival.host);
+    let held = arrival.path.as_deref().unwrap_or(request.uri().path());
+    let path = match &wanted.path {
+        Some(rewrite) => rewritten(rewrite, &arrival.route, held),
+        None => held.to_owned(),
+    };
+    // Without another scheme the client's own port stays.
+    let named = request.headers().get(HOST).and_then(|value| value.to_str().ok()).and_then(|h| h.rsplit_once(':'));
+    let kept = named.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|_| wanted.scheme.is_none());
+    let port = wanted.port.or(kept).filter(|port| !matches!((scheme, port), ("http", 80) | ("https", 443)));
+    let port = port.map(|port| format!(":{port}")).unwrap_or_default();
+    let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+    format!("{scheme}://{host}{port}{path}{query}")
+}
+
+/// The path that an endpoint sees.
+pub fn rewritten(rewrite: &PathRewrite, route: &Route, path: &str) -> String {
+    use crate::route::PathMatch;
+    match (rewrite, &route.path) {
+        (PathRewrite::Full(path), _) => path.to_string(),
+        (PathRewrite::Prefix(new), PathMatch::Prefix(old)) => {
+            let rest = path.get(old.len()..).unwrap_or_default().trim_start_matches('/');
+            match (new.trim_end_matches('/'), rest) {
+                ("", rest) => format!("/{rest}"),
+                (new, "") if !path.ends_with('/') || old.len() == path.len() => new.to_owned(),
+                (new, rest) => format!("{new}/{rest}"),
+            }
+        }
+        (PathRewrite::Groups(template), PathMatch::Pattern { regex, .. }) => {
+            let Some(captures) = regex.captures(path) else { return path.to_owned() };
+            let mut out = String::with_capacity(path.len());
+            let mut rest = &**template;
+            // As nginx has them: `$1` to `$9`, not the regex crate's `${name}`.
+            while let Some(at) = rest.find('$') {
+                out.push_str(&rest[..at]);
+                let number = rest[at + 1..].chars().next().and_then(|digit| digit.to_digit(10));
+                match number {
+                    Some(number) => {
+                        out.push_str(captures.get(number as usize).map_or("", |group| group.as_str()));
+                        rest = &rest[at + 2..];
+                    }
+                    None => {
+                        out.push('$');
+                        rest = &rest[at + 1..];
+                    }
+                }
+            }
+            out.push_str(rest);
+            if out.starts_with('/') { out } else { format!("/{out}") }
+        }
+        (PathRewrite::Prefix(new) | PathRewrite::Groups(new), _) => new.to_string(),
+    }
+}
+
+/// An answer of our own.
+pub fn answer(status: StatusCode, text: &'static str) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::text(text));
+    *response.status_mut() = status;
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(http::header::CONTENT_TYPE, plain);
+    response
+}
+
+fn redirect(status: StatusCode, location: &str) -> Response<ResponseBody> {
+    match HeaderValue::from_str(location) {
+        Ok(location) => {
+            let mut response = answer(status, "");
+            response.headers_mut().insert(LOCATION, location);
+            response
+        }
+        Err(_) => answer(StatusCode::BAD_REQUEST, "there is no such place to be sent to\n"),
+    }
+}

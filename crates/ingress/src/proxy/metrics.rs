@@ -1,0 +1,142 @@
+//! What Prometheus sees: requests by route, endpoints by address, connections.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::shared::Shared;
+use crate::route::{Route, RouteName};
+use crate::upstream::Endpoint;
+
+/// The Prometheus text format.
+pub fn text(shared: &Shared) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(&mut out, shared);
+    out
+}
+
+fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Result {
+    writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}")
+}
+
+fn labels(name: &RouteName) -> String {
+    let clean = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " ");
+    format!(
+        "namespace=\"{}\",ingress=\"{}\",host=\"{}\",path=\"{}\"",
+        name.namespace,
+        name.name,
+        name.host,
+        clean(&name.path)
+    )
+}
+
+fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
+    let table = shared.routes.load();
+    let mut routes: BTreeMap<&RouteName, &Arc<Route>> = BTreeMap::new();
+    for route in table.routes().filter(|route| route.counts.total() > 0) {
+        routes.insert(&route.name, route);
+    }
+    let name = "fairlead_ingress_requests_total";
+    head(out, name, "counter", "Requests by route and the first digit of their status.")?;
+    for (route, held) in &routes {
+        for (class, count) in held.counts.statuses.iter().enumerate() {
+            let count = count.load(Ordering::Relaxed);
+            if count > 0 {
+                writeln!(out, "{name}{{{},status=\"{}xx\"}} {count}", labels(route), class + 1)?;
+            }
+        }
+    }
+    let name = "fairlead_ingress_request_duration_seconds";
+    head(out, name, "histogram", "Time from a request's head to its answer's.")?;
+    for (route, held) in &routes {
+        let labels = labels(route);
+        for (bound, count) in held.counts.cumulated() {
+            writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {count}")?;
+        }
+        let total = held.counts.total();
+        writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {total}")?;
+        writeln!(out, "{name}_sum{{{labels}}} {}\n{name}_count{{{labels}}} {total}", held.counts.seconds())?;
+    }
+    let counters = [
+        ("fairlead_ingress_retries_total", "Requests that were tried once more.", 0),
+        ("fairlead_ingress_sent_bytes_total", "Bytes of answers' bodies.", 1),
+    ];
+    for (name, help, which) in counters {
+        head(out, name, "counter", help)?;
+        for (route, held) in &routes {
+            let counter = if which == 0 { &held.counts.retries } else { &held.counts.sent };
+            writeln!(out, "{name}{{{}}} {}", labels(route), counter.load(Ordering::Relaxed))?;
+        }
+    }
+    write_endpoints(out, &table)?;
+    let single = [
+        ("fairlead_ingress_connections", "gauge", "Client connections.", shared.open.load(Ordering::Relaxed) as u64),
+        (
+            "fairlead_ingress_connections_accepted_total",
+            "counter",
+            "Client connections since the start.",
+            shared.accepted.load(Ordering::Relaxed),
+        ),
+        (
+            "fairlead_ingress_tls_handshakes_failed_total",
+            "counter",
+            "TLS handshakes that came to nothing.",
+            shared.handshakes_failed.load(Ordering::Relaxed),
+        ),
+        (
+            "fairlead_ingress_unrouted_total",
+            "counter",
+            "Requests that no rule is for.",
+            shared.unrouted.load(Ordering::Relaxed),
+        ),
+        (
+            "fairlead_ingress_refused_total",
+            "counter",
+            "Requests that could be read in two ways, or whose method is not served.",
+            shared.refused.load(Ordering::Relaxed),
+        ),
+    ];
+    for (name, kind, help, value) in single {
+        head(out, name, kind, help)?;
+        writeln!(out, "{name} {value}")?;
+    }
+    Ok(())
+}
+
+fn write_endpoints(out: &mut String, table: &crate::table::RouteTable) -> std::fmt::Result {
+    let mut endpoints: BTreeMap<String, (String, Arc<Endpoint>)> = BTreeMap::new();
+    for upstream in table.routes().flat_map(|route| route.upstreams()) {
+        for endpoint in &upstream.targets().endpoints {
+            if endpoint.requests.load(Ordering::Relaxed) > 0 {
+                let key = &upstream.key;
+                let labels = format!(
+                    "namespace=\"{}\",service=\"{}\",endpoint=\"{}\"",
+                    key.namespace, key.service, endpoint.address
+                );
+                endpoints.insert(format!("{labels} {}", key.port), (labels, endpoint.clone()));
+            }
+        }
+    }
+    // A Service's ports by name and by number are two upstreams; their requests are told together.
+    let mut sums: BTreeMap<&str, [u64; 3]> = BTreeMap::new();
+    for (labels, endpoint) in endpoints.values() {
+        let sum = sums.entry(labels).or_default();
+        sum[0] += endpoint.requests.load(Ordering::Relaxed);
+        sum[1] += endpoint.failed.load(Ordering::Relaxed);
+        sum[2] += u64::from(endpoint.active.load(Ordering::Relaxed));
+    }
+    let names = [
+        ("fairlead_ingress_endpoint_requests_total", "counter", "Requests sent to an endpoint."),
+        ("fairlead_ingress_endpoint_failures_total", "counter", "Requests that an endpoint did not answer."),
+        ("fairlead_ingress_endpoint_active", "gauge", "Requests under way at an endpoint."),
+    ];
+    for (at, (name, kind, help)) in names.into_iter().enumerate() {
+        head(out, name, kind, help)?;
+        for (labels, sum) in &sums {
+            writeln!(out, "{name}{{{labels}}} {}", sum[at])?;
+        }
+    }
+    Ok(())
+}

@@ -101,7 +101,8 @@ fn rolling_update(mode: &str, then: &[&str]) {
     let before = expect("kubectl get pods -l app=web -o name", "");
     for round in 0..if many_cases() { 10 } else { 1 } {
         // `kubectl rollout restart` would refuse a second time within a second.
-        let template = format!(r#"{{"spec": {{"template": {{"metadata": {{"annotations": {{"round": "{round}"}}}}}}}}}}"#);
+        let template =
+            format!(r#"{{"spec": {{"template": {{"metadata": {{"annotations": {{"round": "{round}"}}}}}}}}}}"#);
         expect(&format!("kubectl patch deployment web -p '{template}'"), "");
         for next in then {
             for node in lab.nodes() {

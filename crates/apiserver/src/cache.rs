@@ -332,8 +332,7 @@ impl WatchCache {
             return None;
         };
         let (prefix, _) = self.kinds.get_key_value(&format!("registry/{group}/{plural}/"))?;
-        let group = if group == "core" { "" } else { group };
-        Some((prefix, self.catalog.find(group, "v1", plural)?))
+        Some((prefix, self.catalog.stored_under(prefix)?))
     }
 
     fn kind(&self, row: &Row) -> std::sync::RwLockReadGuard<'_, KindCache> {

@@ -244,6 +244,46 @@ pub const INGRESS: &[Column] = &[
     col("Ports", |o, _| json!(if list(o, "/spec/tls").is_empty() { "80" } else { "80, 443" })),
     AGE,
 ];
+// Those of custom resources are what their definitions say, which is why some have no age and lists are JSON.
+pub const GATEWAY_CLASS: &[Column] = &[
+    NAME,
+    col("Controller", |o, _| json!(o.text("/spec/controllerName"))),
+    col("Accepted", |o, _| json!(condition(o, "Accepted"))),
+    AGE,
+    wide("Description", |o, _| json!(o.text("/spec/description"))),
+];
+pub const GATEWAY: &[Column] = &[
+    NAME,
+    col("Class", |o, _| json!(o.text("/spec/gatewayClassName"))),
+    col("Address", |o, _| {
+        let values: Vec<&str> = list(o, "/status/addresses").iter().map(|address| address.text("/value")).collect();
+        json!(values.join(","))
+    }),
+    col("Programmed", |o, _| json!(condition(o, "Programmed"))),
+    AGE,
+];
+pub const HOSTNAMES: &[Column] = &[NAME, col("Hostnames", |o, _| json_cell(o, "/spec/hostnames")), AGE];
+pub const ADDRESS_POOL: &[Column] = &[
+    NAME,
+    col("Auto Assign", |o, _| json_cell(o, "/spec/autoAssign")),
+    col("Avoid Buggy IPs", |o, _| json_cell(o, "/spec/avoidBuggyIPs")),
+    col("Addresses", |o, _| json_cell(o, "/spec/addresses")),
+];
+pub const ADVERTISEMENT: &[Column] = &[
+    NAME,
+    col("IPAddressPools", |o, _| json_cell(o, "/spec/ipAddressPools")),
+    col("IPAddressPool Selectors", |o, _| json_cell(o, "/spec/ipAddressPoolSelectors")),
+    col("Peers", |o, _| json_cell(o, "/spec/peers")),
+    col("Interfaces", |o, _| json_cell(o, "/spec/interfaces")),
+    wide("Node Selectors", |o, _| json_cell(o, "/spec/nodeSelectors")),
+];
+pub const BGP_PEER: &[Column] = &[
+    NAME,
+    col("Address", |o, _| json_cell(o, "/spec/peerAddress")),
+    col("ASN", |o, _| json_cell(o, "/spec/peerASN")),
+    col("BFD Profile", |o, _| json_cell(o, "/spec/bfdProfile")),
+    col("Multi Hops", |o, _| json_cell(o, "/spec/ebgpMultiHop")),
+];
 pub const BINDING: &[Column] = &[
     NAME,
     col("Role", |o, _| json!(format!("{}/{}", o.text("/roleRef/kind"), o.text("/roleRef/name")))),
@@ -365,6 +405,15 @@ fn plain(value: Option<&Value>) -> String {
         Some(Value::String(text)) => text.clone(),
         Some(other) => other.to_string(),
         None => String::new(),
+    }
+}
+
+/// As a cell of a custom resource says it: text as it is, the rest as JSON, nothing where there is nothing.
+fn json_cell(object: &Value, pointer: &str) -> Value {
+    match object.pointer(pointer) {
+        None => json!(""),
+        Some(Value::String(text)) => json!(text),
+        Some(value) => json!(value.to_string()),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::end::End;
 use crate::guard::{self, Guard};
 use crate::stale;
 use crate::watch::{Alternatives, Target, WatchTable, Watcher};
-use crate::{Config, Error, Feed, NodeView, Status, Unsupported};
+use crate::{Config, Error, Feed, Mode, NodeView, Status, Unsupported};
 
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(10);
@@ -43,6 +43,8 @@ pub struct Loop<D> {
     tend_at: Option<Instant>,
     applied: Applied,
     end: End,
+    /// Other nodes take packets, or do so no longer, and the data path has not been told: no Service asked for it.
+    takers_wait: bool,
 }
 
 impl<D: Dataplane> Loop<D> {
@@ -59,6 +61,7 @@ impl<D: Dataplane> Loop<D> {
             tend_at: None,
             applied: Applied::default(),
             end: End::default(),
+            takers_wait: false,
         }
     }
 
@@ -94,6 +97,9 @@ impl<D: Dataplane> Loop<D> {
         let mut guard = self.guard();
         let mut repaired: Option<Instant> = None;
         loop {
+            if self.takers_wait && self.asks_for_takers() {
+                attempt = Attempt::Whole;
+            }
             let work = attempt == Attempt::Whole || !self.pending.is_empty() || judged;
             if work && retry_at.is_none() && self.read_table().is_synced() {
                 // A large commit is cheaper if the kernel tells nobody of it.
@@ -134,7 +140,10 @@ impl<D: Dataplane> Loop<D> {
                     node_open = changed.is_ok();
                     let now = self.config.node.borrow().clone();
                     match &self.node {
-                        Some(before) if before.differs_in_ejected_only(&now) => judged = true,
+                        Some(before) if before.differs_in_ejected_only(&now, self.goes_past(&now, self.committed.values())) => {
+                            self.takers_wait |= before.takers != now.takers;
+                            judged = true;
+                        }
                         _ => attempt = Attempt::Whole,
                     }
                 }
@@ -180,6 +189,18 @@ impl<D: Dataplane> Loop<D> {
                 std::mem::replace(&mut status.pending, pending) != pending || !Arc::ptr_eq(&before, &applied)
             });
         }
+    }
+
+    /// Whether one of these answers past this node: then other nodes matter.
+    fn goes_past<'a>(&self, node: &NodeView, mut frontends: impl Iterator<Item = &'a Arc<Frontend>>) -> bool {
+        let asks = |frontend: &Arc<Frontend>| frontend.direct_return.unwrap_or(node.direct_return);
+        self.config.mode == Mode::Ebpf && frontends.any(asks)
+    }
+
+    /// Whether a change is the first that does.
+    fn asks_for_takers(&self) -> bool {
+        let (table, node) = (self.read_table(), self.config.node.borrow().clone());
+        self.goes_past(&node, self.pending.iter().filter_map(|id| table.frontend(*id)))
     }
 
     /// Somebody who notices when others change our table. Without it Services work all the same.
@@ -346,6 +367,9 @@ impl<D: Dataplane> Loop<D> {
         }
         let (ejected, mode) = (node.ejected.clone(), self.config.mode);
         self.node = Some(node);
+        if whole {
+            self.takers_wait = false;
+        }
         if let Some(slices) = slices {
             self.applied.restart(slices);
         }

@@ -138,9 +138,13 @@ impl NodeView {
         NodeView { place, addresses, pods: Pods::Cidrs(pod_cidrs), service_cidrs, ..NodeView::default() }
     }
 
-    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew.
-    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView) -> bool {
-        let without = |view: &NodeView| NodeView { ejected: BTreeSet::new(), ..view.clone() };
+    /// Only what is known of endpoints differs, if anything: then not every frontend is rendered anew. With `past` other nodes
+    /// that take packets count, too.
+    pub(crate) fn differs_in_ejected_only(&self, other: &NodeView, past: bool) -> bool {
+        let without = |view: &NodeView| {
+            let takers = if past { view.takers.clone() } else { BTreeMap::new() };
+            NodeView { ejected: BTreeSet::new(), takers, ..view.clone() }
+        };
         without(self) == without(other)
     }
 

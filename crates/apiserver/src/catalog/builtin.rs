@@ -2,8 +2,9 @@
 
 use super::{Row, Subresource};
 use crate::strategy::{
-    self, ACCOUNT, BUDGET, CONFIG, CSR, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, INGRESS, IP_ADDRESS, JOB, LEASE,
-    NAMESPACE, NODE, PLAIN, POD, RBAC, REPLICA_SET, REVIEW, SERVICE, SERVICE_CIDR, SLICE, STATEFUL_SET, Strategy,
+    self, ACCOUNT, BUDGET, CONFIG, CSR, CUSTOM, DAEMON_SET, DEPLOYMENT, ENDPOINTS, EVENT, INGRESS, IP_ADDRESS, JOB,
+    LEASE, NAMESPACE, NODE, PLAIN, POD, RBAC, REPLICA_SET, REVIEW, SERVICE, SERVICE_CIDR, SLICE, STATEFUL_SET,
+    Strategy,
 };
 use crate::table::{self as t, Column};
 use api::schema;
@@ -52,7 +53,31 @@ fn row(group: &'static str, kind: &'static str, plural: &'static str, namespaced
     }
 }
 
+/// A kind that is a custom resource elsewhere.
+fn custom(group: &'static str, version: &'static str, kind: &'static str, plural: &'static str) -> Row {
+    Row {
+        version: version.into(),
+        schema: schema::for_kind(group, version, kind),
+        ..row(group, kind, plural, true).status().is(&CUSTOM)
+    }
+}
+
 impl Row {
+    fn without_status(mut self) -> Row {
+        self.has_status = false;
+        self
+    }
+
+    fn cluster_wide(mut self) -> Row {
+        self.namespaced = false;
+        self
+    }
+
+    fn category(mut self, names: &'static [&'static str]) -> Row {
+        self.categories = names;
+        self
+    }
+
     fn short(mut self, names: &'static [&'static str]) -> Row {
         self.short_names = names;
         self
@@ -122,6 +147,8 @@ const SERVICE_FIELDS: &[(&str, &str)] = &[("spec.clusterIP", "/spec/clusterIP"),
 pub fn rows() -> Vec<Row> {
     const RBAC_GROUP: &str = "rbac.authorization.k8s.io";
     const AUTHZ: &str = "authorization.k8s.io";
+    const GATEWAY: &str = "gateway.networking.k8s.io";
+    const GATEWAY_API: &[&str] = &["gateway-api"];
     vec![
         row("", "ConfigMap", "configmaps", true).short(&["cm"]).is(&CONFIG).cols(t::CONFIG_MAP),
         row("", "Endpoints", "endpoints", true).short(&["ep"]).is(&ENDPOINTS).cols(t::ENDPOINTS),
@@ -156,6 +183,22 @@ pub fn rows() -> Vec<Row> {
         row("scheduling.k8s.io", "PriorityClass", "priorityclasses", false).short(&["pc"]).cols(t::PRIORITY_CLASS),
         row("coordination.k8s.io", "Lease", "leases", true).is(&LEASE).cols(t::LEASE),
         row("certificates.k8s.io", "CertificateSigningRequest", "certificatesigningrequests", false).short(&["csr"]).status().is(&CSR).subs(CSR_SUBRESOURCES).cols(t::CSR).selectable(&[("spec.signerName", "/spec/signerName")]),
+        custom(GATEWAY, "v1", "BackendTLSPolicy", "backendtlspolicies").category(GATEWAY_API).short(&["btlspolicy"]),
+        custom(GATEWAY, "v1", "GatewayClass", "gatewayclasses").cluster_wide().category(GATEWAY_API).short(&["gc"]).cols(t::GATEWAY_CLASS),
+        custom(GATEWAY, "v1", "Gateway", "gateways").category(GATEWAY_API).short(&["gtw"]).cols(t::GATEWAY),
+        custom(GATEWAY, "v1", "GRPCRoute", "grpcroutes").category(GATEWAY_API).cols(t::HOSTNAMES),
+        custom(GATEWAY, "v1", "HTTPRoute", "httproutes").category(GATEWAY_API).cols(t::HOSTNAMES),
+        custom(GATEWAY, "v1", "ListenerSet", "listenersets").category(GATEWAY_API).short(&["lset"]),
+        custom(GATEWAY, "v1", "ReferenceGrant", "referencegrants").without_status().category(GATEWAY_API).short(&["refgrant"]),
+        custom(GATEWAY, "v1", "TCPRoute", "tcproutes").category(GATEWAY_API),
+        custom(GATEWAY, "v1", "TLSRoute", "tlsroutes").category(GATEWAY_API).cols(t::HOSTNAMES),
+        custom(GATEWAY, "v1", "UDPRoute", "udproutes").category(GATEWAY_API),
+        custom("metallb.io", "v1beta1", "BFDProfile", "bfdprofiles"),
+        custom("metallb.io", "v1beta1", "BGPAdvertisement", "bgpadvertisements").cols(t::ADVERTISEMENT),
+        custom("metallb.io", "v1beta2", "BGPPeer", "bgppeers").cols(t::BGP_PEER),
+        custom("metallb.io", "v1beta1", "Community", "communities"),
+        custom("metallb.io", "v1beta1", "IPAddressPool", "ipaddresspools").cols(t::ADDRESS_POOL),
+        custom("metallb.io", "v1beta1", "L2Advertisement", "l2advertisements").cols(t::ADVERTISEMENT),
         row("authentication.k8s.io", "SelfSubjectReview", "selfsubjectreviews", false).review(),
         row("authentication.k8s.io", "TokenReview", "tokenreviews", false).review(),
         row(AUTHZ, "LocalSubjectAccessReview", "localsubjectaccessreviews", true).review(),

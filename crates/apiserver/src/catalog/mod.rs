@@ -101,6 +101,7 @@ impl Row {
 pub struct Catalog {
     rows: Vec<Arc<Row>>,
     by_path: HashMap<(String, String, String), usize>,
+    by_prefix: HashMap<String, usize>,
 }
 
 impl Catalog {
@@ -111,7 +112,8 @@ impl Catalog {
             .enumerate()
             .map(|(i, r)| ((r.group.to_string(), r.version.to_string(), r.plural.to_string()), i))
             .collect();
-        Catalog { rows, by_path }
+        let by_prefix = rows.iter().enumerate().map(|(i, r)| (r.prefix(), i)).collect();
+        Catalog { rows, by_path, by_prefix }
     }
 
     pub fn rows(&self) -> &[Arc<Row>] {
@@ -120,6 +122,11 @@ impl Catalog {
 
     pub fn find(&self, group: &str, version: &str, plural: &str) -> Option<&Arc<Row>> {
         self.by_path.get(&(group.into(), version.into(), plural.into())).map(|&i| &self.rows[i])
+    }
+
+    /// The row whose objects are stored under this prefix.
+    pub fn stored_under(&self, prefix: &str) -> Option<&Arc<Row>> {
+        self.by_prefix.get(prefix).map(|&i| &self.rows[i])
     }
 
     /// Groups with their versions, in discovery order.

@@ -1,5 +1,6 @@
 //! What is special about a kind: defaults, checks, claims. Every method has the default that most kinds want.
 
+mod custom;
 mod ingress;
 mod meta;
 mod node;
@@ -112,6 +113,7 @@ pub static CSR: Csr = Csr;
 pub static ENDPOINTS: Endpoints = Endpoints;
 pub static BUDGET: Budget = Budget;
 pub static ACCOUNT: Account = Account;
+pub use custom::CUSTOM;
 pub use ingress::INGRESS;
 pub use node::{LEASE, NODE};
 pub use pod::POD;

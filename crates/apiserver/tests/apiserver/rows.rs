@@ -53,6 +53,28 @@ fn smallest(kind: &str) -> Option<String> {
             r#"{"spec":{"request":"Zm9v","signerName":"kubernetes.io/kube-apiserver-client","usages":["client auth"]}}"#
                 .into()
         }
+        "BackendTLSPolicy" => r#"{"spec":{"targetRefs":[{"group":"","kind":"Service","name":"s"}],
+            "validation":{"hostname":"a.example.com","wellKnownCACertificates":"System"}}}"#
+            .into(),
+        "GatewayClass" => r#"{"spec":{"controllerName":"example.com/c"}}"#.into(),
+        "Gateway" => {
+            r#"{"spec":{"gatewayClassName":"c","listeners":[{"name":"web","port":80,"protocol":"HTTP"}]}}"#.into()
+        }
+        "ListenerSet" => {
+            r#"{"spec":{"parentRef":{"name":"g"},"listeners":[{"name":"a","port":81,"protocol":"HTTP"}]}}"#.into()
+        }
+        "ReferenceGrant" => r#"{"spec":{"from":[{"group":"gateway.networking.k8s.io","kind":"HTTPRoute",
+            "namespace":"a"}],"to":[{"group":"","kind":"Service"}]}}"#
+            .into(),
+        "HTTPRoute" | "GRPCRoute" | "TLSRoute" => {
+            r#"{"spec":{"parentRefs":[{"name":"g"}],"hostnames":["a.example.com"],
+            "rules":[{"backendRefs":[{"name":"s","port":80}]}]}}"#
+                .into()
+        }
+        "TCPRoute" | "UDPRoute" => r#"{"spec":{"rules":[{"backendRefs":[{"name":"s","port":80}]}]}}"#.into(),
+        "IPAddressPool" => r#"{"spec":{"addresses":["192.0.2.0/24"]}}"#.into(),
+        "BGPPeer" => r#"{"spec":{"myASN":64500,"peerASN":64501,"peerAddress":"192.0.2.1"}}"#.into(),
+        "BFDProfile" | "BGPAdvertisement" | "Community" | "L2Advertisement" => r#"{"spec":{}}"#.into(),
         _ => return None,
     })
 }

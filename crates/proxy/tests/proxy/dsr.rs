@@ -28,6 +28,8 @@ const B: [&str; 2] = ["192.168.49.3", "fd00:c0a8:31::3"];
 const POD: [&str; 2] = ["10.244.1.5", "fd00:10:244:1::5"];
 const BALANCER: [&str; 2] = ["198.51.100.7", "2001:db8:198::7"];
 const SERVED: u16 = 8080;
+/// Nobody listens there.
+const CLOSED: u16 = 9;
 const TCP_PORT: u16 = 30_080;
 const UDP_PORT: u16 = 30_053;
 /// What a client reads in one piece, far more than the headers of all its packets.
@@ -37,15 +39,19 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The Services, and what a node knows of itself and the other one.
 fn objects(own: &str, takers: &[(&str, [&str; 2], bool)], options: &str) -> Objects {
     let mut lines = Vec::new();
-    for (name, ip, port, protocol, node_port) in [("web", 10, 80, "TCP", TCP_PORT), ("names", 11, 53, "UDP", UDP_PORT)]
-    {
+    for (name, ip, port, protocol, node_port, served) in [
+        ("web", 10, 80, "TCP", TCP_PORT, SERVED),
+        ("names", 11, 53, "UDP", UDP_PORT, SERVED),
+        ("closed", 12, 81, "TCP", TCP_PORT + 100, CLOSED),
+        ("mute", 13, 54, "UDP", UDP_PORT + 100, CLOSED),
+    ] {
         let ips = format!("10.96.0.{ip},fd00:10:96::{ip}");
         lines.push(format!(
             "service {name} {ips} {port}/{protocol} nodePort={node_port} balancer={} {options}",
             BALANCER.join(",")
         ));
-        lines.push(format!("endpoint {name} {}:{SERVED} node-2", POD[0]));
-        lines.push(format!("endpoint {name} [{}]:{SERVED} node-2", POD[1]));
+        lines.push(format!("endpoint {name} {}:{served} node-2", POD[0]));
+        lines.push(format!("endpoint {name} [{}]:{served} node-2", POD[1]));
     }
     let mut objects = Objects::parse(&lines);
     let address = |text: &&str| text.parse::<IpAddr>().expect("address");
@@ -67,7 +73,7 @@ struct World {
     client: Namespace,
     a: Namespace,
     b: Namespace,
-    _pod: Namespace,
+    pod: Namespace,
     attached: [Attached; 2],
 }
 
@@ -136,7 +142,7 @@ impl World {
         pod.ip("route add default via 10.244.1.1");
         pod.ip("route add default via fd00:10:244:1::1");
         serve(&pod);
-        World { client, a, b, _pod: pod, attached }
+        World { client, a, b, pod, attached }
     }
 
     fn hooks(&self, node: usize) -> Option<Hooks> {
@@ -165,6 +171,18 @@ fn start(node: &Namespace, mode: Mode, objects: Objects, hooks: Option<Hooks>) -
     objects.apply(&mut running.table.write().expect("table"));
     running.change(|table| table.set_synced());
     running
+}
+
+/// Waits until the node's proxy has taken this in.
+fn tell(running: &Running, node: NodeView) {
+    let mut status = running.status.clone();
+    let commits = status.borrow().commits;
+    running.node.send_replace(node.into());
+    running.runtime.block_on(async {
+        let told = status.wait_for(|status| status.commits > commits);
+        let told = tokio::time::timeout(PATIENCE, told).await.map(|told| told.is_ok());
+        assert_eq!(told, Ok(true));
+    });
 }
 
 /// Tells each client who it is. TCP: and sends and takes as much as is asked for; UDP: answers with as many bytes as it got.
@@ -316,6 +334,27 @@ fn a_node_that_does_not_take_is_asked_in_the_ordinary_way() {
     }
 }
 
+/// As long as no Service asks, other nodes are not worth a plan; the first one that does is served with all that is known.
+#[test]
+fn a_service_may_ask_later() {
+    let world = World::new(false);
+    let mut nodes = world.start([objects("node-1", &[], ""), objects("node-2", &[], "")]);
+    let known = [objects("node-1", &[NODE_2], "dsr=true"), objects("node-2", &[NODE_1], "dsr=true")];
+    let to = at(A[0], TCP_PORT);
+    for (running, objects) in nodes.iter_mut().zip(&known).rev() {
+        tell(running, objects.node.clone());
+        assert_ne!(open(&world.client, to).expect("connected").1, CLIENT[0]);
+        running.change(|table| {
+            let frontends = objects.apply(table).into_iter().flat_map(|changes| changes.frontends).collect();
+            services::Changes { frontends, ..services::Changes::default() }
+        });
+    }
+    let (stream, seen) = open(&world.client, to).expect("connected");
+    assert_eq!(seen, CLIENT[0]);
+    carry(&stream);
+    nodes.into_iter().for_each(Running::stop);
+}
+
 /// A node that says it takes packets, and does not: the second repetition of a SYN goes the ordinary way.
 #[test]
 fn a_node_that_takes_nothing_costs_a_while() {
@@ -331,31 +370,77 @@ fn a_node_that_takes_nothing_costs_a_while() {
     first.stop();
 }
 
-/// Two headers around a UDP packet, from a client to whom it asked.
-fn capsule(outer: [&str; 2], inner: [SocketAddr; 2]) -> Vec<u8> {
-    let octets = |address: IpAddr| match address {
+/// What an endpoint's node refuses, and what says that an answer was too large, belongs to the flow like its packets.
+#[test]
+fn errors_are_translated_like_what_they_are_about() {
+    let world = World::new(false);
+    let [first, second] =
+        world.start([objects("node-1", &[NODE_2], "dsr=true"), objects("node-2", &[NODE_1], "dsr=true")]);
+    for address in A {
+        let begun = Instant::now();
+        let refused = open(&world.client, at(address, TCP_PORT + 100)).expect_err("nobody listens").kind();
+        assert_eq!(refused, std::io::ErrorKind::ConnectionRefused, "{address}");
+        let refused = ask(&udp_to(&world.client, at(address, UDP_PORT + 100)), 9).expect_err("nobody listens").kind();
+        assert_eq!(refused, std::io::ErrorKind::ConnectionRefused, "{address}");
+        assert!(begun.elapsed() < Duration::from_millis(900), "{address}: {:?}", begun.elapsed());
+    }
+    let client = udp_to(&world.client, at(A[0], UDP_PORT));
+    assert_eq!(ask(&client, 50).expect("answered"), CLIENT[0]);
+    // From a router on the way back: fragmentation needed, 1,000 bytes at most.
+    let own = client.local_addr().expect("bound");
+    let answer = ip_header(17, 0, 1_400, at(A[0], UDP_PORT).ip(), own.ip());
+    let mut icmp = [vec![3, 4, 0, 0, 0, 0, 0x03, 0xe8], answer].concat();
+    icmp.extend([UDP_PORT, own.port(), 1_400, 0].iter().flat_map(|number| number.to_be_bytes()));
+    let sum = checksum(&icmp);
+    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
+    let to: IpAddr = A[0].parse().expect("address");
+    let bytes = [ip_header(1, 0, icmp.len(), own.ip(), to), icmp].concat();
+    send_raw(&world.client, bytes, to);
+    let begun = Instant::now();
+    while !world.pod.command("ip", &format!("route get {}", CLIENT[0])).contains("mtu 1000") {
+        assert!(begun.elapsed() < PATIENCE, "the endpoint has not heard of it");
+    }
+    assert_eq!(ask(&client, 50).expect("answered"), CLIENT[0]);
+    first.stop();
+    second.stop();
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+/// Of bytes that are even in number.
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !(((sum & 0xffff) + (sum >> 16)) as u16)
+}
+
+/// `label` is the identification, or the end of the flow label; `size` is that of what follows.
+fn ip_header(protocol: u8, label: u16, size: usize, from: IpAddr, to: IpAddr) -> Vec<u8> {
+    let [high, low] = label.to_be_bytes();
+    let mut bytes = if from.is_ipv6() {
+        let size = (size as u16).to_be_bytes();
+        vec![0x60, 0, high, low, size[0], size[1], protocol, 64]
+    } else {
+        let size = (size as u16 + 20).to_be_bytes();
+        vec![0x45, 0, size[0], size[1], high, low, 0x40, 0, 64, protocol, 0, 0]
     };
+    bytes.extend(octets(from));
+    bytes.extend(octets(to));
+    if from.is_ipv4() {
+        let sum = checksum(&bytes);
+        bytes[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    bytes
+}
+
+/// Two headers around a UDP packet, from a client to whom it asked.
+fn capsule(outer: [&str; 2], inner: [SocketAddr; 2]) -> Vec<u8> {
     let is_v6 = inner[0].is_ipv6();
-    let header = |protocol: u8, label: u16, size: usize, from: IpAddr, to: IpAddr| {
-        let mut bytes = if is_v6 {
-            let [high, low] = label.to_be_bytes();
-            let size = (size as u16).to_be_bytes();
-            vec![0x60, 0, high, low, size[0], size[1], protocol, 64]
-        } else {
-            let (size, label) = ((size as u16 + 20).to_be_bytes(), label.to_be_bytes());
-            vec![0x45, 0, size[0], size[1], label[0], label[1], 0x40, 0, 64, protocol, 0, 0]
-        };
-        bytes.extend(octets(from));
-        bytes.extend(octets(to));
-        if !is_v6 {
-            let sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-            let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-            bytes[10..12].copy_from_slice(&sum.to_be_bytes());
-        }
-        bytes
-    };
     let mut udp: Vec<u8> = [inner[0].port(), inner[1].port(), 13, 0].iter().flat_map(|n| n.to_be_bytes()).collect();
     udp.extend(b"hello");
     if is_v6 {
@@ -364,13 +449,12 @@ fn capsule(outer: [&str; 2], inner: [SocketAddr; 2]) -> Vec<u8> {
         pseudo.extend([0, 0, 0, 13, 0, 0, 0, 17]);
         pseudo.extend(&udp);
         pseudo.push(0);
-        let sum: u32 = pseudo.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-        let sum = (sum & 0xffff) + (sum >> 16);
-        udp[6..8].copy_from_slice(&(!sum as u16).to_be_bytes());
+        let sum = checksum(&pseudo);
+        udp[6..8].copy_from_slice(&sum.to_be_bytes());
     }
-    let within = [header(17, 0, 13, inner[0].ip(), inner[1].ip()), udp].concat();
+    let within = [ip_header(17, 0, 13, inner[0].ip(), inner[1].ip()), udp].concat();
     let [from, to] = outer.map(|address| address.parse().expect("address"));
-    [header(if is_v6 { 41 } else { 4 }, SERVED, within.len(), from, to), within].concat()
+    [ip_header(if is_v6 { 41 } else { 4 }, SERVED, within.len(), from, to), within].concat()
 }
 
 fn send_raw(from: &Namespace, bytes: Vec<u8>, to: IpAddr) {
@@ -468,13 +552,8 @@ fn flows_outlive_their_mode() {
     second.runtime.block_on(second.switch.to(Mode::Nftables)).expect("handed over");
     go_on("after the endpoint's node has changed its mode");
     // As the announcement that is withdrawn tells it.
-    first.node.send_modify(|view| *view = NodeView { takers: Default::default(), ..(**view).clone() }.into());
-    let mut status = first.status.clone();
-    let commits = status.borrow().commits;
-    first.runtime.block_on(async {
-        let told = status.wait_for(|status| status.commits > commits);
-        tokio::time::timeout(PATIENCE, told).await.map(|told| told.is_ok()).expect("in time")
-    });
+    let alone = objects("node-1", &[], "").node;
+    tell(&first, alone);
     go_on("after the first node has heard of it");
     let (_, seen) = open(&world.client, at(A[0], TCP_PORT)).expect("connected");
     assert_ne!(seen, CLIENT[0], "what is new goes the ordinary way");
@@ -533,7 +612,8 @@ fn only_what_comes_from_outside_is_answered_past_the_node() {
     };
     let ports = format!("{TCP_PORT}/tcp/taken-here . {}:{SERVED}", POD[0]);
     let found = doors(&here);
-    assert_eq!(found.len(), 8, "{found:#?}");
+    // Each endpoint for its Service's own addresses, and for its node port.
+    assert_eq!(found.len(), 16, "{found:#?}");
     assert!(found.iter().any(|line| line.contains(&ports)), "{found:#?}");
     assert!(found.iter().all(|line| line.contains("taken-here")), "{found:#?}");
     here.slices.clear();

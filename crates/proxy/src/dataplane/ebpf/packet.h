@@ -22,6 +22,9 @@ separate int translate_error(struct __sk_buff *skb, int leaving)
 	flow = map_lookup(&flows, &error.key);
 	if (!flow)
 		return leaving && error.is_unreachable && note_refused_attempt(&error.key) ? TC_ACT_SHOT : TC_ACT_OK;
+	// About an answer that another node gave, and translated already where this one arrived.
+	if (flow->flags & OPENS)
+		return TC_ACT_OK;
 	to = flow->to;
 	if (leaving) {
 		if (error.is_unreachable && note_refusal(&error.key, flow))

@@ -7,13 +7,16 @@ mod annotations;
 mod certificates;
 mod class;
 mod compile;
+mod cors;
 mod counts;
 mod error;
 mod host;
+mod limits;
 mod objects;
 mod policy;
 mod proxy;
 mod route;
+mod sticky;
 mod swap;
 mod table;
 mod translate;
@@ -22,9 +25,11 @@ mod upstream;
 pub use certificates::{Certificates, Resolver, fallback, read_tls};
 pub use class::{CLASS, CONTROLLER, Classes};
 pub use compile::{Compiler, SecretState};
+pub use cors::Cors;
 pub use counts::RouteCounts;
 pub use error::IngressError;
 pub use host::{HostPattern, host_of};
+pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, Proxy, ProxyConfig, Readiness};
@@ -32,6 +37,7 @@ pub use route::{
     Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
     ValueMatch, WeightedBackend, cookie,
 };
+pub use sticky::{Affinity, HashBy, Wish};
 pub use swap::Swap;
 pub use table::{PathTable, RouteTable};
 pub use translate::{Fault, Register, Translated, WantedCertificate, translate};

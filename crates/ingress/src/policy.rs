@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::limits::RateLimits;
+use crate::sticky::{Affinity, HashBy};
+
 /// How an endpoint is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Balance {
@@ -75,6 +78,9 @@ pub struct Policy {
     pub deny: Vec<IpNet>,
     /// Requests over plain HTTP are sent to HTTPS.
     pub https_only: bool,
+    pub affinity: Option<Arc<Affinity>>,
+    pub hash_by: Option<HashBy>,
+    pub limits: Option<Arc<RateLimits>>,
 }
 
 impl Default for Policy {
@@ -97,6 +103,9 @@ impl Default for Policy {
             allow: Vec::new(),
             deny: Vec::new(),
             https_only: false,
+            affinity: None,
+            hash_by: None,
+            limits: None,
         }
     }
 }

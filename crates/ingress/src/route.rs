@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use regex::Regex;
 
+use crate::cors::Cors;
 use crate::counts::RouteCounts;
 use crate::policy::Policy;
 use crate::upstream::Upstream;
@@ -78,7 +79,8 @@ impl Matches {
     }
 }
 
-fn query_value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+/// The value of an argument of a query.
+pub fn query_value<'a>(query: &'a str, name: &str) -> Option<&'a str> {
     query.split('&').find_map(|pair| {
         let (held, value) = pair.split_once('=').unwrap_or((pair, ""));
         (held == name).then_some(value)
@@ -224,6 +226,7 @@ pub enum Filter {
     ResponseHeaders(HeaderChanges),
     RewritePath(PathRewrite),
     RewriteHost(HeaderValue),
+    Cors(Arc<Cors>),
 }
 
 #[derive(Clone, Debug, Default)]

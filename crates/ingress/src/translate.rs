@@ -58,6 +58,7 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
             }
         };
         let is_tls = tls_hosts.contains(&host) || matches_wildcard(&tls_hosts, &host);
+        let begin = out.routes.len();
         match &rule.http {
             Some(http) => {
                 for (number, path) in http.paths.iter().enumerate() {
@@ -74,6 +75,10 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
                     out.routes.push((host.clone(), route));
                 }
             }
+        }
+        if host != HostPattern::Any && out.routes.len() > begin {
+            let more = writer.more_hosts(&host, &out.routes[begin..], is_tls);
+            out.routes.extend(more);
         }
     }
     out.default = ingress
@@ -154,6 +159,56 @@ impl Writer<'_> {
         };
         let action = self.backend(&path.backend, &format!("{place}.backend"))?;
         Some(self.finish(host, held, wanted, action, is_tls))
+    }
+
+    /// What annotations add to a host: its root, the same host with or without `www.`, and aliases.
+    fn more_hosts(
+        &mut self,
+        host: &HostPattern,
+        routes: &[(HostPattern, Arc<Route>)],
+        is_tls: bool,
+    ) -> Vec<(HostPattern, Arc<Route>)> {
+        let mut more = Vec::new();
+        let redirect = |status, host: Option<&str>, location: Option<&str>| {
+            Action::Redirect(Redirect {
+                status,
+                scheme: None,
+                host: host.map(Into::into),
+                port: None,
+                path: None,
+                location: location.map(Into::into),
+            })
+        };
+        if let Some(root) = self.settings.app_root.clone() {
+            let action = redirect(StatusCode::FOUND, None, Some(&root));
+            more.push((host.clone(), self.finish(host, "/", PathMatch::Exact("/".into()), action, is_tls)));
+        }
+        if let HostPattern::Exact(name) = host
+            && self.settings.from_to_www
+        {
+            let from = match name.strip_prefix("www.") {
+                Some(bare) => bare.to_owned(),
+                None => format!("www.{name}"),
+            };
+            // Who has rules for the other one, too, wants no redirect.
+            if !self.ingress.spec.rules.iter().any(|rule| rule.host == from) {
+                let from = HostPattern::Exact(from.as_str().into());
+                let action = redirect(StatusCode::PERMANENT_REDIRECT, Some(name), None);
+                let route = self.finish(&from, "/", PathMatch::prefix("/"), action, false);
+                more.push((from, route));
+            }
+        }
+        for alias in self.settings.aliases.clone() {
+            match HostPattern::of_ingress(&alias) {
+                Ok(HostPattern::Any) => {}
+                Ok(alias) if alias == *host => {}
+                Ok(alias) => more.extend(routes.iter().map(|(_, route)| (alias.clone(), route.clone()))),
+                Err(problem) => {
+                    self.fault("HostNotValid", format!("annotation server-alias {problem}; it is left out"))
+                }
+            }
+        }
+        more
     }
 
     fn pattern(&mut self, path: &str, place: &str) -> Option<PathMatch> {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 
 use services::{Protocol, ServiceKey, ServiceKind, ServiceTable};
 
+use crate::sticky::number_of;
 use crate::swap::Swap;
 
 /// A port of a Service as a rule names it.
@@ -96,6 +97,8 @@ impl Problem {
 #[derive(Debug)]
 pub struct Endpoint {
     pub address: SocketAddr,
+    /// The same for every proxy.
+    pub number: u64,
     /// Requests that have not ended.
     pub active: AtomicU32,
     /// Failures in a row.
@@ -110,6 +113,7 @@ impl Endpoint {
     pub fn new(address: SocketAddr) -> Self {
         Endpoint {
             address,
+            number: number_of(address),
             active: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),

@@ -227,7 +227,7 @@ fn latency(port: u16, questions: &Path) -> Result<f64> {
 }
 
 /// User and system time of a process, all threads.
-fn cpu_seconds(pid: u32) -> Result<f64> {
+pub fn cpu_seconds(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // Behind the name, which may hold blanks: field 14 and 15 of all.
     let (_, rest) = text.rsplit_once(')').context("a process has a name")?;
@@ -236,7 +236,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks / 100.0)
 }
 
-fn pss_mb(pid: u32) -> Result<f64> {
+pub fn pss_mb(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     Ok(kilobytes(&text, &["Pss:"]) as f64 / 1024.0)
 }

@@ -2,6 +2,7 @@
 //! minute of the machine falls on all of them.
 
 mod dns;
+mod ingress;
 mod list;
 mod memory;
 mod plot;
@@ -35,6 +36,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "writes", run: writes::measure },
     Bench { name: "proxy", run: proxy::measure },
     Bench { name: "dns", run: dns::measure },
+    Bench { name: "ingress", run: ingress::measure },
 ];
 
 /// One line of the table.

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{Options, names, rules, traffic};
+use super::{Options, ingress, names, rules, traffic};
 use crate::cluster::Cluster;
 use crate::{image, shell};
 
@@ -22,7 +22,7 @@ pub fn tell(cluster: &Cluster, options: &Options) -> Result<()> {
     println!("\n== {}", if options.standalone { "hosts: one server, an agent on each" } else { "up" });
     let flags = [&["--proxy-mode".to_owned(), options.proxy_mode.clone()], options.up.as_slice()].concat();
     cluster.start(options.nodes, &flags)?;
-    for name in ["nginx:test1", "busybox:test1"] {
+    for name in ["nginx:test1", "nginx:test2", "busybox:test1"] {
         cluster.import(&image::archive_path(name)?, options.nodes)?;
     }
 
@@ -48,6 +48,12 @@ pub fn tell(cluster: &Cluster, options: &Options) -> Result<()> {
     if cluster.has_kubectl() {
         println!("\n== names, asked for by a pod");
         names::ask(cluster)?;
+    }
+
+    // Hosts that are joined by hand serve Ingresses only when somebody labels them for it.
+    if !options.standalone {
+        println!("\n== an Ingress: a host, two paths and TLS");
+        ingress::ask(cluster, options)?;
     }
 
     println!("\n== the rules on node-1 that carry these packets ({})", options.proxy_mode);
@@ -117,7 +123,7 @@ fn resolv_conf(data_dir: &Path, dns_ip: &str) -> Result<String> {
     Ok(file.to_string_lossy().into_owned())
 }
 
-fn internal_ipv4(node: &Value) -> Option<&str> {
+pub fn internal_ipv4(node: &Value) -> Option<&str> {
     let addresses = node.pointer("/status/addresses")?.as_array()?;
     let internal = addresses.iter().filter(|address| address["type"] == "InternalIP");
     internal.filter_map(|address| address["address"].as_str()).find(|ip| ip.contains('.'))

@@ -23,6 +23,12 @@ pub struct Settings {
     pub use_regex: bool,
     pub filters: Vec<Filter>,
     pub canary: Option<Canary>,
+    /// More hosts for all rules that have one.
+    pub aliases: Vec<String>,
+    /// Where the root of each host leads.
+    pub app_root: Option<Box<str>>,
+    /// `www.` in front of a host, or the host without it, leads to the host.
+    pub from_to_www: bool,
     /// Instead of the backend.
     pub redirect: Option<(StatusCode, Box<str>)>,
     policy: Policy,

@@ -1,6 +1,7 @@
 //! Reads each known annotation, once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, StatusCode};
@@ -8,8 +9,11 @@ use ipnet::IpNet;
 use regex::Regex;
 
 use super::{NGINX, OURS, Settings};
+use crate::cors::Cors;
+use crate::limits::RateLimits;
 use crate::policy::{BackendProtocol, Balance};
-use crate::route::{Canary, Filter, PathRewrite, ValueMatch};
+use crate::route::{Canary, Filter, HeaderChanges, PathRewrite, ValueMatch};
+use crate::sticky::{Affinity, HashBy};
 use crate::translate::Fault;
 
 /// Keys and what each does to the settings. An error says what is wrong with the value.
@@ -45,6 +49,67 @@ const READERS: &[(&str, Reader)] = &[
         draft.settings.filters.push(Filter::RewriteHost(host));
         Ok(())
     }),
+    ("server-alias", server_alias),
+    ("app-root", |draft, text| {
+        let root = location(text)?;
+        draft.settings.app_root = Some(root);
+        Ok(())
+    }),
+    ("from-to-www-redirect", |draft, text| flag(text).map(|on| draft.settings.from_to_www = on)),
+    ("x-forwarded-prefix", |draft, text| {
+        let value = HeaderValue::from_str(text).map_err(|_| "cannot stand in a header".to_owned())?;
+        let set = vec![(HeaderName::from_static("x-forwarded-prefix"), value)];
+        draft.settings.filters.push(Filter::RequestHeaders(HeaderChanges { set, ..HeaderChanges::default() }));
+        Ok(())
+    }),
+    // Answers and requests are passed on as they come.
+    ("proxy-buffering", only_off),
+    ("proxy-request-buffering", only_off),
+    ("enable-cors", |draft, text| flag(text).map(|on| draft.has_cors = on)),
+    ("cors-allow-origin", |draft, text| {
+        draft.cors.origins = text.split(',').map(|origin| origin.trim().into()).collect();
+        Ok(())
+    }),
+    ("cors-allow-methods", |draft, text| header(text).map(|value| draft.cors.methods = value)),
+    ("cors-allow-headers", |draft, text| header(text).map(|value| draft.cors.headers = value)),
+    ("cors-expose-headers", |draft, text| header(text).map(|value| draft.cors.expose = Some(value))),
+    ("cors-allow-credentials", |draft, text| flag(text).map(|on| draft.cors.credentials = on)),
+    ("cors-max-age", |draft, text| seconds(text).map(|age| draft.cors.max_age = age)),
+    ("affinity", |draft, text| match text {
+        "cookie" => {
+            draft.has_affinity = true;
+            Ok(())
+        }
+        _ => Err("is not supported; write cookie".to_owned()),
+    }),
+    // A client stays with its endpoint for as long as that is there, in both.
+    ("affinity-mode", |_, text| match text {
+        "balanced" | "persistent" => Ok(()),
+        _ => Err("is neither balanced nor persistent".to_owned()),
+    }),
+    ("session-cookie-name", |draft, text| cookie_part(text).map(|name| draft.affinity.cookie = name)),
+    ("session-cookie-path", |draft, text| cookie_part(text).map(|path| draft.affinity.path = path)),
+    ("session-cookie-domain", |draft, text| cookie_part(text).map(|domain| draft.affinity.domain = Some(domain))),
+    ("session-cookie-max-age", |draft, text| seconds(text).map(|age| draft.affinity.max_age = Some(age))),
+    ("session-cookie-samesite", |draft, text| match text {
+        "None" | "Lax" | "Strict" => {
+            draft.affinity.same_site = Some(text.into());
+            Ok(())
+        }
+        _ => Err("is neither None, Lax nor Strict".to_owned()),
+    }),
+    ("session-cookie-secure", |draft, text| flag(text).map(|on| draft.affinity.secure = Some(on))),
+    ("upstream-hash-by", |draft, text| {
+        let by =
+            HashBy::parse(text).ok_or("is not supported; write one variable, such as $remote_addr or $http_x_user")?;
+        draft.settings.policy.hash_by = Some(by);
+        Ok(())
+    }),
+    ("limit-rps", |draft, text| number(text).map(|rate| draft.limits.per_second = rate)),
+    ("limit-rpm", |draft, text| number(text).map(|rate| draft.limits.per_minute = rate)),
+    ("limit-connections", |draft, text| number(text).map(|count| draft.limits.at_once = count)),
+    ("limit-burst-multiplier", |draft, text| number(text).map(|burst| draft.limits.burst = burst)),
+    ("limit-whitelist", |draft, text| ranges(text).map(|all| draft.limits.exempt = all)),
     ("canary", |draft, text| flag(text).map(|on| draft.is_canary = on)),
     ("canary-weight", |draft, text| number(text).map(|weight| draft.canary.weight = weight)),
     ("canary-weight-total", |draft, text| number(text).map(|total| draft.canary.total = total.max(1))),
@@ -78,6 +143,11 @@ pub struct Draft {
     permanent_code: Option<StatusCode>,
     temporal: Option<Box<str>>,
     temporal_code: Option<StatusCode>,
+    has_cors: bool,
+    cors: Cors,
+    has_affinity: bool,
+    affinity: Affinity,
+    limits: RateLimits,
     is_canary: bool,
     canary: Canary,
     canary_header: Option<HeaderName>,
@@ -88,6 +158,7 @@ pub struct Draft {
 pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>) -> Settings {
     let mut draft = Draft::default();
     draft.canary.total = 100;
+    draft.limits.burst = 5;
     for (key, value) in annotations {
         let Some(short) = key.strip_prefix(NGINX).or_else(|| key.strip_prefix(OURS)) else { continue };
         let Some((_, reader)) = READERS.iter().find(|(known, _)| *known == short) else {
@@ -111,6 +182,15 @@ fn finish(draft: Draft) -> Settings {
         // Without a certificate there is nothing to be sent to.
         (false, Some(true) | None) => None,
     };
+    if draft.has_cors {
+        settings.filters.push(Filter::Cors(Arc::new(draft.cors)));
+    }
+    if draft.has_affinity {
+        settings.policy.affinity = Some(Arc::new(draft.affinity));
+    }
+    if draft.limits.per_second > 0 || draft.limits.per_minute > 0 || draft.limits.at_once > 0 {
+        settings.policy.limits = Some(Arc::new(draft.limits));
+    }
     let permanent = draft.permanent.map(|to| (draft.permanent_code.unwrap_or(StatusCode::MOVED_PERMANENTLY), to));
     let temporal = draft.temporal.map(|to| (draft.temporal_code.unwrap_or(StatusCode::FOUND), to));
     // Of both the temporal one counts.
@@ -121,6 +201,35 @@ fn finish(draft: Draft) -> Settings {
         settings.canary = Some(Canary { header, ..draft.canary });
     }
     settings
+}
+
+fn header(text: &str) -> Result<HeaderValue, String> {
+    HeaderValue::from_str(text).map_err(|_| "cannot stand in a header".to_owned())
+}
+
+fn cookie_part(text: &str) -> Result<Box<str>, String> {
+    let plain = |c: char| c.is_ascii_graphic() && !matches!(c, ';' | ',' | '"' | '\\');
+    match !text.is_empty() && text.chars().all(plain) {
+        true => Ok(text.into()),
+        false => Err("cannot stand in a cookie".to_owned()),
+    }
+}
+
+fn only_off(_: &mut Draft, text: &str) -> Result<(), String> {
+    match text {
+        "off" => Ok(()),
+        _ => Err("is not supported: bodies are passed on as they come; write off".to_owned()),
+    }
+}
+
+fn server_alias(draft: &mut Draft, text: &str) -> Result<(), String> {
+    for alias in text.split(',').map(str::trim).filter(|alias| !alias.is_empty()) {
+        if alias.starts_with('~') {
+            return Err(format!("holds the pattern {alias:?}; write hosts, or *.example.com"));
+        }
+        draft.settings.aliases.push(alias.to_owned());
+    }
+    Ok(())
 }
 
 fn flag(text: &str) -> Result<bool, String> {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::policy::Balance;
+use crate::sticky::{Wish, mix};
 use crate::upstream::{Endpoint, Upstream};
 
 /// The first pause of an endpoint that failed; each failure in a row makes it longer.
@@ -18,11 +19,20 @@ pub fn pick(
     endpoints: &[Arc<Endpoint>],
     balance: Balance,
     tried: &[SocketAddr],
+    wish: Wish,
     now: u64,
     draw: u64,
 ) -> Option<Arc<Endpoint>> {
     let count = endpoints.len();
     let is_good = |endpoint: &&Arc<Endpoint>| !tried.contains(&endpoint.address) && !endpoint.is_ejected(now);
+    let wished = match wish {
+        Wish::None => None,
+        Wish::Endpoint(number) => endpoints.iter().find(|endpoint| endpoint.number == number),
+        Wish::Key(key) => endpoints.iter().filter(is_good).max_by_key(|endpoint| mix(endpoint.number ^ key)),
+    };
+    if let Some(wished) = wished.filter(is_good) {
+        return Some(wished.clone());
+    }
     let first = match (count, balance) {
         (0, _) => return None,
         (_, Balance::RoundRobin) => upstream.turn.fetch_add(1, Ordering::Relaxed) as usize % count,
@@ -102,7 +112,7 @@ mod tests {
     #[test]
     fn turns_reach_everybody_and_load_the_least_loaded() {
         let (upstream, all) = endpoints();
-        let one = |balance, draw| pick(&upstream, &all, balance, &[], 0, draw).expect("somebody").address;
+        let one = |balance, draw| pick(&upstream, &all, balance, &[], Wish::None, 0, draw).expect("somebody").address;
         let seen: BTreeSet<SocketAddr> = (0..3).map(|_| one(Balance::RoundRobin, 0)).collect();
         assert_eq!(seen.len(), 3);
         let _busy = Active::new(all[0].clone());
@@ -111,9 +121,24 @@ mod tests {
     }
 
     #[test]
+    fn a_key_leads_to_one_endpoint_and_few_move_when_another_goes() {
+        let (upstream, all) = endpoints();
+        let to = |all: &[Arc<Endpoint>], key: u64| {
+            pick(&upstream, all, Balance::LeastLoad, &[], Wish::Key(mix(key)), 0, key).expect("somebody").address
+        };
+        let before: Vec<SocketAddr> = (0..300).map(|key| to(&all, key)).collect();
+        assert!(all.iter().all(|one| before.iter().filter(|to| **to == one.address).count() > 50), "all have some");
+        for (key, before) in before.iter().enumerate().filter(|(_, before)| **before != all[2].address) {
+            assert_eq!(to(&all[..2], key as u64), *before, "only those of the one that went move");
+        }
+        let named = pick(&upstream, &all, Balance::LeastLoad, &[], Wish::Endpoint(all[1].number), 0, 0);
+        assert_eq!(named.expect("the one").address, all[1].address);
+    }
+
+    #[test]
     fn who_failed_is_passed_over_for_a_while_unless_all_have() {
         let (upstream, all) = endpoints();
-        let one = |tried: &[SocketAddr], now| pick(&upstream, &all, Balance::LeastLoad, tried, now, 0);
+        let one = |tried: &[SocketAddr], now| pick(&upstream, &all, Balance::LeastLoad, tried, Wish::None, now, 0);
         all[0].failed(1000);
         assert_ne!(one(&[], 1001).expect("another").address, all[0].address);
         assert_eq!(one(&[], 1000 + PAUSE).expect("back").address, all[0].address);

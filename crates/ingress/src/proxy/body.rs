@@ -1,9 +1,9 @@
 //! Bodies on their way through: bounded in size and in silence, and counted.
 
-use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,6 +21,53 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub enum Trouble {
     TooLarge,
     TooSlow,
+}
+
+/// Tells why, once it has happened.
+#[derive(Clone, Debug, Default)]
+pub struct Troubles(Option<Arc<Progress>>);
+
+/// How far a request's body has come.
+#[derive(Debug, Default)]
+struct Progress {
+    trouble: AtomicU8,
+    frames: AtomicU32,
+    is_over: AtomicBool,
+}
+
+impl Troubles {
+    /// For a body that there is.
+    fn new() -> Self {
+        Troubles(Some(Arc::default()))
+    }
+
+    fn set(&self, trouble: Trouble) {
+        let number = if trouble == Trouble::TooLarge { 1 } else { 2 };
+        if let Some(held) = &self.0 {
+            held.trouble.store(number, Ordering::Relaxed);
+        }
+    }
+
+    fn moved(&self, is_over: bool) {
+        if let Some(held) = &self.0 {
+            held.frames.fetch_add(1, Ordering::Relaxed);
+            held.is_over.store(is_over, Ordering::Relaxed);
+        }
+    }
+
+    /// Parts of the body that have gone to the endpoint, and whether these are all.
+    pub fn progress(&self) -> (u32, bool) {
+        let held = self.0.as_ref();
+        held.map_or((0, true), |held| (held.frames.load(Ordering::Relaxed), held.is_over.load(Ordering::Relaxed)))
+    }
+
+    pub fn get(&self) -> Option<Trouble> {
+        match self.0.as_ref()?.trouble.load(Ordering::Relaxed) {
+            1 => Some(Trouble::TooLarge),
+            2 => Some(Trouble::TooSlow),
+            _ => None,
+        }
+    }
 }
 
 /// Runs out when nothing moves for a while. Made only when somebody really waits.
@@ -56,22 +103,19 @@ pub struct ClientBody {
     patience: Patience,
     /// Bytes that may still come; `None`: any.
     left: Option<u64>,
-    trouble: Rc<Cell<Option<Trouble>>>,
+    trouble: Troubles,
 }
 
 impl RequestBody {
-    /// `limit` in bytes, 0 for any. Why the body ended early will stand in `trouble`.
-    pub fn new(inner: Incoming, limit: u64, patience: Duration, trouble: &Rc<Cell<Option<Trouble>>>) -> Self {
+    /// `limit` in bytes, 0 for any. Also returned is where it will stand why the body ended early.
+    pub fn new(inner: Incoming, limit: u64, patience: Duration) -> (Self, Troubles) {
         if inner.is_end_stream() {
-            return RequestBody::Empty;
+            return (RequestBody::Empty, Troubles::default());
         }
+        let trouble = Troubles::new();
         let left = (limit > 0).then_some(limit);
-        RequestBody::Client(Box::new(ClientBody {
-            inner,
-            patience: Patience::new(patience),
-            left,
-            trouble: trouble.clone(),
-        }))
+        let body = ClientBody { inner, patience: Patience::new(patience), left, trouble: trouble.clone() };
+        (RequestBody::Client(Box::new(body)), trouble)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -92,17 +136,21 @@ impl Body for RequestBody {
                     match left.checked_sub(data.len() as u64) {
                         Some(rest) => *left = rest,
                         None => {
-                            body.trouble.set(Some(Trouble::TooLarge));
+                            body.trouble.set(Trouble::TooLarge);
                             return Poll::Ready(Some(Err("the body is larger than allowed".into())));
                         }
                     }
                 }
+                body.trouble.moved(body.inner.is_end_stream());
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
-            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(None) => {
+                body.trouble.moved(true);
+                Poll::Ready(None)
+            }
             Poll::Pending if body.patience.is_over(cx) => {
-                body.trouble.set(Some(Trouble::TooSlow));
+                body.trouble.set(Trouble::TooSlow);
                 Poll::Ready(Some(Err("the body does not come".into())))
             }
             Poll::Pending => Poll::Pending,

@@ -1,27 +1,29 @@
 //! A request goes to an endpoint, and to another one where that is safe; its answer comes back.
 
-use std::cell::Cell;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, SET_COOKIE, UPGRADE};
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout};
 
 use super::balance::{Active, pick};
-use super::body::{RequestBody, ResponseBody, Trouble};
+use super::body::{RequestBody, ResponseBody, Trouble, Troubles};
 use super::handle::{Arrival, answer, rewritten};
 use super::hygiene;
 use super::log::Line;
 use super::pool::{Connection, Http1};
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
+use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Filter, Route};
+use crate::route::{Action, Ask, Filter, Route};
+use crate::sticky::Wish;
 use crate::upstream::{Endpoint, Targets, Upstream};
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -62,12 +64,14 @@ impl Head {
 
 /// What remains to be done when an answer is over: on [`Finish::complete`] if it is whole, and when dropped.
 pub struct Finish {
-    worker: Rc<Worker>,
+    worker: Arc<Worker>,
     route: Arc<Route>,
     active: Option<Active>,
     /// To be kept for others, if the answer is complete.
     connection: Option<Http1>,
     line: Option<Box<Line>>,
+    /// What counts the request at its client's limits.
+    _under_way: Option<UnderWay>,
     started: Instant,
     bytes: u64,
 }
@@ -88,21 +92,27 @@ impl Drop for Finish {
     fn drop(&mut self) {
         self.route.counts.sent.fetch_add(self.bytes, Ordering::Relaxed);
         if let Some(line) = self.line.take() {
-            self.worker.log.borrow_mut().write(&line, self.bytes, self.started.elapsed());
+            self.worker.log().write(&line, self.bytes, self.started.elapsed());
         }
     }
 }
 
 /// Sends the request on and returns the answer, ours if no endpoint gives one.
 pub async fn forward(
-    worker: Rc<Worker>,
-    client: Rc<Client>,
-    arrival: Arrival,
+    worker: Arc<Worker>,
+    client: Arc<Client>,
+    mut arrival: Arrival,
     request: Request<Incoming>,
     mut line: Option<Box<Line>>,
 ) -> Response<ResponseBody> {
     let (route, started) = (arrival.route.clone(), arrival.started);
-    let outcome = attempt(&worker, &client, &arrival, request).await;
+    let cors = route.filters.iter().find_map(|filter| match filter {
+        Filter::Cors(cors) => Some((cors, request.headers().get(ORIGIN).cloned())),
+        _ => None,
+    });
+    let wish = wish(&client, &arrival, &request);
+    let under_way = arrival.under_way.take();
+    let outcome = attempt(&worker, &client, &arrival, request, wish).await;
     let status = match &outcome {
         Ok(sent) => sent.response.status(),
         Err(problem) => problem.0,
@@ -126,10 +136,45 @@ pub async fn forward(
                     changes.apply(&mut parts.headers);
                 }
             }
-            let finish = Finish { worker, route, active: Some(active), connection, line, started, bytes: 0 };
+            if let Some((cors, origin)) = cors {
+                cors.apply(origin.as_ref(), &mut parts.headers);
+            }
+            if let Some(affinity) = &route.policy.affinity
+                && wish != Wish::Endpoint(active.0.number)
+                && let Ok(cookie) = HeaderValue::try_from(affinity.header(active.0.number, client.is_tls))
+            {
+                parts.headers.append(SET_COOKIE, cookie);
+            }
+            let finish = Finish {
+                worker,
+                route: route.clone(),
+                active: Some(active),
+                connection,
+                line,
+                _under_way: under_way,
+                started,
+                bytes: 0,
+            };
             Response::from_parts(parts, ResponseBody::endpoint(body, patience, finish))
         }
     }
+}
+
+/// Which endpoint the request belongs to, if its route asks for that.
+fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish {
+    let policy = &arrival.route.policy;
+    if let Some(affinity) = &policy.affinity {
+        return affinity.wish(request.headers());
+    }
+    let Some(by) = &policy.hash_by else { return Wish::None };
+    let ask = Ask {
+        host: hygiene::host(request).unwrap_or_default(),
+        path: request.uri().path(),
+        query: request.uri().query().unwrap_or_default(),
+        method: request.method(),
+        headers: request.headers(),
+    };
+    by.wish(&ask, client.peer.ip())
 }
 
 type Answer = (StatusCode, &'static str);
@@ -147,10 +192,11 @@ const BROKEN: Answer = (StatusCode::BAD_GATEWAY, "the endpoint broke off\n");
 const LATE: Answer = (StatusCode::GATEWAY_TIMEOUT, "the endpoint did not answer in time\n");
 
 async fn attempt(
-    worker: &Rc<Worker>,
+    worker: &Arc<Worker>,
     client: &Client,
     arrival: &Arrival,
     mut request: Request<Incoming>,
+    wish: Wish,
 ) -> Result<Sent, Answer> {
     let route = &arrival.route;
     let policy = &*route.policy;
@@ -165,8 +211,8 @@ async fn attempt(
     let on_upgrade = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     let (parts, incoming) = request.into_parts();
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
-    let trouble = Rc::new(Cell::new(None));
-    let body = RequestBody::new(incoming, policy.body_limit, worker.shared.config.limits.body_timeout, &trouble);
+    let patience = worker.shared.config.limits.body_timeout;
+    let (body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
     for filter in backend.filters.iter() {
         apply(filter, route, arrival, &mut head);
@@ -177,7 +223,7 @@ async fn attempt(
         (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
         head.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
     }
-    let attempts = Attempts { worker, policy, upstream: &backend.upstream, targets: &targets, protocol, trouble };
+    let attempts = Attempts { worker, policy, upstream: &backend.upstream, targets: &targets, protocol, trouble, wish };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
     if sent.response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let (Some(on_upgrade), Some(_)) = (on_upgrade, upgrade) else { return Err(BROKEN) };
@@ -190,7 +236,7 @@ async fn attempt(
         }
         // The tunnel counts as a request under way for as long as it is there.
         let active = Active::new(sent.active.0.clone());
-        tokio::task::spawn_local(tunnel(on_upgrade, theirs, active, worker.shared.token.clone()));
+        tokio::spawn(tunnel(on_upgrade, theirs, active, worker.shared.token.clone()));
         sent.connection = None;
     } else {
         hygiene::strip(sent.response.headers_mut());
@@ -216,6 +262,8 @@ fn prepare(
 ) {
     let headers = &mut head.headers;
     hygiene::strip_request(headers);
+    // For what is added below.
+    headers.reserve(8);
     if !headers.contains_key(HOST)
         && let Some(authority) = head.uri.authority()
         && let Ok(host) = HeaderValue::from_str(authority.as_str())
@@ -258,7 +306,7 @@ fn with_query(path: &str, query: Option<&str>) -> Option<PathAndQuery> {
 fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
     match filter {
         Filter::RequestHeaders(changes) => changes.apply(&mut head.headers),
-        Filter::ResponseHeaders(_) => {}
+        Filter::ResponseHeaders(_) | Filter::Cors(_) => {}
         Filter::RewriteHost(host) => drop(head.headers.insert(HOST, host.clone())),
         Filter::RewritePath(rewrite) => {
             let held = arrival.path.as_deref().unwrap_or(head.uri.path());
@@ -321,17 +369,19 @@ fn join_cookies(headers: &mut HeaderMap) {
 
 /// The tries of one request.
 struct Attempts<'a> {
-    worker: &'a Rc<Worker>,
+    worker: &'a Arc<Worker>,
     policy: &'a Policy,
     upstream: &'a Upstream,
     targets: &'a Targets,
     protocol: BackendProtocol,
-    trouble: Rc<Cell<Option<Trouble>>>,
+    trouble: Troubles,
+    wish: Wish,
 }
 
 /// What came of one try.
+#[allow(clippy::large_enum_variant, reason = "nearly every try is done")]
 enum Try {
-    Done(Box<Sent>),
+    Done(Sent),
     /// Nothing was sent: the same request, whatever it does, may go elsewhere.
     Unsent(Answer, Box<(Head, RequestBody)>),
     /// The connection had been closed by then.
@@ -365,11 +415,12 @@ impl Attempts<'_> {
                 break;
             }
             let now = worker.milliseconds();
-            let endpoint = pick(self.upstream, &self.targets.endpoints, policy.balance, &tried, now, worker.random());
+            let endpoint =
+                pick(self.upstream, &self.targets.endpoints, policy.balance, &tried, self.wish, now, worker.random());
             let Some(endpoint) = endpoint else { break };
             let address = endpoint.address;
             let (answer, rest) = match self.once(&endpoint, head, body, may_repeat, stale >= STALE).await {
-                Try::Done(sent) => return Ok(*sent),
+                Try::Done(sent) => return Ok(sent),
                 Try::Stale(rest) => {
                     stale += 1;
                     (head, body) = *rest;
@@ -394,6 +445,19 @@ impl Attempts<'_> {
             }
         }
         Err(last)
+    }
+
+    /// Waits for an answer: as long as it takes while the body moves, and then as long as the policy says.
+    async fn answered<F: Future>(&self, sending: F) -> Result<F::Output, Elapsed> {
+        let mut sending = pin!(sending);
+        loop {
+            let before = self.trouble.progress();
+            let limit = if before.1 { self.policy.read_timeout } else { self.policy.send_timeout };
+            match timeout(limit, &mut sending).await {
+                Err(_) if self.trouble.progress() != before => {}
+                outcome => return outcome,
+            }
+        }
     }
 
     async fn once(
@@ -424,11 +488,11 @@ impl Attempts<'_> {
         let request = head.with(body, self.protocol);
         let (answered, connection, is_reused) = match connection {
             Connection::Http1 { mut sender, is_reused } => {
-                let answered = timeout(policy.read_timeout, sender.try_send_request(request)).await;
+                let answered = self.answered(sender.try_send_request(request)).await;
                 (answered, Some(sender), is_reused)
             }
             Connection::Http2(mut sender) => {
-                let answered = timeout(policy.read_timeout, sender.try_send_request(request)).await;
+                let answered = self.answered(sender.try_send_request(request)).await;
                 (answered, None, true)
             }
         };
@@ -438,7 +502,7 @@ impl Attempts<'_> {
             }
             Ok(Ok(response)) => {
                 endpoint.succeeded();
-                Try::Done(Box::new(Sent { response, connection, active }))
+                Try::Done(Sent { response, connection, active })
             }
             Ok(Err(mut error)) => {
                 if connection.is_none() {

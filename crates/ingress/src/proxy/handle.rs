@@ -2,12 +2,11 @@
 
 use std::borrow::Cow;
 use std::convert::Infallible;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::{CONTENT_LENGTH, HOST, LOCATION};
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::header::{CONTENT_LENGTH, HOST, LOCATION, ORIGIN};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -16,27 +15,28 @@ use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
 use super::worker::{Client, Worker};
-use crate::route::{Action, Ask, PathRewrite, Redirect, Route};
+use crate::limits::{TooMany, UnderWay};
+use crate::route::{Action, Ask, Filter, PathRewrite, Redirect, Route};
 
 /// What is known of a request when it has been decided about.
 pub struct Arrival {
     pub started: Instant,
     pub route: Arc<Route>,
-    /// In lower case, without its port.
-    pub host: Box<str>,
     /// The path to match and send, if it is not the one in the request.
     pub path: Option<String>,
+    /// Counts it at its client's limits.
+    pub under_way: Option<UnderWay>,
 }
 
 /// Answers a request. Whatever goes wrong is an answer, too.
 pub async fn handle(
-    worker: Rc<Worker>,
-    client: Rc<Client>,
+    worker: Arc<Worker>,
+    client: Arc<Client>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
-    let line = worker.log.borrow().is_on().then(|| Box::new(Line::new(&client, &request)));
-    let arrival = match route(&worker, &request, started) {
+    let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
+    let mut arrival = match route(&worker, &request, started) {
         Ok(arrival) => arrival,
         Err(rejected) => {
             let mut response = answer(rejected.status, rejected.text);
@@ -48,7 +48,7 @@ pub async fn handle(
             return Ok(response);
         }
     };
-    let response = match decide(&client, &arrival, &request) {
+    let response = match decide(&worker, &client, &mut arrival, &request) {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
             worker.tell(line, &response, Some(&arrival.route), started);
@@ -94,22 +94,47 @@ fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Resu
         Cow::Owned(path) => Some(path),
         Cow::Borrowed(_) => None,
     };
-    Ok(Arrival { started, route, host: host.into(), path })
+    Ok(Arrival { started, route, path, under_way: None })
 }
 
 /// An answer that needs no endpoint.
-fn decide(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
-    let policy = &arrival.route.policy;
+fn decide(
+    worker: &Worker,
+    client: &Client,
+    arrival: &mut Arrival,
+    request: &Request<Incoming>,
+) -> Option<Response<ResponseBody>> {
+    let route = arrival.route.clone();
+    let policy = &route.policy;
     let ip = client.peer.ip();
     let is_allowed = policy.allow.is_empty() || policy.allow.iter().any(|range| range.contains(&ip));
     if !is_allowed || policy.deny.iter().any(|range| range.contains(&ip)) {
         return Some(answer(StatusCode::FORBIDDEN, "this address may not come here\n"));
     }
+    if let Some(limits) = &policy.limits {
+        match limits.enter(ip, worker.milliseconds()) {
+            Ok(under_way) => arrival.under_way = under_way,
+            // What ingress-nginx says then, too.
+            Err(TooMany) => {
+                return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "too many requests from this address\n"));
+            }
+        }
+    }
     if policy.https_only && !is_secure(client, request) {
         let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
         let path = arrival.path.as_deref().unwrap_or(request.uri().path());
-        let location = format!("https://{}{path}{query}", arrival.host);
+        let location = format!("https://{}{path}{query}", host_of(request));
         return Some(redirect(StatusCode::PERMANENT_REDIRECT, &location));
+    }
+    let cors = arrival.route.filters.iter().find_map(|filter| match filter {
+        Filter::Cors(cors) => Some(cors),
+        _ => None,
+    });
+    if let Some(cors) = cors.filter(|_| request.method() == Method::OPTIONS) {
+        let mut response = Response::new(ResponseBody::Own(None));
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        cors.preflight(request.headers().get(ORIGIN), response.headers_mut());
+        return Some(response);
     }
     match &arrival.route.action {
         Action::Forward(_) => {}
@@ -126,6 +151,11 @@ fn decide(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Op
     None
 }
 
+/// In lower case, without its port, as it was when the route was found.
+fn host_of(request: &Request<Incoming>) -> String {
+    hygiene::host(request).map(str::to_ascii_lowercase).unwrap_or_default()
+}
+
 fn is_secure(client: &Client, request: &Request<Incoming>) -> bool {
     let told = || request.headers().get("x-forwarded-proto").is_some_and(|value| value == "https");
     client.is_tls || (client.is_trusted && told())
@@ -137,7 +167,7 @@ fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Req
     }
     let is_tls = is_secure(client, request);
     let scheme = wanted.scheme.unwrap_or(if is_tls { "https" } else { "http" });
-    let host = wanted.host.as_deref().unwrap_or(&arrival.host);
+    let host = wanted.host.as_deref().map_or_else(|| host_of(request), str::to_owned);
     let held = arrival.path.as_deref().unwrap_or(request.uri().path());
     let path = match &wanted.path {
         Some(rewrite) => rewritten(rewrite, &arrival.route, held),

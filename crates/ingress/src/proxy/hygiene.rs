@@ -165,8 +165,21 @@ fn names(headers: &HeaderMap, word: &str) -> bool {
     lines.flat_map(|line| line.split(',')).any(|one| one.trim().eq_ignore_ascii_case(word))
 }
 
+/// Most messages have nothing of the kind: one look at all names is cheaper than one for each name that could be there.
+fn has_own(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| {
+        matches!(
+            *name,
+            CONNECTION | TE | TRANSFER_ENCODING | UPGRADE | EXPECT | PROXY_AUTHORIZATION | PROXY_AUTHENTICATE
+        ) || matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings")
+    })
+}
+
 /// Takes away what is for this connection only: by name, and what the Connection header names.
 pub fn strip(headers: &mut HeaderMap) {
+    if !has_own(headers) {
+        return;
+    }
     if headers.contains_key(CONNECTION) {
         let named: Vec<HeaderName> = headers
             .get_all(CONNECTION)
@@ -190,6 +203,9 @@ pub fn strip(headers: &mut HeaderMap) {
 
 /// The same for a request, and what the proxy answers itself.
 pub fn strip_request(headers: &mut HeaderMap) {
+    if !has_own(headers) {
+        return;
+    }
     let wants_trailers = headers.get(TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
     strip(headers);
     headers.remove(TE);

@@ -105,7 +105,7 @@ impl Worker {
         line.status = response.status();
         line.route = route.map(|route| (route.name.namespace.clone(), route.name.name.clone()));
         let bytes = http_body::Body::size_hint(response.body()).lower();
-        self.log.borrow_mut().write(&line, bytes, started.elapsed());
+        self.log().write(&line, bytes, started.elapsed());
     }
 }
 

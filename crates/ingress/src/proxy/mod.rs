@@ -6,6 +6,7 @@ mod config;
 mod forward;
 mod handle;
 mod hygiene;
+mod io;
 mod log;
 mod metrics;
 mod pool;

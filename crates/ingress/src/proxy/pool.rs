@@ -1,19 +1,18 @@
 //! Connections to endpoints, kept by each worker for itself: nothing here is shared between threads.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::net::TcpStream;
-use tokio::task::spawn_local;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::body::RequestBody;
-use super::worker::LocalExecutor;
+use super::io::Io;
 use crate::policy::BackendProtocol;
 
 pub type Http1 = http1::SendRequest<RequestBody>;
@@ -27,7 +26,8 @@ pub enum Connection {
 
 struct Idle {
     sender: Http1,
-    since: Instant,
+    /// The sweep after which it was put here.
+    since: u32,
 }
 
 #[derive(Default)]
@@ -38,16 +38,23 @@ struct Kept {
 
 /// Connections without a request, by endpoint.
 pub struct Pool {
-    kept: RefCell<Kept>,
+    /// Only one thread uses it: it never waits for the lock.
+    kept: Mutex<Kept>,
     limit: usize,
-    age: Duration,
+    /// In sweeps.
+    age: u32,
+    sweeps: AtomicU32,
     buffer: usize,
 }
 
 impl Pool {
-    /// At most `limit` idle connections to one endpoint, none idle for longer than `age`.
-    pub fn new(limit: usize, age: Duration, buffer: usize) -> Rc<Self> {
-        Rc::new(Pool { kept: RefCell::default(), limit, age, buffer })
+    /// At most `limit` idle connections to one endpoint, none idle for more than `age` sweeps.
+    pub fn new(limit: usize, age: u32, buffer: usize) -> Arc<Self> {
+        Arc::new(Pool { kept: Mutex::default(), limit, age, sweeps: AtomicU32::new(0), buffer })
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection to the endpoint: an idle one, or a new one.
@@ -69,12 +76,12 @@ impl Pool {
                 Ok(Connection::Http1 { sender, is_reused: false })
             }
             BackendProtocol::H2c => {
-                let held = self.kept.borrow().http2.get(&address).filter(|held| !held.is_closed()).cloned();
+                let held = self.kept().http2.get(&address).filter(|held| !held.is_closed()).cloned();
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
                 let sender = self.open_http2(address, within).await?;
-                self.kept.borrow_mut().http2.insert(address, sender.clone());
+                self.kept().http2.insert(address, sender.clone());
                 Ok(Connection::Http2(sender))
             }
         }
@@ -88,23 +95,23 @@ impl Pool {
         let stream = connect(address, within).await?;
         let mut builder = http1::Builder::new();
         builder.max_buf_size(self.buffer);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
+        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
         // Its errors are those of the request that it carries.
-        spawn_local(async move { drop(connection.with_upgrades().await) });
+        tokio::spawn(async move { drop(connection.with_upgrades().await) });
         Ok(sender)
     }
 
     async fn open_http2(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http2> {
         let stream = connect(address, within).await?;
-        let mut builder = http2::Builder::new(LocalExecutor);
+        let mut builder = http2::Builder::new(TokioExecutor::new());
         builder.timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30)).adaptive_window(true);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
-        spawn_local(async move { drop(connection.await) });
+        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
+        tokio::spawn(async move { drop(connection.await) });
         Ok(sender)
     }
 
     fn take(&self, address: SocketAddr) -> Option<Http1> {
-        let mut kept = self.kept.borrow_mut();
+        let mut kept = self.kept();
         let list = kept.http1.get_mut(&address)?;
         // The last one that was used is the least likely to be closed. One that is not ready has been closed, or has not come
         // to an end of its last request yet.
@@ -117,23 +124,24 @@ impl Pool {
         if sender.is_closed() {
             return;
         }
-        let mut kept = self.kept.borrow_mut();
+        let mut kept = self.kept();
         let list = kept.http1.entry(address).or_default();
         if list.len() < self.limit {
-            list.push(Idle { sender, since: Instant::now() });
+            list.push(Idle { sender, since: self.sweeps.load(Ordering::Relaxed) });
         }
     }
 
     /// Forgets an HTTP/2 connection that did not do.
     pub fn drop_http2(&self, address: SocketAddr) {
-        self.kept.borrow_mut().http2.remove(&address);
+        self.kept().http2.remove(&address);
     }
 
     /// Closes what nobody has used for a while.
     pub fn sweep(&self) {
-        let (now, mut kept) = (Instant::now(), self.kept.borrow_mut());
+        let now = self.sweeps.fetch_add(1, Ordering::Relaxed);
+        let mut kept = self.kept();
         kept.http1.retain(|_, list| {
-            list.retain(|idle| !idle.sender.is_closed() && now.duration_since(idle.since) < self.age);
+            list.retain(|idle| !idle.sender.is_closed() && now.wrapping_sub(idle.since) < self.age);
             !list.is_empty()
         });
         kept.http2.retain(|_, sender| !sender.is_closed());

@@ -1,25 +1,22 @@
 //! One thread that carries requests: its own sockets, its own connections to endpoints.
 
-use std::cell::{Cell, RefCell};
-use std::future::Future;
 use std::net::SocketAddr;
-use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinSet, LocalSet, spawn_local};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::handle;
+use super::io::Io;
 use super::log::AccessLog;
 use super::pool::Pool;
 use super::shared::Shared;
@@ -29,22 +26,12 @@ const TICK: Duration = Duration::from_secs(1);
 /// After an error of accepting, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Futures of HTTP/2 connections stay on their thread.
-#[derive(Clone, Copy, Debug)]
-pub struct LocalExecutor;
-
-impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor {
-    fn execute(&self, future: F) {
-        spawn_local(future);
-    }
-}
-
 /// What all requests of a thread share.
 pub struct Worker {
     pub shared: Arc<Shared>,
-    pub pool: Rc<Pool>,
-    pub log: RefCell<AccessLog>,
-    random: Cell<u64>,
+    pub pool: Arc<Pool>,
+    log: Mutex<AccessLog>,
+    random: AtomicU64,
     started: Instant,
 }
 
@@ -60,14 +47,19 @@ pub struct Client {
 }
 
 impl Worker {
+    /// Only one thread writes: it never waits for the lock.
+    pub fn log(&self) -> MutexGuard<'_, AccessLog> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A number that is as likely as any other. Not for secrets.
     pub fn random(&self) -> u64 {
         // xorshift64*
-        let mut x = self.random.get();
+        let mut x = self.random.load(Ordering::Relaxed);
         x ^= x >> 12;
         x ^= x << 25;
         x ^= x >> 27;
-        self.random.set(x);
+        self.random.store(x, Ordering::Relaxed);
         x.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
@@ -92,36 +84,40 @@ pub fn run(
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let limits = shared.config.limits;
-    let worker = Rc::new(Worker {
-        pool: Pool::new(limits.idle_upstream, limits.idle_upstream_timeout, limits.head),
-        log: RefCell::new(AccessLog::new(shared.config.log)),
-        random: Cell::new(seed | 1),
+    let worker = Arc::new(Worker {
+        pool: Pool::new(limits.idle_upstream, ticks(limits.idle_upstream_timeout), limits.head),
+        log: Mutex::new(AccessLog::new(shared.config.log)),
+        random: AtomicU64::new(seed | 1),
         started,
         shared,
     });
-    let local = LocalSet::new();
     let drain = worker.shared.config.drain;
-    runtime.block_on(local.run_until(async move {
+    runtime.block_on(async move {
         let mut loops = JoinSet::new();
         for entry in entries {
-            loops.spawn_local(accept(worker.clone(), entry, token.clone()));
+            loops.spawn(accept(worker.clone(), entry, token.clone()));
         }
-        let ticker = spawn_local(tick(worker.clone(), token.clone()));
+        let ticker = tokio::spawn(tick(worker.clone(), token.clone()));
         let mut connections = JoinSet::new();
         while let Some(ended) = loops.join_next().await {
             if let Ok(mut held) = ended {
-                connections.spawn_local(async move { while held.join_next().await.is_some() {} });
+                connections.spawn(async move { while held.join_next().await.is_some() {} });
             }
         }
         // Those that take longer end with the thread.
         timeout(drain, async { while connections.join_next().await.is_some() {} }).await.ok();
         ticker.await.ok();
-        worker.log.borrow_mut().flush();
-    }));
+        worker.log().flush();
+    });
     Ok(())
 }
 
-async fn tick(worker: Rc<Worker>, token: CancellationToken) {
+/// A time in ticks.
+fn ticks(time: Duration) -> u32 {
+    u32::try_from(time.as_secs() / TICK.as_secs()).unwrap_or(u32::MAX)
+}
+
+async fn tick(worker: Arc<Worker>, token: CancellationToken) {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -130,12 +126,12 @@ async fn tick(worker: Rc<Worker>, token: CancellationToken) {
             () = token.cancelled() => return,
         }
         worker.pool.sweep();
-        worker.log.borrow_mut().flush();
+        worker.log().flush();
     }
 }
 
 /// Accepts until the token is cancelled; what is returned are the connections that go on.
-async fn accept(worker: Rc<Worker>, entry: Entry, token: CancellationToken) -> JoinSet<()> {
+async fn accept(worker: Arc<Worker>, entry: Entry, token: CancellationToken) -> JoinSet<()> {
     let mut connections = JoinSet::new();
     let listener = match TcpListener::from_std(entry.listener) {
         Ok(listener) => listener,
@@ -144,7 +140,7 @@ async fn accept(worker: Rc<Worker>, entry: Entry, token: CancellationToken) -> J
             return connections;
         }
     };
-    let server = Rc::new(builder(&worker.shared.config.limits));
+    let server = Arc::new(builder(&worker.shared.config.limits));
     let acceptor = entry.is_tls.then(|| TlsAcceptor::from(worker.shared.tls.clone()));
     loop {
         let shared = &worker.shared;
@@ -164,7 +160,7 @@ async fn accept(worker: Rc<Worker>, entry: Entry, token: CancellationToken) -> J
                 let open = Open::new(shared.clone());
                 let (worker, server, acceptor, token) =
                     (worker.clone(), server.clone(), acceptor.clone(), token.clone());
-                connections.spawn_local(async move {
+                connections.spawn(async move {
                     let _open = open;
                     serve(worker, server, acceptor, stream, peer, token).await;
                 });
@@ -195,8 +191,8 @@ impl Drop for Open {
     }
 }
 
-fn builder(limits: &super::config::Limits) -> auto::Builder<LocalExecutor> {
-    let mut server = auto::Builder::new(LocalExecutor);
+fn builder(limits: &super::config::Limits) -> auto::Builder<TokioExecutor> {
+    let mut server = auto::Builder::new(TokioExecutor::new());
     let head = u32::try_from(limits.head).unwrap_or(u32::MAX);
     server
         .http1()
@@ -216,8 +212,8 @@ fn builder(limits: &super::config::Limits) -> auto::Builder<LocalExecutor> {
 }
 
 async fn serve(
-    worker: Rc<Worker>,
-    server: Rc<auto::Builder<LocalExecutor>>,
+    worker: Arc<Worker>,
+    server: Arc<auto::Builder<TokioExecutor>>,
     acceptor: Option<TlsAcceptor>,
     stream: TcpStream,
     peer: SocketAddr,
@@ -230,7 +226,7 @@ async fn serve(
     let Ok(local) = stream.local_addr() else { return };
     let ip = peer.ip().to_canonical();
     let text = |text: String| HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""));
-    let client = Rc::new(Client {
+    let client = Arc::new(Client {
         peer: SocketAddr::new(ip, peer.port()),
         address: text(ip.to_string()),
         local_port: text(local.port().to_string()),
@@ -238,11 +234,11 @@ async fn serve(
         is_trusted: worker.shared.config.trusted.iter().any(|range| range.contains(&ip)),
     });
     match acceptor {
-        None => carry(worker, &server, client, stream, token).await,
+        None => carry(worker, &server, client, Io::new(stream), token).await,
         Some(acceptor) => {
             let patience = worker.shared.config.limits.handshake_timeout;
             match timeout(patience, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => carry(worker, &server, client, stream, token).await,
+                Ok(Ok(stream)) => carry(worker, &server, client, TokioIo::new(stream), token).await,
                 Ok(Err(_)) | Err(_) => drop(worker.shared.handshakes_failed.fetch_add(1, Ordering::Relaxed)),
             }
         }
@@ -250,16 +246,16 @@ async fn serve(
 }
 
 async fn carry<S>(
-    worker: Rc<Worker>,
-    server: &auto::Builder<LocalExecutor>,
-    client: Rc<Client>,
+    worker: Arc<Worker>,
+    server: &auto::Builder<TokioExecutor>,
+    client: Arc<Client>,
     stream: S,
     token: CancellationToken,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
     let service = service_fn(move |request| handle(worker.clone(), client.clone(), request));
-    let connection = server.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let connection = server.serve_connection_with_upgrades(stream, service);
     tokio::pin!(connection);
     let cancelled = tokio::select! {
         // What a client breaks off is its own affair.

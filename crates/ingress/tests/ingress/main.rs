@@ -2,4 +2,5 @@
 
 mod proxy;
 mod routes;
+mod rows;
 mod world;

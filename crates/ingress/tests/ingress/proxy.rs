@@ -473,3 +473,91 @@ async fn what_annotations_ask_for_is_done() {
     assert!(backend.last().starts_with("GET /b/c "), "{}", backend.last());
     world.end().await;
 }
+
+#[tokio::test]
+async fn clients_stay_with_their_endpoint() {
+    let backends = [Backend::named("a").await, Backend::named("b").await, Backend::named("c").await];
+    let all: Vec<SocketAddr> = backends.iter().map(|backend| backend.address).collect();
+    let mut world =
+        World::start(&[&ingress(&format!("{NGINX}/affinity: cookie, {NGINX}/session-cookie-name: stay"))], |_| {})
+            .await;
+    world.serve("web", &all);
+    let first = world.curl("http://shop.example/").await;
+    let cookie = first.lines().find_map(|line| line.strip_prefix("set-cookie: stay=")?.split(';').next());
+    let cookie = cookie.expect("a cookie").to_owned();
+    let name = first.chars().last().expect("a name");
+    for _ in 0..8 {
+        let seen = world.curl(&format!("-b stay={cookie} http://shop.example/")).await;
+        assert!(seen.ends_with(name) && !seen.contains("set-cookie"), "{seen}");
+    }
+    // Its endpoint goes: another one, and a new cookie.
+    let at = backends.iter().position(|one| one.count() > 1).expect("the one that was asked");
+    let rest: Vec<SocketAddr> = all.iter().enumerate().filter(|(n, _)| *n != at).map(|(_, one)| *one).collect();
+    world.serve("web", &rest);
+    let seen = world.curl(&format!("-b stay={cookie} http://shop.example/")).await;
+    assert!(!seen.ends_with(name) && seen.contains("set-cookie: stay="), "{seen}");
+    // By a key of the request.
+    world.apply(&[&ingress(&format!("{NGINX}/upstream-hash-by: $http_x_user"))]);
+    world.serve("web", &all);
+    let mut names = std::collections::BTreeSet::new();
+    for user in 0..12 {
+        let ask = format!("-H X-User:\u{a0}{user} http://shop.example/");
+        let (one, two) = (world.curl(&ask).await, world.curl(&ask).await);
+        assert_eq!(one.chars().last(), two.chars().last());
+        names.insert(one.chars().last());
+    }
+    assert!(names.len() > 1, "users are shared out");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn browsers_and_busy_clients_hear_what_they_may() {
+    let backend = Backend::named("hello").await;
+    let cors = format!(
+        "{NGINX}/enable-cors: \"true\", {NGINX}/cors-allow-origin: \"https://*.a.example\", {NGINX}/from-to-www-redirect: \"true\""
+    );
+    let mut world = World::start(&[&ingress(&cors)], |_| {}).await;
+    world.serve("web", &[backend.address]);
+    let seen = world.curl("-X OPTIONS -H Origin:\u{a0}https://x.a.example http://shop.example/").await;
+    assert!(seen.starts_with("HTTP/1.1 204") && seen.contains("access-control-allow-methods: GET, PUT"), "{seen}");
+    let seen = world.curl("-H Origin:\u{a0}https://x.a.example http://shop.example/").await;
+    assert!(seen.contains("access-control-allow-origin: https://x.a.example\n") && seen.ends_with("hello"), "{seen}");
+    assert!(!world.curl("-H Origin:\u{a0}https://b.example http://shop.example/").await.contains("access-control"));
+    let seen = world.curl("http://www.shop.example/a?b").await;
+    assert!(seen.starts_with("HTTP/1.1 308") && seen.contains("location: http://shop.example/a?b\n"), "{seen}");
+    world.apply(&[&ingress(&format!("{NGINX}/limit-rpm: \"1\", {NGINX}/limit-burst-multiplier: \"2\""))]);
+    let mut statuses = Vec::new();
+    for _ in 0..4 {
+        statuses.push(world.curl("http://shop.example/").await.split(' ').nth(1).map(str::to_owned));
+    }
+    assert_eq!(statuses, ["200", "200", "503", "503"].map(|status| Some(status.to_owned())));
+    world.end().await;
+}
+
+/// A body may take longer than an answer may, as long as it moves; an endpoint that stops reading is given up.
+#[tokio::test]
+async fn a_slow_body_is_no_late_answer() {
+    let backend = Backend::start(|request| async move {
+        if request.uri().path() == "/never" {
+            return std::future::pending().await;
+        }
+        let length = request.into_body().collect().await.map_or(0, |body| body.to_bytes().len());
+        Response::new(text(length.to_string()))
+    })
+    .await;
+    let annotations = format!("{NGINX}/proxy-read-timeout: \"1\", {NGINX}/proxy-send-timeout: \"1\"");
+    let mut world = World::start(&[&ingress(&annotations)], |_| {}).await;
+    world.serve("web", &[backend.address]);
+    let mut stream = TcpStream::connect(world.http).await.expect("loopback");
+    let head = "POST / HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\nContent-Length: 8\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        stream.write_all(b"x").await.expect("sent");
+    }
+    let mut seen = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut seen)).await.expect("in time").expect("an answer");
+    assert!(seen.starts_with("HTTP/1.1 200") && seen.ends_with("\r\n8"), "{seen}");
+    assert!(world.curl("-d x http://shop.example/never").await.starts_with("HTTP/1.1 504"));
+    world.end().await;
+}

@@ -15,7 +15,7 @@ use ingress::{Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Route, Ro
 use serde_json::{Value, json};
 use services::ServiceTable;
 
-const FILES: &[(&str, &str)] = &[
+pub const FILES: &[(&str, &str)] = &[
     ("paths.txt", include_str!("cases/paths.txt")),
     ("hosts.txt", include_str!("cases/hosts.txt")),
     ("classes.txt", include_str!("cases/classes.txt")),
@@ -23,6 +23,11 @@ const FILES: &[(&str, &str)] = &[
     ("tls.txt", include_str!("cases/tls.txt")),
     ("nginx.txt", include_str!("cases/nginx.txt")),
 ];
+
+/// The titles of a file's cases, without the first, which is about all.
+pub fn titles(text: &str) -> impl Iterator<Item = String> {
+    parse(text).into_iter().skip(1).map(|case| case.title)
+}
 
 struct Case {
     title: String,
@@ -183,7 +188,8 @@ fn say(route: &Route) -> String {
     let mut text = match &route.action {
         Action::Respond(status) => status.as_u16().to_string(),
         Action::Redirect(redirect) => {
-            format!("{} {}", redirect.status.as_u16(), redirect.location.as_deref().unwrap_or_default())
+            let to = redirect.location.as_deref().or(redirect.host.as_deref());
+            format!("{} {}", redirect.status.as_u16(), to.unwrap_or_default())
         }
         Action::Forward(backends) => {
             let all = backends.list().iter().map(|one| {
@@ -200,8 +206,19 @@ fn say(route: &Route) -> String {
         match filter {
             Filter::RewritePath(rewrite) => text.push_str(&format!(" {rewrite:?}")),
             Filter::RewriteHost(host) => text.push_str(&format!(" host {host:?}")),
+            Filter::Cors(cors) => text.push_str(&format!(" cors {}", cors.origins.join(","))),
+            Filter::RequestHeaders(changes) => text.push_str(&format!(" {:?}", changes.set)),
             other => text.push_str(&format!(" {other:?}")),
         }
+    }
+    if let Some(affinity) = &route.policy.affinity {
+        text.push_str(&format!(" cookie {}", affinity.cookie));
+    }
+    if let Some(by) = &route.policy.hash_by {
+        text.push_str(&format!(" by {by:?}"));
+    }
+    if let Some(limits) = &route.policy.limits {
+        text.push_str(&format!(" {}/s {}/m {} at once", limits.per_second, limits.per_minute, limits.at_once));
     }
     if route.policy.https_only {
         text.push_str(" https");

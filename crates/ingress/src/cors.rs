@@ -1,0 +1,114 @@
+//! Who may use answers from other origins (the Fetch standard's CORS protocol).
+
+use std::time::Duration;
+
+use http::header::{
+    ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, HeaderMap, HeaderValue, VARY,
+};
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cors {
+    /// `https://*.example.com` stands for any label in front; `*` for every origin.
+    pub origins: Vec<Box<str>>,
+    pub methods: HeaderValue,
+    pub headers: HeaderValue,
+    pub expose: Option<HeaderValue>,
+    pub credentials: bool,
+    pub max_age: Duration,
+}
+
+impl Default for Cors {
+    /// As ingress-nginx has it.
+    fn default() -> Self {
+        Cors {
+            origins: vec!["*".into()],
+            methods: HeaderValue::from_static("GET, PUT, POST, DELETE, PATCH, OPTIONS"),
+            headers: HeaderValue::from_static(
+                "DNT,Keep-Alive,User-Agent,X-Requested-With,If-Modified-Since,Cache-Control,Content-Type,Range,Authorization",
+            ),
+            expose: None,
+            credentials: true,
+            max_age: Duration::from_secs(1_728_000),
+        }
+    }
+}
+
+impl Cors {
+    /// What an answer says to this origin; nothing if it may not have it.
+    fn allowed(&self, origin: &HeaderValue) -> Option<HeaderValue> {
+        if self.origins.iter().any(|held| &**held == "*") {
+            return Some(HeaderValue::from_static("*"));
+        }
+        let text = origin.to_str().ok()?;
+        self.origins.iter().any(|held| fits(held, text)).then(|| origin.clone())
+    }
+
+    /// Completes an answer.
+    pub fn apply(&self, origin: Option<&HeaderValue>, headers: &mut HeaderMap) {
+        let Some(allowed) = origin.and_then(|origin| self.allowed(origin)) else { return };
+        if allowed != "*" {
+            headers.append(VARY, HeaderValue::from_static("Origin"));
+        }
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
+        if self.credentials {
+            headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+        }
+        if let Some(expose) = &self.expose {
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, expose.clone());
+        }
+    }
+
+    /// The answer to a browser that asks beforehand.
+    pub fn preflight(&self, origin: Option<&HeaderValue>, headers: &mut HeaderMap) {
+        self.apply(origin, headers);
+        if headers.contains_key(ACCESS_CONTROL_ALLOW_ORIGIN) {
+            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, self.methods.clone());
+            headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, self.headers.clone());
+            headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from(self.max_age.as_secs()));
+        }
+    }
+}
+
+fn fits(held: &str, origin: &str) -> bool {
+    match held.split_once("*.") {
+        Some((scheme, rest)) => {
+            let host = origin.strip_prefix(scheme).and_then(|host| host.strip_suffix(rest)?.strip_suffix('.'));
+            host.is_some_and(|label| !label.is_empty() && !label.contains(['.', '/']))
+        }
+        None => held == origin,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_equal_or_one_label_in_front() {
+        for (held, origin, expected) in [
+            ("https://a.example", "https://a.example", true),
+            ("https://a.example", "http://a.example", false),
+            ("https://*.a.example", "https://x.a.example", true),
+            ("https://*.a.example", "https://a.example", false),
+            ("https://*.a.example", "https://y.x.a.example", false),
+            ("https://*.a.example", "https://evil.example/.a.example", false),
+            ("https://*.a.example:8443", "https://x.a.example:8443", true),
+        ] {
+            assert_eq!(fits(held, origin), expected, "{held} {origin}");
+        }
+    }
+
+    #[test]
+    fn an_origin_that_may_not_hears_nothing() {
+        let cors = Cors { origins: vec!["https://a.example".into()], ..Cors::default() };
+        let mut headers = HeaderMap::new();
+        cors.preflight(Some(&HeaderValue::from_static("https://b.example")), &mut headers);
+        assert!(headers.is_empty());
+        cors.preflight(Some(&HeaderValue::from_static("https://a.example")), &mut headers);
+        assert_eq!(
+            (headers.len(), &headers["access-control-allow-origin"]),
+            (6, &HeaderValue::from_static("https://a.example"))
+        );
+    }
+}

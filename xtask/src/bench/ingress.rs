@@ -1,0 +1,280 @@
+//! The Ingress proxy beside nginx and haproxy: the same back end, certificate and headers, one thread each, in rounds that take
+//! turns. Processor time is read from the kernel before and after, so that what client and back end cost is not in it.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::dns::{cpu_seconds, pss_mb};
+use super::{ROUNDS, Row, median};
+use crate::{deps, shell};
+
+const PACKAGES: [&str; 4] = ["nginx-light", "haproxy", "wrk", "nghttp2-client"];
+const PATIENCE: Duration = Duration::from_secs(20);
+const CLIENTS: &str = "32";
+const SECONDS: &str = "3";
+const MANY_ROUTES: u32 = 10_000;
+const MANY_CLIENTS: usize = 1_000;
+
+/// A proxy with its ports; ended when dropped.
+struct Running {
+    name: &'static str,
+    child: Child,
+    http: u16,
+    https: u16,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Its worker processes end with it on SIGTERM.
+        Command::new("kill").arg(self.child.id().to_string()).status().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Running {
+    /// Of the process and its workers, those that carry requests.
+    fn cpu(&self) -> Result<f64> {
+        let id = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let mut sum = cpu_seconds(id)?;
+        for pid in children.split_whitespace() {
+            sum += cpu_seconds(pid.parse()?)?;
+        }
+        Ok(sum)
+    }
+}
+
+/// What is asked, and by which client.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    name: &'static str,
+    path: &'static str,
+    is_tls: bool,
+    is_kept: bool,
+    is_http2: bool,
+    /// Against nginx's processor time for a request.
+    wanted: f64,
+}
+
+const fn cell(
+    name: &'static str,
+    path: &'static str,
+    is_tls: bool,
+    is_kept: bool,
+    is_http2: bool,
+    wanted: f64,
+) -> Cell {
+    Cell { name, path, is_tls, is_kept, is_http2, wanted }
+}
+
+const CELLS: [Cell; 6] = [
+    cell("1 KB", "/1k", false, true, false, 1.0),
+    cell("1 KB, a connection each", "/1k", false, false, false, 1.25),
+    cell("100 KB", "/100k", false, true, false, 1.25),
+    cell("1 KB over TLS", "/1k", true, true, false, 1.25),
+    cell("TLS handshakes", "/1k", true, false, false, 1.0),
+    cell("1 KB over TLS and HTTP/2", "/1k", true, true, true, 1.25),
+];
+
+pub fn measure() -> Result<Vec<Row>> {
+    deps::ensure(&PACKAGES)?;
+    let dir = super::bench_dir()?.join("ingress");
+    fs::create_dir_all(dir.join("www"))?;
+    fs::write(dir.join("www/1k"), "x".repeat(1024))?;
+    fs::write(dir.join("www/100k"), "x".repeat(100 * 1024))?;
+    certificate(&dir)?;
+    let back = free_port()?;
+    let _back_end = nginx(&dir, "back", back, None)?;
+    let mut rows = Vec::new();
+    {
+        let proxies =
+            [ours(back, 1)?, nginx(&dir, "nginx", free_port()?, Some((back, free_port()?)))?, haproxy(&dir, back)?];
+        for cell in CELLS {
+            // haproxy and nginx have HTTP/2 as we have.
+            rows.extend(compare(&proxies, cell)?);
+        }
+    }
+    rows.extend(routes(back)?);
+    fs::remove_dir_all(&dir)?;
+    Ok(rows)
+}
+
+fn compare(proxies: &[Running], cell: Cell) -> Result<Vec<Row>> {
+    let mut samples: Vec<(Vec<f64>, Vec<f64>)> = proxies.iter().map(|_| Default::default()).collect();
+    for round in 0..=ROUNDS {
+        for (proxy, (cpu, rate)) in proxies.iter().zip(&mut samples) {
+            let (each, per_second) = load(proxy, cell).with_context(|| format!("{}: {}", proxy.name, cell.name))?;
+            // The first round is for caches and idle connections.
+            if round > 0 {
+                cpu.push(each);
+                rate.push(per_second);
+            }
+        }
+    }
+    let middle: Vec<(f64, f64)> = samples.into_iter().map(|(cpu, rate)| (median(cpu), median(rate))).collect();
+    let nginx = middle[1].0;
+    let row = |(proxy, (cpu, rate)): (&Running, &(f64, f64))| Row {
+        what: format!("ingress, {}: {}", proxy.name, cell.name),
+        measured: format!("{cpu:.1} µs, {rate:.0}/s"),
+        wanted: match proxy.name {
+            "fairlead" => {
+                format!("at most {:.1} µs ({:.2} of nginx's; {:.2})", nginx * cell.wanted, cell.wanted, cpu / nginx)
+            }
+            _ => String::new(),
+        },
+    };
+    Ok(proxies.iter().zip(&middle).map(row).collect())
+}
+
+/// Microseconds of processor time for a request, and requests a second.
+fn load(proxy: &Running, cell: Cell) -> Result<(f64, f64)> {
+    let (scheme, port) = if cell.is_tls { ("https", proxy.https) } else { ("http", proxy.http) };
+    let url = format!("{scheme}://127.0.0.1:{port}{}", cell.path);
+    let before = proxy.cpu()?;
+    let begun = Instant::now();
+    let done = if cell.is_http2 { h2load(&url)? } else { wrk(&url, cell.is_kept)? };
+    let took = begun.elapsed().as_secs_f64();
+    ensure!(done > 100.0, "{done} requests were answered");
+    Ok(((proxy.cpu()? - before) / done * 1e6, done / took))
+}
+
+fn wrk(url: &str, is_kept: bool) -> Result<f64> {
+    let mut command = Command::new("wrk");
+    command.args(["-t1", "-c", CLIENTS, "-d", SECONDS]);
+    if !is_kept {
+        command.args(["-H", "Connection: close"]);
+    }
+    let text = shell::output(command.arg(url))?;
+    ensure!(!text.contains("Non-2xx"), "{text}");
+    let line = text.lines().find(|line| line.contains("requests in")).with_context(|| text.clone())?;
+    Ok(line.split_whitespace().next().context("a number")?.parse()?)
+}
+
+fn h2load(url: &str) -> Result<f64> {
+    let mut command = Command::new("h2load");
+    let text = shell::output(command.args(["-t1", "-c", "8", "-m", "4", "-D", SECONDS, url]))?;
+    // status codes: 1000 2xx, 0 3xx, 0 4xx, 0 5xx
+    let line = text.lines().find_map(|line| line.strip_prefix("status codes: ")).with_context(|| text.clone())?;
+    let (good, rest) = line.split_once(" 2xx").context("a count")?;
+    ensure!(rest.trim_start_matches(',').split(',').all(|part| part.trim().starts_with("0 ")), "{line}");
+    Ok(good.trim().parse()?)
+}
+
+/// One route and ten thousand, and what these and a thousand clients take of memory.
+fn routes(back: u16) -> Result<Vec<Row>> {
+    let (one, many) = (ours(back, 1)?, ours(back, MANY_ROUTES)?);
+    let mut ratios = Vec::new();
+    for round in 0..=ROUNDS {
+        let (few, lots) = (load(&one, CELLS[0])?, load(&many, CELLS[0])?);
+        if round > 0 {
+            ratios.push(few.0 / lots.0);
+        }
+    }
+    let clients: Vec<TcpStream> = (0..MANY_CLIENTS)
+        .map(|_| {
+            let mut stream = TcpStream::connect(("127.0.0.1", many.http))?;
+            std::io::Write::write_all(&mut stream, b"GET /1k HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+            std::io::Read::read_exact(&mut stream, &mut [0; 1024])?;
+            Ok(stream)
+        })
+        .collect::<Result<_>>()?;
+    let memory = pss_mb(many.child.id())?;
+    drop(clients);
+    Ok(vec![
+        Row {
+            what: format!("ingress: {MANY_ROUTES} routes, rate by CPU against one"),
+            measured: format!("{:.2}", median(ratios)),
+            wanted: "at least 0.97".to_owned(),
+        },
+        Row {
+            what: format!("ingress: memory, {MANY_ROUTES} routes, {MANY_CLIENTS} clients"),
+            measured: format!("{memory:.0} MB"),
+            wanted: "under 40 MB".to_owned(),
+        },
+    ])
+}
+
+fn ours(back: u16, routes: u32) -> Result<Running> {
+    shell::output(shell::cargo().args(["build", "--release", "-p", "ingress", "--example", "carry"]))?;
+    let mut command = Command::new(shell::target_dir()?.join("release/examples/carry"));
+    command.args([format!("127.0.0.1:{back}"), routes.to_string(), "1".to_owned()]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("run the example carry")?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("standard output is a pipe")?).read_line(&mut line)?;
+    let ports: Vec<u16> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    let [http, https] = ports[..] else { bail!("the example carry printed {line:?}") };
+    Ok(Running { name: "fairlead", child, http, https })
+}
+
+fn certificate(dir: &Path) -> Result<()> {
+    let mut make = Command::new("openssl");
+    make.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]);
+    make.args(["-subj", "/CN=bench"]).arg("-out").arg(dir.join("crt")).arg("-keyout").arg(dir.join("key"));
+    shell::output(&mut make)?;
+    fs::write(dir.join("pem"), fs::read_to_string(dir.join("crt"))? + &fs::read_to_string(dir.join("key"))?)?;
+    Ok(())
+}
+
+/// The back end, or a proxy to the port `to.0` with TLS at `to.1`.
+fn nginx(dir: &Path, name: &'static str, port: u16, to: Option<(u16, u16)>) -> Result<Running> {
+    let home = dir.display();
+    let server = match to {
+        None => format!("server {{ listen 127.0.0.1:{port} reuseport; root {home}/www; }}"),
+        Some((back, https)) => format!(
+            "upstream u {{ server 127.0.0.1:{back}; keepalive 128; keepalive_requests 100000000; }}\n\
+             server {{ listen 127.0.0.1:{port} reuseport; listen 127.0.0.1:{https} reuseport ssl http2;\n\
+             ssl_certificate {home}/crt; ssl_certificate_key {home}/key; ssl_session_cache off;\n\
+             location / {{ proxy_pass http://u; proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host $host;\n\
+             proxy_set_header X-Forwarded-For $remote_addr; proxy_set_header X-Real-IP $remote_addr; proxy_set_header X-Forwarded-Host $host;\n\
+             proxy_set_header X-Forwarded-Port $server_port; proxy_set_header X-Forwarded-Proto $scheme; proxy_set_header X-Request-ID $request_id; }} }}"
+        ),
+    };
+    let config = format!(
+        "worker_processes 1; daemon off; pid {home}/{name}.pid; error_log /dev/null;\nevents {{ worker_connections 8192; }}\n\
+         http {{ access_log off; sendfile on; keepalive_requests 100000000; keepalive_timeout 600;\n\
+         client_body_temp_path {home}/{name}-body; proxy_temp_path {home}/{name}-proxy; fastcgi_temp_path {home}/{name}-f; \
+         uwsgi_temp_path {home}/{name}-u; scgi_temp_path {home}/{name}-s;\n{server} }}\n"
+    );
+    let file: PathBuf = dir.join(format!("{name}.conf"));
+    fs::write(&file, config)?;
+    let mut command = Command::new("nginx");
+    start(name, command.arg("-c").arg(&file), port, to.map_or(0, |(_, https)| https))
+}
+
+fn haproxy(dir: &Path, back: u16) -> Result<Running> {
+    let (port, https, home) = (free_port()?, free_port()?, dir.display());
+    let config = format!(
+        "global\n  nbthread 1\n  maxconn 8192\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 600s\n  timeout server 600s\n  http-reuse always\n\
+         frontend f\n  bind 127.0.0.1:{port}\n  bind 127.0.0.1:{https} ssl crt {home}/pem alpn h2,http/1.1 no-tls-tickets\n\
+         \x20 http-request set-header X-Forwarded-For %[src]\n  http-request set-header X-Real-IP %[src]\n\
+         \x20 http-request set-header X-Forwarded-Host %[req.hdr(host)]\n  http-request set-header X-Forwarded-Port %[dst_port]\n\
+         \x20 http-request set-header X-Forwarded-Proto http\n  http-request set-header X-Request-ID %[rand]\n\
+         \x20 default_backend b\nbackend b\n  server s 127.0.0.1:{back} pool-max-conn 128\n"
+    );
+    let file = dir.join("haproxy.conf");
+    fs::write(&file, config)?;
+    let mut command = Command::new("haproxy");
+    start("haproxy", command.arg("-db").arg("-f").arg(&file), port, https)
+}
+
+fn start(name: &'static str, command: &mut Command, http: u16, https: u16) -> Result<Running> {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let running = Running { name, child: command.spawn().with_context(|| format!("run {name}"))?, http, https };
+    let until = Instant::now() + PATIENCE;
+    while TcpStream::connect(("127.0.0.1", http)).is_err() {
+        ensure!(Instant::now() < until, "{name} does not listen on port {http}");
+        // Nothing tells when a foreign program listens.
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    Ok(running)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}

@@ -124,8 +124,6 @@ pub fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     let mut ring = Ring::new(mode, false);
     let mut dice = Dice::new(1);
     let namespace = ring.node.path.clone();
-    // Clients that connect for minutes must not fill the table of connections, which is small on a small machine.
-    ring.node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "2");
     let steady = "endpoint steady 10.244.0.21:80 node-1 over=TCP";
     let others = ["10.244.1.21", "[fd00:10:244::21]", "10.244.0.31", "10.244.0.32"];
     let lines = others.map(|address| format!("endpoint steady {address}:80 node-1 over=TCP slice=-{address}"));
@@ -137,6 +135,8 @@ pub fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     // Links that come while no proxy runs have no programs.
     let clients = clients.map(|(from, to)| (ring.place(from.parse().expect("address")), from, to));
     Proxy::start(&namespace, mode, &objects(&mut dice), ring.hooks()).stop();
+    // Clients that connect for minutes must not fill the table of connections, which is small on a small machine.
+    ring.node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "2");
     let clients = clients.map(|(place, from, to)| Client::start(place, format!("{from} -> {to}"), to));
     for kill in 0..kills {
         let asked = clients.each_ref().map(|client| client.asked.load(Ordering::Relaxed));

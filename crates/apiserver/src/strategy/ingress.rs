@@ -1,11 +1,25 @@
 //! Ingresses: what a rule must say, in Kubernetes' words.
 
 use super::Strategy;
-use api::{Cause, ObjectExt, names};
+use crate::auth::Identity;
+use crate::registry::Registry;
+use api::{Cause, ObjectExt, Status, kinds, names};
 use serde_json::Value;
 
 pub struct Ingress;
 pub static INGRESS: Ingress = Ingress;
+
+const LEGACY_CLASS: &str = "kubernetes.io/ingress.class";
+const IS_DEFAULT: &str = "ingressclass.kubernetes.io/is-default-class";
+
+/// The name decides between those of one second.
+fn default_class(classes: &[Value]) -> Option<&str> {
+    let defaults = classes.iter().filter(|class| class.annotation(IS_DEFAULT) == Some("true"));
+    let age = |class: &&Value| {
+        (class.text("/metadata/creationTimestamp").to_owned(), std::cmp::Reverse(class.name().to_owned()))
+    };
+    defaults.max_by_key(age).map(|class| class.name())
+}
 
 const PATH_TYPES: [&str; 3] = ["Exact", "ImplementationSpecific", "Prefix"];
 
@@ -16,6 +30,21 @@ impl Strategy for Ingress {
 
     fn has_generation(&self) -> bool {
         true
+    }
+
+    /// Called DefaultIngressClass in Kubernetes: an Ingress that names no class gets the default one; of several the newest.
+    fn prepare_for_create(&self, registry: &Registry, _: &Identity, object: &mut Value) -> Result<(), Status> {
+        if !object.text("/spec/ingressClassName").is_empty() || object.annotation(LEGACY_CLASS).is_some() {
+            return Ok(());
+        }
+        let row = registry.row(&kinds::INGRESS_CLASSES).clone();
+        let classes: Vec<Value> = registry.cache.list(&row, "").1.iter().map(|class| class.parse()).collect();
+        if let (Some(name), Some(spec)) =
+            (default_class(&classes), object.get_mut("spec").and_then(Value::as_object_mut))
+        {
+            spec.insert("ingressClassName".into(), name.into());
+        }
+        Ok(())
     }
 
     fn validate(&self, object: &Value, _: Option<&Value>) -> Vec<Cause> {
@@ -101,5 +130,23 @@ fn backend_causes(at: &str, backend: &Value, causes: &mut Vec<Cause>) {
             causes.push(Cause::invalid(format!("{at}.service.port.number"), n, why));
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_newest_default_class_is_meant() {
+        let class = |name: &str, created: &str, is_default: &str| json!({"metadata": {"name": name, "creationTimestamp": created, "annotations": {IS_DEFAULT: is_default}}});
+        let old = class("old", "2026-01-01T00:00:00Z", "true");
+        let new = class("new", "2026-02-01T00:00:00Z", "true");
+        let other = class("other", "2026-03-01T00:00:00Z", "false");
+        let twin = class("aaa", "2026-02-01T00:00:00Z", "true");
+        assert_eq!(default_class(&[old.clone(), new.clone(), other.clone()]), Some("new"));
+        assert_eq!(default_class(&[old, new, twin]), Some("aaa"));
+        assert_eq!(default_class(&[other]), None);
     }
 }

@@ -120,8 +120,9 @@ fn an_ingress_leads_from_outside_to_pods() {
     expect(cluster, "kubectl rollout status deployment/one --timeout=60s");
     expect(cluster, "kubectl rollout status deployment/two --timeout=60s");
     let Ports { http, https } = ports(cluster, "fairlead-ingress");
+    assert_eq!(expect(cluster, "kubectl get ingress shop -o jsonpath='{.spec.ingressClassName}'"), "fairlead");
 
-    // A class-less Ingress is the default class's. Each node answers, each path leads to its Service.
+    // A class-less Ingress is given the default class. Each node answers, each path leads to its Service.
     for node in 1..=NODES {
         for (path, image) in [("/one", "nginx:test1 on "), ("/two/x", "nginx:test2 on ")] {
             for flags in ["--http1.1", "--http2"] {

@@ -35,8 +35,10 @@ const NEXT_LOOK: Duration = Duration::from_millis(75);
 const IDLE_LOOK: Duration = Duration::from_millis(110);
 /// Between looks while a queue stands.
 const QUEUE_LOOK: Duration = Duration::from_millis(200);
-/// Looking may take this part of the time.
+/// Looking may take this part of the time, on a machine that has time: where everything waits for a processor, a look lasts long
+/// without costing much.
 const SHARE: u32 = 20;
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Within a cluster a connection takes microseconds.
 pub(crate) const CONNECT: Duration = Duration::from_millis(300);
 /// How long an endpoint has to clear itself.
@@ -156,7 +158,7 @@ impl Eyes {
         {
             let begin = Instant::now();
             self.stuck = backlog.look(now)?;
-            self.next_backlog = now + (begin.elapsed() * SHARE).max(NEXT_LOOK);
+            self.next_backlog = now + (begin.elapsed() * SHARE).clamp(NEXT_LOOK, LONGEST_PAUSE);
             self.queues_are_due = false;
         }
         let is_undecided = self.queues_are_due || self.backlog.as_ref().is_some_and(Backlog::is_undecided);
@@ -312,7 +314,7 @@ impl Task {
             (false, false, true) => Some(QUEUE_LOOK),
             (false, false, false) => None,
         };
-        self.next_look = pause.map(|pause| Instant::now() + pause.max(look.took * SHARE).saturating_sub(look.took));
+        self.next_look = pause.map(|pause| Instant::now() + pause.max((look.took * SHARE).min(LONGEST_PAUSE)).saturating_sub(look.took));
         if self.next_look.is_none()
             && let Some(eyes) = &mut self.eyes
         {

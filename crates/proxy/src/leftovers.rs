@@ -5,12 +5,16 @@ use std::time::{Duration, Instant};
 
 use linux::bpf::Hooks;
 use linux::iptables::{Iptables, Tools};
-use linux::nft::Socket;
+use linux::nft::{Nft as _, Socket};
 use linux::{ipvs, sock_diag};
 
 use crate::dataplane::ebpf::{self, Retired};
 use crate::dataplane::{self, iptables, nftables, userspace};
 use crate::{Error, Mode, watch};
+
+/// How long the threads that were about to send a first packet when sockets began to be given endpoints may take to do so: no
+/// program sees that packet any more, and without the old rules it goes nowhere.
+const ABOUT_TO_SEND: Duration = Duration::from_millis(200);
 
 /// What every mode but one left: taken out once that one serves, but for what has to stay until connections have ended.
 pub(crate) struct Leftovers {
@@ -42,6 +46,9 @@ impl Leftovers {
     pub fn clear(&mut self) -> Result<(), Error> {
         if let State::Whole = self.state {
             let namespace = self.namespace.as_ref().map(|namespace| namespace.as_fd());
+            if self.mode == Mode::Ebpf && is_translated_by_others(namespace)? {
+                std::thread::sleep(ABOUT_TO_SEND);
+            }
             let left = clear_others(self.mode, self.hooks.as_ref(), namespace)?;
             self.state = State::after(left);
         }
@@ -84,6 +91,17 @@ fn clear_others(
         clear_ebpf(hooks, namespace)?;
     }
     if mode != Mode::Ipvs { retire_ipvs(namespace) } else { Ok(None) }
+}
+
+/// Whether rules of another mode translate what is sent to a Service.
+fn is_translated_by_others(namespace: Option<BorrowedFd<'_>>) -> Result<bool, Error> {
+    let mut nft = Socket::open(namespace)?;
+    for (family, table) in [(nftables::FAMILY, nftables::TABLE), (userspace::FAMILY, userspace::TABLE)] {
+        if nft.table_comment(family, table)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(Tools::is_used(namespace)? || ipvs::Socket::is_used(namespace)?)
 }
 
 /// Removes the chains of the iptables mode. The tools are only looked for if somebody has used iptables here.

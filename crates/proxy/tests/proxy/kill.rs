@@ -135,6 +135,8 @@ pub fn is_killed_and_starts_again(mode: Mode, longest: Duration) {
     // Links that come while no proxy runs have no programs.
     let clients = clients.map(|(from, to)| (ring.place(from.parse().expect("address")), from, to));
     Proxy::start(&namespace, mode, &objects(&mut dice), ring.hooks()).stop();
+    // Clients that connect for minutes must not fill the table of connections, which is small on a small machine.
+    ring.node.sysctl("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "2");
     let clients = clients.map(|(place, from, to)| Client::start(place, format!("{from} -> {to}"), to));
     for kill in 0..kills {
         let asked = clients.each_ref().map(|client| client.asked.load(Ordering::Relaxed));

@@ -223,3 +223,21 @@ fn whoever_leaves_gives_up_first() {
     world.run(300);
     assert!(world.all_owned() && world.owners().values().all(|node| *node != 1));
 }
+
+#[test]
+fn links_that_come_and_go_make_no_second_owner() {
+    let mut world = World::new(5, 20);
+    for _ in 0..300 {
+        // Single directions, so that nodes differ in whom they take for alive.
+        world.cut.clear();
+        for _ in 0..world.random() % 8 {
+            let (from, to) = (world.random() % 5, world.random() % 5);
+            world.cut.insert((from as usize, to as usize));
+        }
+        let milliseconds = 20 + world.random() % 400;
+        world.run(milliseconds);
+    }
+    world.cut.clear();
+    world.run(2000);
+    assert!(world.all_owned());
+}

@@ -34,6 +34,10 @@ const fn namespaced(group: &'static str, plural: &'static str, kind: &'static st
     Resource { group, version: "v1", plural, kind, namespaced: true }
 }
 
+const fn metallb(plural: &'static str, kind: &'static str) -> Resource {
+    Resource { group: "metallb.io", version: "v1beta1", plural, kind, namespaced: true }
+}
+
 const fn cluster(group: &'static str, plural: &'static str, kind: &'static str) -> Resource {
     Resource { group, version: "v1", plural, kind, namespaced: false }
 }
@@ -50,6 +54,9 @@ pub const EVENTS: Resource = namespaced("", "events", "Event");
 pub const SERVICE_CIDRS: Resource = cluster("networking.k8s.io", "servicecidrs", "ServiceCIDR");
 pub const INGRESSES: Resource = namespaced("networking.k8s.io", "ingresses", "Ingress");
 pub const INGRESS_CLASSES: Resource = cluster("networking.k8s.io", "ingressclasses", "IngressClass");
+/// MetalLB's kinds, which say where addresses of LoadBalancer Services come from and who announces them.
+pub const IP_ADDRESS_POOLS: Resource = metallb("ipaddresspools", "IPAddressPool");
+pub const L2_ADVERTISEMENTS: Resource = metallb("l2advertisements", "L2Advertisement");
 pub const IP_ADDRESSES: Resource = cluster("networking.k8s.io", "ipaddresses", "IPAddress");
 pub const ENDPOINT_SLICES: Resource = namespaced("discovery.k8s.io", "endpointslices", "EndpointSlice");
 pub const DEPLOYMENTS: Resource = namespaced("apps", "deployments", "Deployment");

@@ -72,7 +72,8 @@ pub struct AgentArgs {
     /// How the ipvs mode chooses among endpoints: rr, lc, dh, sh, sed, nq, wrr, wlc or mh.
     #[arg(long, default_value = "rr")]
     pub ipvs_scheduler: proxy::Scheduler,
-    /// In the ipvs mode, answer ARP only for addresses of the interface that was asked.
+    /// In the ipvs mode, answer ARP only for addresses of the interface that was asked. Nodes always do, as one of them
+    /// announces each LoadBalancer address; the flag is for scripts that give it.
     #[arg(long)]
     pub ipvs_strict_arp: bool,
     /// How the ebpf mode chooses among endpoints: random, maglev or least-load; the annotation fairlead.io/endpoint-selection of a
@@ -239,7 +240,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     );
     view.relay_localhost = args.localhost_node_ports;
     view.ipvs.scheduler = args.ipvs_scheduler.clone();
-    view.ipvs.strict_arp = args.ipvs_strict_arp;
+    // The addresses that this mode puts on an interface of each node are announced by one of them.
+    view.ipvs.strict_arp = true;
     view.selection = args.endpoint_selection;
     view.direct_return = args.dsr;
     let (views, view_seen) = watch::channel(Arc::new(view));
@@ -406,6 +408,10 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         ingress_wanted,
         token.clone(),
     ));
+
+    let layer2_client = join::component_client(&node_client, &args.server, &identity, "fairlead-layer2").await?;
+    let layer2_node = crate::loadbalancer::Node { name: name.clone(), addresses: args.node_ip.clone() };
+    tasks.spawn(crate::loadbalancer::announce(layer2_client, feed.clone(), layer2_node, token.clone()));
 
     // Runtime and kubelet.
     let dialer = match &outer {

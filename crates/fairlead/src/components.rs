@@ -49,6 +49,28 @@ pub fn all() -> Vec<Component> {
                 events(),
             ],
         ),
+        component(
+            "fairlead-loadbalancer",
+            vec![
+                rule("", &["services", "namespaces"], &["list", "watch"]),
+                rule("", &["services/status"], &["patch"]),
+                rule("metallb.io", &["ipaddresspools"], &["list", "watch"]),
+                rule("metallb.io", &["ipaddresspools/status"], &["patch"]),
+                rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
+                events(),
+            ],
+        ),
+        component(
+            "fairlead-layer2",
+            vec![
+                rule("", &["services", "nodes"], &["list", "watch"]),
+                rule("", &["namespaces"], &["get"]),
+                rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
+                rule("metallb.io", &["ipaddresspools", "l2advertisements"], &["list", "watch"]),
+                rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
+                events(),
+            ],
+        ),
         component("fairlead-podnet", vec![rule("", &["nodes"], &READ)]),
         component(
             "fairlead-scheduler",

@@ -4,7 +4,7 @@
 //! name, to write their status, and a Lease; see `examples/ingress`.
 
 mod follow;
-mod leader;
+pub mod leader;
 mod options;
 mod report;
 mod secrets;
@@ -151,7 +151,14 @@ pub async fn serve(
     let readiness = proxy.readiness();
     let mut tasks = JoinSet::new();
     let (leads, leads_seen) = watch::channel(false);
-    tasks.spawn(leader::run(client.clone(), place.lease, place.identity.clone(), leads, token.clone()));
+    tasks.spawn(leader::run(
+        client.clone(),
+        place.lease,
+        place.identity.clone(),
+        leader::Terms::CALM,
+        leads,
+        token.clone(),
+    ));
     let compiler = Compiler::new(&place.controller, feed.table.clone(), fallback);
     let recorder = Recorder::new(&client, "fairlead-ingress", &place.identity);
     let (complete, is_complete) = oneshot::channel();

@@ -20,6 +20,7 @@ mod image;
 mod ingress;
 mod join;
 mod kubeconfig;
+mod loadbalancer;
 mod local;
 mod node;
 mod node_object;

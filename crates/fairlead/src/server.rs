@@ -212,6 +212,12 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
         .await
         .map_err(fail)?;
     cluster_objects(&api, &args, &dir).await?;
+    if let Some(lab) = &lab {
+        let master = api.as_identity(Identity::user("system:apiserver", &[apiserver::auth::MASTERS]));
+        for (collection, object) in crate::loadbalancer::first_objects(&lab.config().node_cidrs) {
+            bootstrap::ensure(&master, &collection, &object, false).await.map_err(fail)?;
+        }
+    }
 
     let local = first.context("no address to listen on; give --listen")?;
     let host = if local.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { local.ip() };
@@ -234,6 +240,9 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
         tasks.spawn((descriptor.run)(context));
     }
     tasks.spawn(scheduler::run(client(&api, "fairlead-scheduler"), token.clone()));
+    let balancer = client(&api, "fairlead-loadbalancer");
+    let own_name = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
+    tasks.spawn(crate::loadbalancer::allocate(balancer, own_name, true, token.clone()));
     tasks.spawn(signer::run(client(&api, "fairlead-signer"), pki.clone(), token.clone()));
 
     info!(%url, advertised = ?advertised, "the control plane is ready");

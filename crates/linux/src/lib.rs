@@ -20,6 +20,7 @@ pub mod mount;
 pub mod netns;
 pub mod nflog;
 pub mod nft;
+pub mod packet;
 pub mod process;
 pub mod provoke;
 pub mod sigpipe;

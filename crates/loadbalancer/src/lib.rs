@@ -1,1 +1,19 @@
 //! Gives LoadBalancer Services addresses and announces them.
+//!
+//! [`Allocator`] decides who gets which address of the [`Pool`]s, without a clock and without I/O. [`Elector`] decides, from
+//! what nodes tell each other, for which addresses this one may speak and until when. [`layer2`] acts on it: heartbeats, ARP
+//! and NDP.
+
+mod allocate;
+mod elect;
+pub mod layer2;
+mod message;
+mod packets;
+mod pool;
+mod service;
+
+pub use allocate::{Allocator, Given, Refusal};
+pub use elect::{Elector, HEARTBEAT, LEASE, Plan, Speech};
+pub use message::Heartbeat;
+pub use pool::{Advertisement, AdvertisementObject, Pool, PoolError, PoolObject};
+pub use service::{CLASS, Request, Service};

@@ -7,7 +7,8 @@ use api::{ObjectExt, kinds};
 use serde_json::Value;
 
 /// Service accounts of the components that run beside the kubelet; a node may have tokens of these for itself.
-pub const NODE_COMPONENTS: [&str; 4] = ["fairlead-proxy", "fairlead-dns", "fairlead-podnet", "fairlead-ingress"];
+pub const NODE_COMPONENTS: [&str; 5] =
+    ["fairlead-proxy", "fairlead-dns", "fairlead-podnet", "fairlead-ingress", "fairlead-layer2"];
 
 /// Why a node may not do what RBAC would let it, if so.
 pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Option<String> {

@@ -14,9 +14,20 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-/// After so long without a renewal the Lease is anybody's.
-const LIFE: Duration = Duration::from_secs(15);
-const RENEWAL: Duration = Duration::from_secs(5);
+/// How long a Lease holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// After so long without a renewal the Lease is anybody's.
+    pub life: Duration,
+    pub renewal: Duration,
+}
+
+impl Terms {
+    /// For what may rest for a while.
+    pub const CALM: Terms = Terms { life: Duration::from_secs(15), renewal: Duration::from_secs(5) };
+    /// For what people wait for.
+    pub const QUICK: Terms = Terms { life: Duration::from_secs(3), renewal: Duration::from_secs(1) };
+}
 
 /// What was last seen of somebody else's Lease, and when: by our own clock, as theirs may differ.
 struct Seen {
@@ -29,6 +40,7 @@ pub async fn run(
     client: kube::Client,
     lease: Key,
     identity: String,
+    terms: Terms,
     leads: watch::Sender<bool>,
     token: CancellationToken,
 ) {
@@ -36,8 +48,10 @@ pub async fn run(
     let mut seen: Option<Seen> = None;
     let mut held_until: Option<Instant> = None;
     loop {
-        match take(&leases, &lease, &identity, &mut seen).await {
-            Ok(true) => held_until = Some(Instant::now() + LIFE),
+        // Others count from when they saw it renewed, which is after now; and ours ends a while before.
+        let asked = Instant::now();
+        match take(&leases, &lease, &identity, terms.life, &mut seen).await {
+            Ok(true) => held_until = Some(asked + terms.life - terms.renewal),
             Ok(false) => held_until = None,
             // The API may be away: who holds it does so for the rest of its time.
             Err(error) => debug!(error = format!("{error:#}"), "the Lease was not renewed"),
@@ -45,7 +59,8 @@ pub async fn run(
         let is_held = held_until.is_some_and(|until| Instant::now() < until);
         leads.send_if_modified(|leads| std::mem::replace(leads, is_held) != is_held);
         tokio::select! {
-            () = tokio::time::sleep(RENEWAL) => {}
+            () = tokio::time::sleep(terms.renewal) => {}
+            () = lapsed(held_until.filter(|_| is_held)) => {}
             () = token.cancelled() => break,
         }
     }
@@ -55,13 +70,27 @@ pub async fn run(
     }
 }
 
+/// Waits until a Lease that is held is held no more.
+async fn lapsed(held_until: Option<Instant>) {
+    match held_until {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Whether it is ours now.
-async fn take(leases: &Api, lease: &Key, identity: &str, seen: &mut Option<Seen>) -> anyhow::Result<bool> {
+async fn take(
+    leases: &Api,
+    lease: &Key,
+    identity: &str,
+    life: Duration,
+    seen: &mut Option<Seen>,
+) -> anyhow::Result<bool> {
     let now = api::time::micros(Timestamp::now());
     let Some(mut held) = leases.find(&lease.namespace, &lease.name).await? else {
         let object = json!({"apiVersion": LEASES.api_version(), "kind": LEASES.kind,
             "metadata": {"namespace": lease.namespace, "name": lease.name},
-            "spec": {"holderIdentity": identity, "leaseDurationSeconds": LIFE.as_secs(), "acquireTime": now, "renewTime": now, "leaseTransitions": 0}});
+            "spec": {"holderIdentity": identity, "leaseDurationSeconds": life.as_secs(), "acquireTime": now, "renewTime": now, "leaseTransitions": 0}});
         return match leases.create(&lease.namespace, &object).await {
             Ok(_) => Ok(true),
             Err(error) if error.is_already_exists() => Ok(false),
@@ -75,7 +104,7 @@ async fn take(leases: &Api, lease: &Key, identity: &str, seen: &mut Option<Seen>
         if is_new {
             *seen = Some(Seen { version, at: Instant::now() });
         }
-        if seen.as_ref().is_some_and(|seen| seen.at.elapsed() < LIFE) {
+        if seen.as_ref().is_some_and(|seen| seen.at.elapsed() < life) {
             return Ok(false);
         }
     }
@@ -86,7 +115,7 @@ async fn take(leases: &Api, lease: &Key, identity: &str, seen: &mut Option<Seen>
         spec.insert("acquireTime".into(), json!(now));
     }
     spec.insert("holderIdentity".into(), json!(identity));
-    spec.insert("leaseDurationSeconds".into(), json!(LIFE.as_secs()));
+    spec.insert("leaseDurationSeconds".into(), json!(life.as_secs()));
     spec.insert("renewTime".into(), json!(now));
     match leases.replace(&held).await {
         Ok(_) => Ok(true),

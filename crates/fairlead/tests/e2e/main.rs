@@ -10,6 +10,7 @@ mod dns;
 mod handover;
 mod ingress;
 mod load;
+mod loadbalancer;
 mod play;
 mod registry;
 mod rolling;

@@ -116,7 +116,7 @@ impl Fake {
                 Hook::Output | Hook::Forward => Some(Hook::Postrouting),
                 // Over the loopback, where nat is settled already.
                 Hook::Postrouting if from_here && locals.contains(&walk.packet.to.ip()) => Some(Hook::Input),
-                Hook::Input | Hook::Postrouting => None,
+                Hook::Input | Hook::Postrouting | Hook::Egress => None,
             };
         }
         Fate::Sent { to: walk.packet.to, masqueraded: walk.masqueraded }

@@ -32,6 +32,7 @@ impl Display for Family {
             Family::Ip => "ip",
             Family::Ip6 => "ip6",
             Family::Inet => "inet",
+            Family::Netdev => "netdev",
         })
     }
 }
@@ -129,6 +130,7 @@ impl Display for Hook {
             Hook::Forward => "forward",
             Hook::Output => "output",
             Hook::Postrouting => "postrouting",
+            Hook::Egress => "egress",
         })
     }
 }
@@ -141,7 +143,11 @@ impl Display for Chain {
             ChainKind::Filter => "filter",
             ChainKind::Nat => "nat",
         };
-        write!(f, " {{ type {kind} hook {} priority {}; policy accept; }}", base.hook, base.priority)
+        write!(f, " {{ type {kind} hook {}", base.hook)?;
+        if let Some(device) = &self.device {
+            write!(f, " device \"{device}\"")?;
+        }
+        write!(f, " priority {}; policy accept; }}", base.priority)
     }
 }
 
@@ -155,6 +161,7 @@ impl Display for Value {
         match self {
             Value::Nfproto => f.write_str("meta nfproto"),
             Value::L4Proto => f.write_str("meta l4proto"),
+            Value::PacketMark => f.write_str("meta mark"),
             Value::SourceIp { v6 } => write!(f, "{} saddr", header(*v6)),
             Value::DestinationIp { v6 } => write!(f, "{} daddr", header(*v6)),
             Value::SourcePort => f.write_str("th sport"),
@@ -270,6 +277,9 @@ impl Op {
             Op::AddElements { set, elements } => format!("add element {at} {set} {{ {} }}", Joined(elements, ", ")),
             Op::DeleteElements { set, elements } => {
                 format!("delete element {at} {set} {{ {} }}", Joined(elements, ", "))
+            }
+            Op::AddFor { set, key, milliseconds } => {
+                format!("add element {at} {set} {{ {} timeout {milliseconds}ms }}", Joined(&key.0, " . "))
             }
         }
     }

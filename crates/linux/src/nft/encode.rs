@@ -150,6 +150,20 @@ impl Batch {
                 let flags = NLM_F_CREATE | NLM_F_EXCL;
                 return self.elements(MSG_NEWSETELEM, flags, family, table, index, set, elements, last);
             }
+            Op::AddFor { set, key, milliseconds } => {
+                let start = self.begin(MSG_NEWSETELEM, NLM_F_CREATE | NLM_F_EXCL, family, index);
+                self.writer.string(1, table);
+                self.writer.string(2, set);
+                let list = self.writer.nest(3);
+                let item = self.writer.nest(LIST_ELEM);
+                let held = self.writer.nest(1);
+                self.writer.bytes(DATA_VALUE, &key_bytes(key));
+                self.writer.close(held);
+                self.writer.u64(4, *milliseconds);
+                self.writer.close(item);
+                self.writer.close(list);
+                start
+            }
             Op::DeleteElements { set, elements } => {
                 return self.elements(MSG_DELSETELEM, 0, family, table, index, set, elements, last);
             }
@@ -210,6 +224,9 @@ fn add_chain(writer: &mut Writer, table: &str, chain: &Chain) {
         let hook = writer.nest(4);
         writer.u32(1, base.hook.number());
         writer.bytes(2, &base.priority.to_be_bytes());
+        if let Some(device) = &chain.device {
+            writer.string(3, device);
+        }
         writer.close(hook);
         writer.u32(5, 1);
         writer.string(

@@ -123,6 +123,7 @@ impl Expressions<'_> {
         match value {
             Value::Nfproto => self.meta(15, to),
             Value::L4Proto => self.meta(16, to),
+            Value::PacketMark => self.meta(3, to),
             Value::SourceIp { v6: false } => self.payload(1, 12, 4, to),
             Value::DestinationIp { v6: false } => self.payload(1, 16, 4, to),
             Value::SourceIp { v6: true } => self.payload(1, 8, 16, to),

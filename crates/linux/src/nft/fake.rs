@@ -53,7 +53,7 @@ impl Fake {
                 }
             }
             for (chain, (base, rules)) in &table.chains {
-                text += &format!("  {}\n", super::Chain { name: chain.clone(), base: *base });
+                text += &format!("  {}\n", super::Chain { name: chain.clone(), base: *base, device: None });
                 for rule in rules {
                     text += &format!("    {rule}\n");
                 }
@@ -130,6 +130,11 @@ impl Table {
                 for element in elements {
                     self.add_element(set, element)?;
                 }
+            }
+            // Packets meet the fake within any timeout.
+            Op::AddFor { set, key, .. } => {
+                let element = Element { key: key.clone(), end: None, data: ElementData::None };
+                self.add_element(set, &element)?;
             }
             Op::DeleteElements { set, elements } => {
                 let (_, held) = self.sets.get_mut(set).ok_or(libc::ENOENT)?;
@@ -366,7 +371,7 @@ impl Fake {
                 Hook::Output | Hook::Forward => Some(Hook::Postrouting),
                 // Over the loopback, where nat is settled already.
                 Hook::Postrouting if from_here && locals.contains(&packet.to.ip()) => Some(Hook::Input),
-                Hook::Input | Hook::Postrouting => None,
+                Hook::Input | Hook::Postrouting | Hook::Egress => None,
             };
         }
         Fate::Sent { to: packet.to, masqueraded }
@@ -526,6 +531,8 @@ impl Walk<'_, '_> {
         let one = match value {
             Value::Nfproto => Datum::Proto(if self.packet.to.is_ipv6() { 10 } else { 2 }),
             Value::L4Proto => Datum::Proto(self.packet.protocol),
+            // Nobody marks packets here.
+            Value::PacketMark => Datum::Mark(0),
             Value::SourceIp { v6 } => family(self.packet.from.ip(), *v6)?,
             Value::DestinationIp { v6 } => family(self.packet.to.ip(), *v6)?,
             Value::SourcePort => Datum::Port(self.packet.from.port()),

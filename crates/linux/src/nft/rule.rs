@@ -10,6 +10,8 @@ pub enum Value {
     /// 2 for IPv4, 10 for IPv6.
     Nfproto,
     L4Proto,
+    /// What a socket (`SO_MARK`) or a rule has marked the packet with.
+    PacketMark,
     /// The field of the header; `v6` names which header.
     SourceIp {
         v6: bool,

@@ -10,6 +10,8 @@ pub enum Family {
     Ip,
     Ip6,
     Inet,
+    /// Packets of one interface, of whatever protocol.
+    Netdev,
 }
 
 impl Family {
@@ -17,6 +19,7 @@ impl Family {
         match self {
             Family::Inet => 1,
             Family::Ip => 2,
+            Family::Netdev => 5,
             Family::Ip6 => 10,
         }
     }
@@ -202,13 +205,15 @@ pub enum Hook {
     Forward,
     Output,
     Postrouting,
+    /// What leaves through an interface, sent past the IP layer or not; in the netdev family, since Linux 5.16.
+    Egress,
 }
 
 impl Hook {
     pub(crate) fn number(self) -> u32 {
         match self {
             Hook::Prerouting => 0,
-            Hook::Input => 1,
+            Hook::Input | Hook::Egress => 1,
             Hook::Forward => 2,
             Hook::Output => 3,
             Hook::Postrouting => 4,
@@ -228,15 +233,22 @@ pub struct Base {
 pub struct Chain {
     pub name: Box<str>,
     pub base: Option<Base>,
+    /// The interface whose packets come here, in the netdev family.
+    pub device: Option<Box<str>>,
 }
 
 impl Chain {
     pub fn regular(name: &str) -> Self {
-        Chain { name: name.into(), base: None }
+        Chain { name: name.into(), base: None, device: None }
     }
 
     pub fn base(name: &str, kind: ChainKind, hook: Hook, priority: i32) -> Self {
-        Chain { name: name.into(), base: Some(Base { kind, hook, priority }) }
+        Chain { name: name.into(), base: Some(Base { kind, hook, priority }), device: None }
+    }
+
+    /// Sees what leaves through this interface, and may drop it.
+    pub fn egress(name: &str, device: &str) -> Self {
+        Chain { device: Some(device.into()), ..Chain::base(name, ChainKind::Filter, Hook::Egress, 0) }
     }
 }
 
@@ -269,6 +281,12 @@ pub enum Op {
     DeleteElements {
         set: Box<str>,
         elements: Vec<Element>,
+    },
+    /// Adds a key to a dynamic set, from which the kernel takes it away after so long. The key must not be there.
+    AddFor {
+        set: Box<str>,
+        key: Key,
+        milliseconds: u64,
     },
 }
 

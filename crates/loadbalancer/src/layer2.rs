@@ -1,0 +1,437 @@
+//! The layer 2 announcer: a thread of its own that exchanges heartbeats, and answers ARP and NDP for the addresses that are
+//! this node's to announce.
+//!
+//! Its right to speak is an element with a timeout in an nftables set, which a chain on the way out of the interface asks for
+//! each packet of ours. A thread that was stopped after it decided to speak and goes on later says nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use linux::link::{Links, Mac};
+use linux::nft::{Chain, DataType, Datum, Family, Key, Nft, Op, Rule, Set, Socket, Statement, Transaction, Value};
+use linux::packet::{PacketSocket, Protocol};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing::{debug, info, warn};
+
+use crate::packets::{Arp, advertisement, gratuitous, parse_solicitation};
+use crate::{Elector, Heartbeat, Plan};
+
+/// UDP, between the nodes' own addresses.
+pub const PORT: u16 = 10263;
+const TABLE: &str = "fairlead-layer2";
+const RIGHT: &str = "right";
+/// On all that the announcer sends, and on nothing else: `LB2`.
+const MARK: u32 = 0x004c_4232;
+/// A new owner says so more than once, as packets may be lost: after so long each.
+const BURST: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
+/// Another host that says it has our address is contradicted so often at most.
+const DEFENCE: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("listen for heartbeats on {0} port {PORT}: {1}; does another announcer run here?")]
+    Listen(IpAddr, io::Error),
+    #[error("no interface of this host has one of the node's addresses, {0:?}; see `ip address`")]
+    NoInterface(Vec<IpAddr>),
+    #[error("{0}: {1}; this needs CAP_NET_RAW and CAP_NET_ADMIN")]
+    Packets(String, io::Error),
+    #[error("{0}; announcing needs nftables' netdev egress hook (Linux 5.16, CONFIG_NETFILTER_EGRESS)")]
+    Right(#[from] linux::nft::Error),
+    #[error(transparent)]
+    Link(#[from] linux::link::LinkError),
+    #[error("start the announcer's thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Who announces here.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub node: String,
+    /// The node's own addresses, the primary one first: heartbeats go from and to that.
+    pub addresses: Vec<IpAddr>,
+    /// The same number in all of a cluster.
+    pub cluster: u64,
+    /// Another number at each start.
+    pub incarnation: u64,
+}
+
+/// What the announcer is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    pub plan: Plan,
+    /// The primary address of each member.
+    pub members: BTreeMap<String, IpAddr>,
+}
+
+/// What it tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// These are announced from here now.
+    Took(BTreeSet<IpAddr>),
+    Lost(BTreeSet<IpAddr>),
+    /// Another host says that an address of ours is its own.
+    Conflict(IpAddr, String),
+}
+
+enum Command {
+    Orders(Orders),
+    Tie(bool),
+    End,
+}
+
+/// The running announcer. It ends, and withdraws first, when this is dropped.
+pub struct Announcer {
+    commands: Sender<Command>,
+    wake: UnixStream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Announcer {
+    /// Opens everything it needs in the calling thread's network namespace, and starts.
+    ///
+    /// # Errors
+    /// Says what this host lacks.
+    pub fn start(config: Config, notice: impl Fn(Notice) + Send + 'static) -> Result<Announcer, Error> {
+        let (commands, received) = mpsc::channel();
+        let (wake, woken) = UnixStream::pair().map_err(Error::Thread)?;
+        wake.set_nonblocking(true).and_then(|()| woken.set_nonblocking(true)).map_err(Error::Thread)?;
+        let worker = Worker::open(config, received, woken, Box::new(notice))?;
+        let thread = std::thread::Builder::new().name("layer2".into()).spawn(|| worker.run()).map_err(Error::Thread)?;
+        Ok(Announcer { commands, wake, thread: Some(thread) })
+    }
+
+    pub fn set_orders(&self, orders: Orders) {
+        self.tell(Command::Orders(orders));
+    }
+
+    /// Whether this node holds the Lease that decides between equal halves.
+    pub fn set_tie(&self, tie: bool) {
+        self.tell(Command::Tie(tie));
+    }
+
+    fn tell(&self, command: Command) {
+        // A thread that has ended, or a full pipe, needs no wake-up.
+        if self.commands.send(command).is_ok() {
+            let _ = (&self.wake).write(&[0]);
+        }
+    }
+}
+
+impl Drop for Announcer {
+    fn drop(&mut self) {
+        self.tell(Command::End);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the announcer's thread died");
+        }
+    }
+}
+
+struct Interface {
+    mac: Mac,
+    arp: PacketSocket,
+    solicitations: PacketSocket,
+}
+
+struct Worker {
+    origin: Instant,
+    elector: Elector,
+    peers: BTreeMap<String, SocketAddr>,
+    udp: UdpSocket,
+    interfaces: Vec<Interface>,
+    nft: Socket,
+    commands: Receiver<Command>,
+    woken: UnixStream,
+    notice: Box<dyn Fn(Notice) + Send>,
+    held: BTreeSet<IpAddr>,
+    /// Until when the kernel lets us speak.
+    right: Duration,
+    /// When which addresses are told of again, and how often that was done.
+    bursts: Vec<(Duration, usize, BTreeSet<IpAddr>)>,
+    defended: BTreeMap<IpAddr, Duration>,
+}
+
+impl Worker {
+    fn open(
+        config: Config,
+        commands: Receiver<Command>,
+        woken: UnixStream,
+        notice: Box<dyn Fn(Notice) + Send>,
+    ) -> Result<Worker, Error> {
+        let origin = Instant::now();
+        let Some(primary) = config.addresses.first() else { return Err(Error::NoInterface(Vec::new())) };
+        let udp = UdpSocket::bind((*primary, PORT)).map_err(|error| Error::Listen(*primary, error))?;
+        udp.set_nonblocking(true).map_err(|error| Error::Listen(*primary, error))?;
+        let links = Links::current()?;
+        let names: BTreeSet<String> = links
+            .addresses()?
+            .into_iter()
+            .filter(|held| config.addresses.contains(&held.address.addr()))
+            .map(|held| held.link)
+            .collect();
+        let mut interfaces = Vec::new();
+        let mut nft = Socket::open(None)?;
+        let mut transaction = Transaction::new(Family::Netdev, TABLE);
+        transaction.replace_table("LoadBalancer addresses that this node may announce");
+        transaction.push(Op::AddSet(Set::of(RIGHT, &[DataType::Mark]).dynamic(16)));
+        for (number, name) in names.iter().enumerate() {
+            let Some(link) = links.link(name)? else { continue };
+            let Some(mac) = link.mac else { continue };
+            let open = |protocol| {
+                PacketSocket::open(link.index, protocol, MARK).map_err(|error| Error::Packets(name.clone(), error))
+            };
+            interfaces.push(Interface {
+                mac,
+                arp: open(Protocol::Arp)?,
+                solicitations: open(Protocol::NeighbourSolicitation)?,
+            });
+            let chain = format!("egress-{number}");
+            transaction.push(Op::AddChain(Chain::egress(&chain, name)));
+            transaction.push(Op::AddRule {
+                chain: chain.into(),
+                rule: Rule::new([
+                    Statement::Equal(Value::PacketMark, Datum::Mark(MARK)),
+                    Statement::not_in([Value::PacketMark], RIGHT),
+                    Statement::drop(),
+                ]),
+            });
+        }
+        if interfaces.is_empty() {
+            return Err(Error::NoInterface(config.addresses));
+        }
+        nft.commit(&transaction)?;
+        Ok(Worker {
+            origin,
+            elector: Elector::new(&config.node, config.cluster, config.incarnation, Duration::ZERO),
+            peers: BTreeMap::new(),
+            udp,
+            interfaces,
+            nft,
+            commands,
+            woken,
+            notice,
+            held: BTreeSet::new(),
+            right: Duration::ZERO,
+            bursts: Vec::new(),
+            defended: BTreeMap::new(),
+        })
+    }
+
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    fn run(mut self) {
+        loop {
+            let now = self.now();
+            if let Err(error) = self.wait(now) {
+                warn!(%error, "the announcer cannot wait for packets, and ends");
+                break;
+            }
+            if !self.take_commands() {
+                break;
+            }
+            self.hear();
+            self.beat();
+            self.decide();
+            self.answer();
+            self.burst();
+        }
+        // It stops speaking first, and says so: the others need not wait.
+        let now = self.now();
+        self.elector.leave(now);
+        self.decide();
+        self.beat();
+        if let Err(error) = self.nft.remove_table(Family::Netdev, TABLE) {
+            warn!(%error, "the announcer's table stays");
+        }
+    }
+
+    fn wait(&mut self, now: Duration) -> io::Result<()> {
+        let bursts = self.bursts.iter().map(|(at, ..)| *at);
+        let next = bursts.fold(self.elector.next(now), Duration::min);
+        let milliseconds = next.saturating_sub(now).as_micros().div_ceil(1000).min(1000);
+        let timeout = PollTimeout::from(milliseconds as u16);
+        let mut all = vec![self.woken.as_fd(), self.udp.as_fd()];
+        for interface in &self.interfaces {
+            all.extend([interface.arp.as_fd(), interface.solicitations.as_fd()]);
+        }
+        let mut all: Vec<PollFd<'_>> = all.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut all, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether it goes on.
+    fn take_commands(&mut self) -> bool {
+        let mut buffer = [0; 64];
+        while matches!((&self.woken).read(&mut buffer), Ok(count) if count > 0) {}
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Orders(orders)) => {
+                    self.peers = orders
+                        .members
+                        .into_iter()
+                        .map(|(name, address)| (name, SocketAddr::new(address, PORT)))
+                        .collect();
+                    let now = self.now();
+                    self.elector.set_plan(orders.plan, now);
+                }
+                Ok(Command::Tie(tie)) => self.elector.set_tie(tie),
+                Ok(Command::End) | Err(mpsc::TryRecvError::Disconnected) => return false,
+                Err(mpsc::TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    /// Takes the others' heartbeats, from their own addresses only.
+    fn hear(&mut self) {
+        let mut buffer = [0; 2048];
+        while let Ok((length, from)) = self.udp.recv_from(&mut buffer) {
+            let Some(beat) = Heartbeat::decode(&buffer[..length]) else { continue };
+            if self.peers.get(&beat.from) != Some(&from) {
+                debug!(%from, name = beat.from, "a heartbeat from elsewhere");
+                continue;
+            }
+            let now = self.now();
+            if let Some(answer) = self.elector.receive(beat, now) {
+                self.send(&answer, from);
+            }
+        }
+    }
+
+    fn beat(&mut self) {
+        let now = self.now();
+        let beats = self.elector.tick(now);
+        let to: Vec<Option<SocketAddr>> = self.elector.others().map(|name| self.peers.get(name).copied()).collect();
+        for (beat, to) in beats.iter().zip(to) {
+            if let Some(to) = to {
+                self.send(beat, to);
+            }
+        }
+    }
+
+    fn send(&self, beat: &Heartbeat, to: SocketAddr) {
+        // A lost packet, and a node that is not there, are what heartbeats are about.
+        if let Err(error) = self.udp.send_to(&beat.encode(), to) {
+            debug!(%error, %to, "a heartbeat is not sent");
+        }
+    }
+
+    /// Takes and gives up addresses, and renews the right.
+    fn decide(&mut self) {
+        let now = self.now();
+        let speech = self.elector.speech(now);
+        let taken: BTreeSet<IpAddr> = speech.addresses.difference(&self.held).copied().collect();
+        let lost: BTreeSet<IpAddr> = self.held.difference(&speech.addresses).copied().collect();
+        if !lost.is_empty() {
+            info!(addresses = ?lost, "no longer announced from here");
+            self.bursts.iter_mut().for_each(|(_, _, told)| told.retain(|address| !lost.contains(address)));
+            (self.notice)(Notice::Lost(lost));
+        }
+        self.held = speech.addresses;
+        if self.held.is_empty() {
+            self.right = Duration::ZERO;
+        } else if speech.until > self.right + Duration::from_millis(20) || speech.until < self.right {
+            self.renew(speech.until);
+        }
+        if !taken.is_empty() {
+            info!(addresses = ?taken, "announced from here");
+            self.bursts.push((now, 0, taken.clone()));
+            (self.notice)(Notice::Took(taken));
+        }
+    }
+
+    fn renew(&mut self, until: Duration) {
+        let left = until.saturating_sub(self.now());
+        let mut transaction = Transaction::new(Family::Netdev, TABLE);
+        transaction.push(Op::FlushSet(RIGHT.into()));
+        let milliseconds = left.as_millis() as u64;
+        if milliseconds > 0 {
+            let key = Key::new([Datum::Mark(MARK)]);
+            transaction.push(Op::AddFor { set: RIGHT.into(), key, milliseconds });
+        }
+        match self.nft.commit(&transaction) {
+            Ok(()) => self.right = until,
+            // Without it the kernel drops what we say: silence is safe, and the next heartbeat tries again.
+            Err(error) => warn!(%error, "the right to announce is not renewed"),
+        }
+    }
+
+    fn may_speak(&self, address: IpAddr) -> bool {
+        self.held.contains(&address) && self.now() < self.right
+    }
+
+    fn answer(&mut self) {
+        let mut buffer = [0; 2048];
+        let mut conflicts = Vec::new();
+        for interface in &self.interfaces {
+            while let Ok(Some((length, from))) = interface.arp.receive(&mut buffer) {
+                let Some(arp) = Arp::parse(&buffer[..length]) else { continue };
+                let (mac, sender) = arp.sender;
+                if self.held.contains(&IpAddr::V4(sender)) && self.interfaces.iter().all(|own| own.mac != mac) {
+                    conflicts.push((IpAddr::V4(sender), mac));
+                }
+                if arp.is_request && arp.target.1 != sender && self.may_speak(arp.target.1.into()) {
+                    let answer = Arp { is_request: false, sender: (interface.mac, arp.target.1), target: arp.sender };
+                    self.say(&interface.arp, &answer.encode(), from);
+                }
+            }
+            while let Ok(Some((length, from))) = interface.solicitations.receive(&mut buffer) {
+                let Some((who, address)) = parse_solicitation(&buffer[..length]) else { continue };
+                if self.may_speak(address.into()) {
+                    // Who asks as `::` wants the address for itself: all are told that it is taken.
+                    let (to, mac) = match who.is_unspecified() {
+                        true => (None, crate::packets::ALL_NODES),
+                        false => (Some(who), from),
+                    };
+                    self.say(&interface.solicitations, &advertisement(address, interface.mac, to), mac);
+                }
+            }
+        }
+        let now = self.now();
+        for (address, mac) in conflicts {
+            if self.defended.get(&address).is_none_or(|at| *at + DEFENCE <= now) {
+                self.defended.insert(address, now);
+                warn!(%address, %mac, "another host says that it has this address");
+                self.bursts.push((now, BURST.len() - 1, BTreeSet::from([address])));
+                (self.notice)(Notice::Conflict(address, mac.to_string()));
+            }
+        }
+    }
+
+    fn say(&self, socket: &PacketSocket, packet: &[u8], to: Mac) {
+        if let Err(error) = socket.send(packet, to) {
+            debug!(%error, "not said");
+        }
+    }
+
+    /// Tells everybody of the addresses that are new here.
+    fn burst(&mut self) {
+        let now = self.now();
+        let (due, later) = std::mem::take(&mut self.bursts).into_iter().partition(|(at, ..)| *at <= now);
+        self.bursts = later;
+        let due: Vec<(Duration, usize, BTreeSet<IpAddr>)> = due;
+        for (at, round, addresses) in due {
+            for address in addresses.iter().filter(|address| self.may_speak(**address)) {
+                for interface in &self.interfaces {
+                    let (packet, to) = gratuitous(*address, interface.mac);
+                    let socket = if address.is_ipv4() { &interface.arp } else { &interface.solicitations };
+                    self.say(socket, &packet, to);
+                }
+            }
+            if let (Some(before), Some(after)) = (BURST.get(round), BURST.get(round + 1)) {
+                self.bursts.push((at + (*after - *before), round + 1, addresses));
+            }
+        }
+    }
+}

@@ -467,6 +467,11 @@ impl Server {
     fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(self.0.id() as i32);
         nix::sys::signal::kill(pid, signal).expect("it is alive");
+        if signal == nix::sys::signal::Signal::SIGSTOP {
+            // Its threads go on until each has had a processor once more.
+            let stopped = nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WUNTRACED));
+            assert!(matches!(stopped, Ok(nix::sys::wait::WaitStatus::Stopped(..))), "{stopped:?}");
+        }
     }
 }
 

@@ -314,7 +314,8 @@ impl Task {
             (false, false, true) => Some(QUEUE_LOOK),
             (false, false, false) => None,
         };
-        self.next_look = pause.map(|pause| Instant::now() + pause.max((look.took * SHARE).min(LONGEST_PAUSE)).saturating_sub(look.took));
+        self.next_look = pause
+            .map(|pause| Instant::now() + pause.max((look.took * SHARE).min(LONGEST_PAUSE)).saturating_sub(look.took));
         if self.next_look.is_none()
             && let Some(eyes) = &mut self.eyes
         {

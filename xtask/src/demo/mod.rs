@@ -3,6 +3,7 @@
 //! Two processes of this program: one tells the story and may end at any moment; the other waits for it with
 //! Ctrl-C held off, takes the cluster down and compares the machine with what it was before.
 
+mod balancer;
 mod ingress;
 mod leftovers;
 mod names;

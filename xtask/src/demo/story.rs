@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::{Options, ingress, names, rules, traffic};
+use super::{Options, balancer, ingress, names, rules, traffic};
 use crate::cluster::Cluster;
 use crate::{image, shell};
 
@@ -56,9 +56,22 @@ pub fn tell(cluster: &Cluster, options: &Options) -> Result<()> {
         ingress::ask(cluster, options)?;
     }
 
+    // Clusters of hosts begin without a pool of addresses.
+    let mut balanced = None;
+    if !options.standalone {
+        println!("\n== an address of its own");
+        balanced = Some(balancer::ask(cluster, &pods.names)?);
+    }
+
     println!("\n== the rules on node-1 that carry these packets ({})", options.proxy_mode);
     let words: Vec<String> = [cluster_ip.to_owned(), NODE_PORT.to_string()].into_iter().chain(pods.ips).collect();
-    rules::show(cluster, &options.proxy_mode, &words)
+    rules::show(cluster, &options.proxy_mode, &words)?;
+
+    if let Some(address) = balanced {
+        println!("\n== the node that announces {address} dies");
+        balancer::kill(cluster, &address)?;
+    }
+    Ok(())
 }
 
 struct Pods {

@@ -26,7 +26,7 @@ pub fn ask(cluster: &Cluster, pods: &BTreeSet<String>) -> Result<String> {
         Ok(address.is_some())
     })?;
     let address = address.context("the Service has no address")?;
-    shell::until("the address answers", || Ok(request(cluster, &address)?))?;
+    shell::until("the address answers", || request(cluster, &address))?;
     shell::step(&mut cluster.kubectl(&["get", "service", SERVICE]))?;
     let url = format!("http://{address}");
     traffic::count(&format!("outside -> {address}"), pods, cluster.on("outside", &traffic::curl(&url)))?;

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Requests to the address from outside; the address.
 pub fn ask(cluster: &Cluster, pods: &BTreeSet<String>) -> Result<String> {
-    let file = shell::root().join("examples/nginx/load-balancer.yaml");
+    let file = shell::root().join("examples/more/load-balancer.yaml");
     shell::step(&mut cluster.kubectl(&["apply", "-f", &file.to_string_lossy()]))?;
     let mut address = None;
     shell::until("the Service has an address", || {

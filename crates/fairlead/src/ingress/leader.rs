@@ -29,6 +29,9 @@ impl Terms {
     pub const QUICK: Terms = Terms { life: Duration::from_secs(3), renewal: Duration::from_secs(1) };
 }
 
+/// How long the end may wait for a Lease to be given up.
+const GIVING_UP: Duration = Duration::from_millis(200);
+
 /// What was last seen of somebody else's Lease, and when: by our own clock, as theirs may differ.
 struct Seen {
     version: String,
@@ -65,8 +68,9 @@ pub async fn run(
         }
     }
     if *leads.borrow() {
-        // So that the next one need not wait. What goes wrong here ends by itself.
-        give_up(&leases, &lease, &identity).await.ok();
+        // So that the next one need not wait. What goes wrong here ends by itself, and an API server that ends, too, may never
+        // answer.
+        tokio::time::timeout(GIVING_UP, give_up(&leases, &lease, &identity)).await.ok();
     }
 }
 

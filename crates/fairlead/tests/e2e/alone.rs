@@ -191,10 +191,10 @@ fn a_proxy_alone_serves_a_cluster_with_the_rights_of_kube_proxy() {
     list("$(command -v fairlead) proxy --cleanup");
     let left = list("iptables-save");
     assert!(!left.contains("KUBE-SVC") && !left.contains("KUBE-SERVICES"), "{left}");
-    // What leads pods out of the node is not the proxy's.
+    // What leads pods out of the node is not the proxy's, and neither is what announces addresses.
     let tables = list("nft list tables");
     let ours: Vec<&str> = tables.lines().filter(|line| line.contains("fairlead")).collect();
-    assert_eq!(ours, ["table inet fairlead-pods"]);
+    assert_eq!(ours, ["table inet fairlead-pods", "table netdev fairlead-layer2"]);
     assert_eq!(asks(cluster, "node-1", &format!("http://{address}")), None);
 
     // Without rights it says which, and whom to ask.

@@ -145,6 +145,31 @@ fn an_address_outlives_the_node_that_announces_it() {
         found.map_or_else(|| panic!("nobody has it: {known}"), |(name, _)| name.clone())
     };
     get(&outside, address, Duration::from_secs(1)).expect("it answers");
+
+    // The owner's agent is stopped, and its kernel lives on: the right to speak ends by itself, another node takes over, and
+    // one that goes on later knows its place.
+    let stopped_owner = owner();
+    let processes = lab.processes().expect("listed");
+    let agent = processes.iter().find(|process| process.role == stopped_owner).expect("the agent is on record").pid;
+    let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent as i32), signal).expect("it lives");
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let stopped = Instant::now();
+    until("another node has the address", || {
+        // The router asks anew.
+        let forget = format!("nsenter --net={} -- ip neighbour flush {address}", lab.netns("lab").display());
+        expect(cluster, &forget);
+        get(&outside, address, Duration::from_millis(200)).is_some() && owner() != stopped_owner
+    });
+    let moved = stopped.elapsed();
+    let second = owner();
+    std::thread::sleep(Duration::from_millis(500));
+    signal(nix::sys::signal::Signal::SIGCONT);
+    let continued = Instant::now();
+    std::thread::sleep(Duration::from_secs(2));
+    until("it answers", || get(&outside, address, Duration::from_secs(1)).is_some());
+    println!("{address} moved from {stopped_owner}, which was stopped, to {second} after {moved:?}");
+    let stays = (stopped, continued, stopped_owner, second);
+
     let first = owner();
     // The kernel of a node of a lab lives on, and would still forward: its cable is pulled, too.
     let cut = format!("nsenter --net={} -- ip link set {} down", lab.netns(&first).display(), link_of(&first));
@@ -164,6 +189,15 @@ fn an_address_outlives_the_node_that_announces_it() {
     let heir = owner();
     println!("{address} moved from {first} to {heir}: an answer {gap:?} after the kill, {failures} tries failed");
     assert_ne!(heir, first);
+    // Who spoke while one was stopped, and afterwards: never two within the life of a vote.
+    let (stopped, continued, stopped_owner, second) = stays;
+    let vote = Duration::from_millis(250);
+    let meanwhile = said.iter().filter(|(at, _)| *at > stopped + vote && *at < continued);
+    assert!(meanwhile.clone().count() > 0, "the new owner speaks");
+    assert!(meanwhile.clone().all(|(_, mac)| name_of(*mac) == second), "{stopped_owner} was stopped: {said:?}");
+    let alive: Vec<&(Instant, Mac)> = said.iter().filter(|(at, _)| *at > continued && *at < killed).collect();
+    let turns = alive.windows(2).filter(|pair| pair[0].1 != pair[1].1).count();
+    assert!(turns <= 1, "the address came and went: {alive:?}");
     let after: Vec<&(Instant, Mac)> = said.iter().filter(|(at, _)| *at > killed + Duration::from_millis(20)).collect();
     assert!(!after.is_empty(), "the new owner tells that it has the address");
     assert!(after.iter().all(|(_, mac)| name_of(*mac) == heir), "one owner: {after:?}");

@@ -181,11 +181,15 @@ fn echo(pod: &Namespace, port: u16) {
 }
 
 fn connect(from: &Namespace, to: &str) -> TcpStream {
+    try_connect(from, to).expect("connect")
+}
+
+fn try_connect(from: &Namespace, to: &str) -> std::io::Result<TcpStream> {
     let to: SocketAddr = to.parse().expect("address");
     from.run(move || {
-        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(2)).expect("connect");
-        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
-        stream
+        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        Ok(stream)
     })
 }
 
@@ -236,8 +240,9 @@ fn the_next_endpoint_is_tried() {
         assert!(start.elapsed() < Duration::from_millis(200), "{:?}", start.elapsed());
     }
     running.change(|held| held.delete_slice("default", "web-1"));
-    let mut stream = connect(&world.pods[1], "10.96.0.10:80");
-    let error = stream.read(&mut [0]).expect_err("reset");
+    // The reset may be there before `connect` has returned.
+    let error =
+        try_connect(&world.pods[1], "10.96.0.10:80").and_then(|mut stream| stream.read(&mut [0])).expect_err("reset");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     running.stop();
 }

@@ -9,6 +9,7 @@ mod class;
 mod compile;
 mod cors;
 mod counts;
+mod crypto;
 mod error;
 mod host;
 mod limits;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::ProxyConfig;
 use crate::certificates::{Certificates, Resolver};
+use crate::crypto;
 use crate::error::IngressError;
 use crate::swap::Swap;
 use crate::table::RouteTable;
@@ -64,13 +65,15 @@ impl Shared {
 /// TLS 1.2 and 1.3, with tickets so that a client that comes again need not shake hands in full, on whichever worker.
 fn tls(certificates: Arc<Swap<Certificates>>) -> Result<Arc<ServerConfig>, IngressError> {
     let wrong = |error: tokio_rustls::rustls::Error| IngressError::Tls(error.to_string());
-    let provider = Arc::new(ring::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(crypto::provider())
         .with_safe_default_protocol_versions()
         .map_err(wrong)?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(Resolver(certificates)));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.ignore_client_order = true;
+    // One is what a client needs that comes again; each costs two draws of random numbers and an encryption.
+    config.send_tls13_tickets = 1;
     config.ticketer = ring::Ticketer::new().map_err(wrong)?;
     Ok(Arc::new(config))
 }

@@ -1,7 +1,9 @@
 //! Addresses for LoadBalancer Services, and who announces them: what the server, the agents and `fairlead loadbalancer` share.
 
 mod allocate;
+mod alone;
 mod announce;
+mod options;
 
 use std::net::IpAddr;
 
@@ -11,7 +13,9 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 pub use allocate::run as allocate;
+pub use alone::{LoadBalancerArgs, METRICS_PORT, respond, run};
 pub use announce::{Node, run as announce};
+pub use options::LoadBalancerOptions;
 
 const NAMESPACE: &str = "kube-system";
 /// Of all that could, the holder of this Lease gives addresses.

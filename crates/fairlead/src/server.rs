@@ -60,6 +60,8 @@ pub struct ServerArgs {
     /// More names and addresses for the serving certificate.
     #[arg(long, value_name = "NAME")]
     pub tls_san: Vec<String>,
+    #[command(flatten)]
+    pub load_balancer: crate::loadbalancer::LoadBalancerOptions,
     /// Serve the cluster that `up` made with this id.
     #[arg(long, hide = true)]
     pub lab: Option<String>,
@@ -240,9 +242,12 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
         tasks.spawn((descriptor.run)(context));
     }
     tasks.spawn(scheduler::run(client(&api, "fairlead-scheduler"), token.clone()));
-    let balancer = client(&api, "fairlead-loadbalancer");
-    let own_name = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
-    tasks.spawn(crate::loadbalancer::allocate(balancer, own_name, true, token.clone()));
+    if args.load_balancer.is_on() {
+        let balancer = client(&api, "fairlead-loadbalancer");
+        let own_name = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
+        let classless = args.load_balancer.serves_classless();
+        tasks.spawn(crate::loadbalancer::allocate(balancer, own_name, classless, Arc::default(), token.clone()));
+    }
     tasks.spawn(signer::run(client(&api, "fairlead-signer"), pki.clone(), token.clone()));
 
     info!(%url, advertised = ?advertised, "the control plane is ready");

@@ -7,10 +7,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::crypto::ring::sign::any_supported_type;
 use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
 use tokio_rustls::rustls::sign::CertifiedKey;
 
+use crate::crypto::signing_key;
 use crate::error::IngressError;
 use crate::host::HostPattern;
 use crate::swap::Swap;
@@ -84,7 +84,7 @@ pub fn read_tls(data: &HashMap<String, String>) -> Result<Arc<CertifiedKey>, Str
         return Err("has a tls.crt without a certificate".to_owned());
     }
     let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| format!("has a tls.key that is no key: {error}"))?;
-    let key = any_supported_type(&key).map_err(|error| format!("has a tls.key of an unknown kind: {error}"))?;
+    let key = signing_key(key).map_err(|error| format!("has a tls.key of an unknown kind: {error}"))?;
     let pair = CertifiedKey::new(chain, key);
     pair.keys_match().map_err(|error| format!("has a tls.key that does not belong to its tls.crt: {error}"))?;
     Ok(Arc::new(pair))
@@ -101,6 +101,6 @@ pub fn fallback() -> Result<Arc<CertifiedKey>, IngressError> {
     params.distinguished_name.push(rcgen::DnType::CommonName, "Fairlead Ingress fallback certificate");
     let certificate = params.self_signed(&key).map_err(wrong)?;
     let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| IngressError::Fallback(error.to_owned()))?;
-    let key = any_supported_type(&key).map_err(|error| IngressError::Fallback(error.to_string()))?;
+    let key = signing_key(key).map_err(|error| IngressError::Fallback(error.to_string()))?;
     Ok(Arc::new(CertifiedKey::new(vec![certificate.der().clone()], key)))
 }

@@ -9,6 +9,7 @@ mod class;
 mod compile;
 mod cors;
 mod counts;
+mod crypto;
 mod error;
 pub mod gateway;
 mod host;

@@ -24,6 +24,7 @@ use super::rules::Translated;
 use super::store::age;
 use super::verify::{AnyClient, CaState, Identity};
 use crate::compile::SecretState;
+use crate::crypto;
 use crate::host::HostPattern;
 use crate::hosts::HostMap;
 use crate::route::{Route, RouteName};
@@ -440,7 +441,7 @@ fn server(inputs: &TlsInputs, protocols: &[&[u8]]) -> Result<Arc<ServerConfig>, 
         Some(wanted) => {
             let mut roots = RootCertStore::empty();
             wanted.roots.iter().for_each(|one| roots.roots.extend(one.roots.iter().cloned()));
-            let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), tls::provider());
+            let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), crypto::provider());
             let strict: Arc<dyn ClientCertVerifier> = builder.build().map_err(|error| wrong(error.to_string()))?;
             Some(if wanted.takes_any { Arc::new(AnyClient(strict)) } else { strict })
         }

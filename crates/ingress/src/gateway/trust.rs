@@ -11,7 +11,7 @@ use super::condition::{Condition, Problem};
 use super::objects::BackendTlsPolicy;
 use super::store::{Objects, age};
 use super::verify::{BackendTls, CaState, Name};
-use crate::tls;
+use crate::crypto;
 
 /// TLS to the endpoints of a policy, kept so that connections outlive a change of something else.
 pub struct HeldTls {
@@ -144,7 +144,7 @@ fn backend_tls(
     }
     let mut roots = RootCertStore::empty();
     all.iter().for_each(|one| roots.roots.extend(one.roots.iter().cloned()));
-    let tls = Arc::new(BackendTls::new(Arc::new(roots), name, names, tls::provider()));
+    let tls = Arc::new(BackendTls::new(Arc::new(roots), name, names, crypto::provider()));
     held.insert(key, HeldTls { policy: policy.clone(), roots: all, tls: tls.clone() });
     Ok(tls)
 }

@@ -4,12 +4,14 @@
 //! name, to write their status, and a Lease; see `examples/ingress`.
 
 mod follow;
+mod gateways;
 pub mod leader;
 mod options;
+mod provision;
 mod report;
 mod secrets;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -149,6 +151,7 @@ pub async fn serve(
     let certificates = Arc::new(Swap::new(Certificates::new(fallback.clone())));
     let proxy = Proxy::bind(config, Arc::clone(&routes), certificates.clone(), place.status)?;
     let readiness = proxy.readiness();
+    let (opener, addresses) = (proxy.port_opener(), own_addresses(proxy.http()));
     let mut tasks = JoinSet::new();
     let (leads, leads_seen) = watch::channel(false);
     tasks.spawn(leader::run(
@@ -164,6 +167,19 @@ pub async fn serve(
     let (complete, is_complete) = oneshot::channel();
     let (reports, reports_seen) = watch::channel(Report::default());
     tasks.spawn(report::run(client.clone(), recorder, reports_seen, token.clone()));
+    let (gateway_reports, gateway_reports_seen) = watch::channel(provision::Report::default());
+    let parts = gateways::Parts {
+        client: client.clone(),
+        changes: feed.subscribe(),
+        feed: feed.clone(),
+        opener,
+        addresses,
+        publish: place.publish.clone(),
+        leads: leads_seen.clone(),
+        reports: gateway_reports,
+    };
+    tasks.spawn(gateways::run(parts, token.clone()));
+    tasks.spawn(provision::run(client.clone(), gateway_reports_seen, token.clone()));
     let follower = Follower::new(client, feed, changes, compiler, routes, certificates, leads_seen, reports);
     tasks.spawn(follower.run(place.publish, complete, token.clone()));
     let served = tokio::select! {
@@ -184,6 +200,14 @@ pub async fn serve(
         }
     }
     served
+}
+
+/// Where ports of Gateways are opened: beside those of HTTP.
+fn own_addresses(http: &[SocketAddr]) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = http.iter().map(SocketAddr::ip).collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 /// Runs the proxy while the node is labelled for it, until the token is cancelled.
@@ -243,5 +267,5 @@ pub async fn serve_while_labelled(
 /// What ingress needs to know of its node.
 pub struct Node {
     pub name: String,
-    pub addresses: Vec<std::net::IpAddr>,
+    pub addresses: Vec<IpAddr>,
 }

@@ -37,7 +37,7 @@ pub use host::{HostPattern, host_of};
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
-pub use proxy::{Limits, LogFormat, Proxy, ProxyConfig, Readiness};
+pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
 pub use route::{
     Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
     ValueMatch, WeightedBackend, cookie,

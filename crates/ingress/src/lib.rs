@@ -34,6 +34,7 @@ pub use cors::Cors;
 pub use counts::RouteCounts;
 pub use error::IngressError;
 pub use host::{HostPattern, host_of};
+pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};

@@ -5,6 +5,9 @@ use serde_json::{Value, json};
 
 const READ: [&str; 3] = ["get", "list", "watch"];
 const WRITE: [&str; 5] = ["create", "update", "patch", "delete", "get"];
+/// What says who announces which addresses, and to whom.
+const ANNOUNCED: [&str; 6] =
+    ["ipaddresspools", "l2advertisements", "bgpadvertisements", "bgppeers", "bfdprofiles", "communities"];
 
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
@@ -66,7 +69,9 @@ pub fn all() -> Vec<Component> {
                 rule("", &["services", "nodes"], &["list", "watch"]),
                 rule("", &["namespaces"], &["get"]),
                 rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
-                rule("metallb.io", &["ipaddresspools", "l2advertisements"], &["list", "watch"]),
+                rule("metallb.io", &ANNOUNCED, &["list", "watch"]),
+                // Of BGPPeers that name one, each by its name.
+                rule("", &["secrets"], &["get"]),
                 rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
                 events(),
             ],

@@ -63,9 +63,7 @@ impl Update {
     pub fn end_of_rib(family: Family) -> Update {
         match family {
             Family::Ipv4 => Update::default(),
-            Family::Ipv6 => {
-                Update { attributes: vec![Attribute::Unreach(family, Vec::new())], ..Update::default() }
-            }
+            Family::Ipv6 => Update { attributes: vec![Attribute::Unreach(family, Vec::new())], ..Update::default() },
         }
     }
 }

@@ -6,8 +6,8 @@
 pub mod attribute;
 pub mod bfd;
 pub mod capability;
-pub mod message;
 mod link;
+pub mod message;
 pub mod peer;
 pub mod plan;
 mod prefix;

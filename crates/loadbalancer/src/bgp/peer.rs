@@ -207,7 +207,8 @@ impl Peer {
         });
         // Any number that no other node of the AS has will do (RFC 6286); one of its name, where there is no address.
         let router_id = self.router_id.or(own).unwrap_or_else(|| {
-            let hash = node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+            let hash =
+                node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
             Ipv4Addr::from(hash | 1)
         });
         Settings {

@@ -87,7 +87,9 @@ pub fn updates(before: &Routes, after: &Routes, frame: &Frame) -> Vec<Update> {
         for part in gone.chunks(room(*of, &[])) {
             all.push(match of {
                 Family::Ipv4 => Update { withdrawn: only_v4(part), ..Update::default() },
-                Family::Ipv6 => Update { attributes: vec![Attribute::Unreach(*of, part.to_vec())], ..Update::default() },
+                Family::Ipv6 => {
+                    Update { attributes: vec![Attribute::Unreach(*of, part.to_vec())], ..Update::default() }
+                }
             });
         }
         let mut by_path: BTreeMap<&Path, Vec<IpNet>> = BTreeMap::new();

@@ -80,10 +80,6 @@ impl Net {
         Netns::open(&self.pin(name)).expect("a host")
     }
 
-    pub fn switch(&self) -> Netns {
-        self.host(SWITCH)
-    }
-
     /// Pulls a host's cable, or puts it back.
     pub fn set_cable(&self, name: &str, is_in: bool) {
         let state = if is_in { "up" } else { "down" };

@@ -9,8 +9,8 @@ mod conntrack;
 mod settings;
 
 pub use addresses::{NodePortAddress, node_port_addresses};
-pub use conntrack::Conntrack;
 pub use api::duration::GoDuration;
+pub use conntrack::Conntrack;
 pub use settings::{HEALTHZ_PORT, METRICS_PORT, PodDetection, Settings};
 
 use std::collections::BTreeMap;

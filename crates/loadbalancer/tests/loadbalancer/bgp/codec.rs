@@ -89,7 +89,8 @@ fn bad_messages_get_their_notification() {
         bytes[at] = byte;
         bytes
     };
-    for (bytes, code) in [(with(3, 0), (1, 1)), (with(17, 20), (1, 2)), (with(16, 0x20), (1, 2)), (with(18, 9), (1, 3))] {
+    for (bytes, code) in [(with(3, 0), (1, 1)), (with(17, 20), (1, 2)), (with(16, 0x20), (1, 2)), (with(18, 9), (1, 3))]
+    {
         let refused = Message::length(&bytes).expect_err("not to be meant");
         assert_eq!((refused.code, refused.subcode), code);
     }
@@ -101,8 +102,9 @@ fn bad_messages_get_their_notification() {
         assert_eq!((refused.code, refused.subcode), code, "byte {at}");
     }
     // Prefixes of 33 bits, and attributes that end in the middle.
-    let mut bytes = Message::Update(Update { announced: vec!["10.0.0.0/8".parse().expect("a range")], ..Update::default() })
-        .encode(true);
+    let mut bytes =
+        Message::Update(Update { announced: vec!["10.0.0.0/8".parse().expect("a range")], ..Update::default() })
+            .encode(true);
     let last = bytes.len() - 2;
     bytes[last] = 33;
     assert_eq!(Message::decode(&bytes, true).map_err(|n| (n.code, n.subcode)), Err((3, 10)));

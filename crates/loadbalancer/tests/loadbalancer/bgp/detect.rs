@@ -104,7 +104,8 @@ fn a_passive_end_waits() {
 
 #[test]
 fn packets_from_afar_do_not_count() {
-    for (is_multihop, hops, counts) in [(false, 254, false), (false, 255, true), (true, 254, true), (true, 253, false)] {
+    for (is_multihop, hops, counts) in [(false, 254, false), (false, 255, true), (true, 254, true), (true, 253, false)]
+    {
         let one = Timing { is_multihop, ..timing(100) };
         let (mut near, mut far) = (Bfd::new(one, 1, Duration::ZERO), Bfd::new(one, 2, Duration::ZERO));
         let Some(Out::Send(packet)) = far.tick(Duration::ZERO).pop() else { panic!("it speaks first") };

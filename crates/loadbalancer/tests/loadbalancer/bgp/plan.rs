@@ -42,7 +42,12 @@ fn told(peer: &str, specs: &[Value]) -> String {
 fn advertisements_choose_pools_services_nodes_and_peers() {
     let web = json!([{"matchLabels": {"app": "web"}}]);
     for (title, peer, specs, expected) in [
-        ("all", "r1", vec![json!({})], "192.0.2.1/32 None {} {}\n192.0.2.200/32 None {} {}\n2001:db8::7/128 None {} {}"),
+        (
+            "all",
+            "r1",
+            vec![json!({})],
+            "192.0.2.1/32 None {} {}\n192.0.2.200/32 None {} {}\n2001:db8::7/128 None {} {}",
+        ),
         ("a pool by name", "r1", vec![json!({"ipAddressPools": ["six"]})], "2001:db8::7/128 None {} {}"),
         (
             "a pool by label",

@@ -16,6 +16,9 @@ pub struct Cors {
     pub expose: Option<HeaderValue>,
     pub credentials: bool,
     pub max_age: Duration,
+    /// Where everything is allowed, answers name what was asked for instead of `*`: what Gateway API wants, as browsers take no
+    /// `*` from who asks for credentials.
+    pub reflects: bool,
 }
 
 impl Default for Cors {
@@ -30,6 +33,7 @@ impl Default for Cors {
             expose: None,
             credentials: true,
             max_age: Duration::from_secs(1_728_000),
+            reflects: false,
         }
     }
 }

@@ -17,12 +17,14 @@ use super::body::{RequestBody, ResponseBody, Trouble, Troubles};
 use super::handle::{Arrival, answer, rewritten};
 use super::hygiene;
 use super::log::Line;
-use super::pool::{Connection, Http1};
+use super::mirror::{self, is_drawn};
+use super::pool::{Connection, Http1, Peer};
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
+use crate::gateway::{BackendTls, Identity};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Ask, Filter, Route};
+use crate::route::{Action, Ask, Filter, Mirror, Route};
 use crate::sticky::Wish;
 use crate::upstream::{Endpoint, Targets, Upstream};
 
@@ -39,14 +41,14 @@ const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-sche
 const STALE: u32 = 2;
 
 /// The head of a request, to be sent maybe more than once.
-struct Head {
+pub struct Head {
     method: Method,
     uri: Uri,
-    headers: HeaderMap,
+    pub headers: HeaderMap,
 }
 
 impl Head {
-    fn with(self, body: RequestBody, protocol: BackendProtocol) -> Request<RequestBody> {
+    pub fn with(self, body: RequestBody, protocol: BackendProtocol) -> Request<RequestBody> {
         let mut request = Request::new(body);
         *request.method_mut() = self.method;
         *request.uri_mut() = self.uri;
@@ -57,7 +59,16 @@ impl Head {
         request
     }
 
-    fn copy(&self) -> Head {
+    /// HTTP/2 has the host beside the path.
+    pub fn make_http2(&mut self) -> Result<(), Answer> {
+        let authority = self.headers.remove(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+        let mut uri = std::mem::take(&mut self.uri).into_parts();
+        (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
+        self.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
+        Ok(())
+    }
+
+    pub fn copy(&self) -> Head {
         Head { method: self.method.clone(), uri: self.uri.clone(), headers: self.headers.clone() }
     }
 }
@@ -68,7 +79,7 @@ pub struct Finish {
     route: Arc<Route>,
     active: Option<Active>,
     /// To be kept for others, if the answer is complete.
-    connection: Option<Http1>,
+    connection: Option<(Http1, Peer)>,
     line: Option<Box<Line>>,
     /// What counts the request at its client's limits.
     _under_way: Option<UnderWay>,
@@ -82,9 +93,10 @@ impl Finish {
     }
 
     pub fn complete(&mut self) {
-        if let (Some(connection), Some(active)) = (self.connection.take(), self.active.take()) {
-            self.worker.pool.put(active.0.address, connection);
+        if let Some((connection, peer)) = self.connection.take() {
+            self.worker.pool.put(&peer, connection);
         }
+        self.active = None;
     }
 }
 
@@ -112,7 +124,11 @@ pub async fn forward(
     });
     let wish = wish(&client, &arrival, &request);
     let under_way = arrival.under_way.take();
-    let outcome = attempt(&worker, &client, &arrival, request, wish).await;
+    let trying = attempt(&worker, &client, &arrival, request, wish);
+    let outcome = match route.policy.request_timeout {
+        None => trying.await,
+        Some(limit) => timeout(limit, trying).await.unwrap_or(Err(LATE)),
+    };
     let status = match &outcome {
         Ok(sent) => sent.response.status(),
         Err(problem) => problem.0,
@@ -177,15 +193,17 @@ fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish
     by.wish(&ask, client.peer.ip())
 }
 
-type Answer = (StatusCode, &'static str);
+/// An answer of our own.
+pub type Answer = (StatusCode, &'static str);
 
 struct Sent {
     response: Response<Incoming>,
     /// `None`: it is shared, or not to be used again.
-    connection: Option<Http1>,
+    connection: Option<(Http1, Peer)>,
     active: Active,
 }
 
+const NOWHERE: &str = "this route leads to a backend that it may not or cannot use\n";
 const NOBODY: Answer = (StatusCode::SERVICE_UNAVAILABLE, "the Service has no endpoint that is ready\n");
 const UNREACHED: Answer = (StatusCode::BAD_GATEWAY, "no endpoint could be reached\n");
 const BROKEN: Answer = (StatusCode::BAD_GATEWAY, "the endpoint broke off\n");
@@ -202,6 +220,9 @@ async fn attempt(
     let policy = &*route.policy;
     let Action::Forward(backends) = &route.action else { return Err(NOBODY) };
     let backend = backends.pick(worker.random() as u32).ok_or(NOBODY)?;
+    if let Some(status) = backend.refusal {
+        return Err((status, NOWHERE));
+    }
     let targets = backend.upstream.targets();
     let protocol = protocol_of(&targets, policy);
     let upgrade = match protocol {
@@ -212,18 +233,39 @@ async fn attempt(
     let (parts, incoming) = request.into_parts();
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
     let patience = worker.shared.config.limits.body_timeout;
-    let (body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
+    let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
     for filter in backend.filters.iter() {
         apply(filter, route, arrival, &mut head);
     }
-    if protocol == BackendProtocol::H2c {
-        let authority = head.headers.remove(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
-        let mut uri = head.uri.into_parts();
-        (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
-        head.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
+    let identity = client.entrance.identity();
+    let mirrors: Vec<Arc<Mirror>> = route
+        .filters
+        .iter()
+        .chain(&backend.filters)
+        .filter_map(|filter| match filter {
+            Filter::Mirror(mirror) if is_drawn(mirror, worker.random()) => Some(mirror.clone()),
+            _ => None,
+        })
+        .collect();
+    if !mirrors.is_empty() {
+        mirror::send(worker, &mirrors, &head, &mut body, &route.policy, identity.as_ref());
     }
-    let attempts = Attempts { worker, policy, upstream: &backend.upstream, targets: &targets, protocol, trouble, wish };
+    if protocol == BackendProtocol::H2c {
+        head.make_http2()?;
+    }
+    let tls = backend.tls.clone();
+    let attempts = Attempts {
+        worker,
+        policy,
+        tls,
+        identity,
+        upstream: &backend.upstream,
+        targets: &targets,
+        protocol,
+        trouble,
+        wish,
+    };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
     if sent.response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let (Some(on_upgrade), Some(_)) = (on_upgrade, upgrade) else { return Err(BROKEN) };
@@ -244,7 +286,8 @@ async fn attempt(
     Ok(sent)
 }
 
-fn protocol_of(targets: &Targets, policy: &Policy) -> BackendProtocol {
+/// What is spoken to these endpoints.
+pub fn protocol_of(targets: &Targets, policy: &Policy) -> BackendProtocol {
     match targets.app_protocol.as_deref() {
         Some("kubernetes.io/h2c" | "grpc") => BackendProtocol::H2c,
         _ => policy.protocol,
@@ -306,7 +349,7 @@ fn with_query(path: &str, query: Option<&str>) -> Option<PathAndQuery> {
 fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
     match filter {
         Filter::RequestHeaders(changes) => changes.apply(&mut head.headers),
-        Filter::ResponseHeaders(_) | Filter::Cors(_) => {}
+        Filter::ResponseHeaders(_) | Filter::Cors(_) | Filter::Mirror(_) => {}
         Filter::RewriteHost(host) => drop(head.headers.insert(HOST, host.clone())),
         Filter::RewritePath(rewrite) => {
             let held = arrival.path.as_deref().unwrap_or(head.uri.path());
@@ -371,6 +414,8 @@ fn join_cookies(headers: &mut HeaderMap) {
 struct Attempts<'a> {
     worker: &'a Arc<Worker>,
     policy: &'a Policy,
+    tls: Option<Arc<BackendTls>>,
+    identity: Option<Arc<Identity>>,
     upstream: &'a Upstream,
     targets: &'a Targets,
     protocol: BackendProtocol,
@@ -468,14 +513,15 @@ impl Attempts<'_> {
         may_repeat: bool,
         is_fresh: bool,
     ) -> Try {
-        let (pool, policy, address) = (&self.worker.pool, self.policy, endpoint.address);
+        let (pool, policy) = (&self.worker.pool, self.policy);
+        let peer = Peer { address: endpoint.address, tls: self.tls.clone(), identity: self.identity.clone() };
         let active = Active::new(endpoint.clone());
         let connection = match is_fresh && self.protocol == BackendProtocol::Http1 {
             true => pool
-                .open_http1(address, policy.connect_timeout)
+                .open_http1(&peer, policy.connect_timeout)
                 .await
                 .map(|sender| Connection::Http1 { sender, is_reused: false }),
-            false => pool.get(address, self.protocol, policy.connect_timeout).await,
+            false => pool.get(&peer, self.protocol, policy.connect_timeout).await,
         };
         let connection = match connection {
             Ok(connection) => connection,
@@ -502,11 +548,11 @@ impl Attempts<'_> {
             }
             Ok(Ok(response)) => {
                 endpoint.succeeded();
-                Try::Done(Sent { response, connection, active })
+                Try::Done(Sent { response, connection: connection.map(|sender| (sender, peer)), active })
             }
             Ok(Err(mut error)) => {
                 if connection.is_none() {
-                    pool.drop_http2(address);
+                    pool.drop_http2(&peer);
                 }
                 match error.take_message() {
                     Some(request) => {

@@ -7,12 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use super::body::RequestBody;
 use super::io::Io;
+use crate::gateway::{BackendTls, Identity};
 use crate::policy::BackendProtocol;
 
 pub type Http1 = http1::SendRequest<RequestBody>;
@@ -24,6 +27,24 @@ pub enum Connection {
     Http2(Http2),
 }
 
+/// Whom a connection is to.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub address: SocketAddr,
+    pub tls: Option<Arc<BackendTls>>,
+    pub identity: Option<Arc<Identity>>,
+}
+
+/// Connections of one place can stand in for each other: the address, and the numbers of its TLS and of who we are in it.
+type Place = (SocketAddr, u64, u64);
+
+impl Peer {
+    fn place(&self) -> Place {
+        let tls = self.tls.as_ref().map_or(0, |tls| tls.id);
+        (self.address, tls, self.identity.as_ref().filter(|_| tls != 0).map_or(0, |identity| identity.id))
+    }
+}
+
 struct Idle {
     sender: Http1,
     /// The sweep after which it was put here.
@@ -32,8 +53,8 @@ struct Idle {
 
 #[derive(Default)]
 struct Kept {
-    http1: HashMap<SocketAddr, Vec<Idle>>,
-    http2: HashMap<SocketAddr, Http2>,
+    http1: HashMap<Place, Vec<Idle>>,
+    http2: HashMap<Place, Http2>,
 }
 
 /// Connections without a request, by endpoint.
@@ -61,27 +82,22 @@ impl Pool {
     ///
     /// # Errors
     /// It does not accept one in time.
-    pub async fn get(
-        &self,
-        address: SocketAddr,
-        protocol: BackendProtocol,
-        within: Duration,
-    ) -> std::io::Result<Connection> {
+    pub async fn get(&self, peer: &Peer, protocol: BackendProtocol, within: Duration) -> std::io::Result<Connection> {
         match protocol {
             BackendProtocol::Http1 => {
-                if let Some(sender) = self.take(address) {
+                if let Some(sender) = self.take(&peer.place()) {
                     return Ok(Connection::Http1 { sender, is_reused: true });
                 }
-                let sender = self.open_http1(address, within).await?;
+                let sender = self.open_http1(peer, within).await?;
                 Ok(Connection::Http1 { sender, is_reused: false })
             }
             BackendProtocol::H2c => {
-                let held = self.kept().http2.get(&address).filter(|held| !held.is_closed()).cloned();
+                let held = self.kept().http2.get(&peer.place()).filter(|held| !held.is_closed()).cloned();
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
-                let sender = self.open_http2(address, within).await?;
-                self.kept().http2.insert(address, sender.clone());
+                let sender = self.open_http2(peer, within).await?;
+                self.kept().http2.insert(peer.place(), sender.clone());
                 Ok(Connection::Http2(sender))
             }
         }
@@ -91,28 +107,35 @@ impl Pool {
     ///
     /// # Errors
     /// As [`Pool::get`].
-    pub async fn open_http1(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http1> {
-        let stream = connect(address, within).await?;
+    pub async fn open_http1(&self, peer: &Peer, within: Duration) -> std::io::Result<Http1> {
+        match secured(peer, false, within).await? {
+            Stream::Plain(stream) => self.shake_http1(Io::new(stream)).await,
+            Stream::Tls(stream) => self.shake_http1(TokioIo::new(*stream)).await,
+        }
+    }
+
+    async fn shake_http1<S>(&self, stream: S) -> std::io::Result<Http1>
+    where
+        S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(self.buffer);
-        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
+        let (sender, connection) = builder.handshake(stream).await.map_err(std::io::Error::other)?;
         // Its errors are those of the request that it carries.
         tokio::spawn(async move { drop(connection.with_upgrades().await) });
         Ok(sender)
     }
 
-    async fn open_http2(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http2> {
-        let stream = connect(address, within).await?;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder.timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30)).adaptive_window(true);
-        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
-        tokio::spawn(async move { drop(connection.await) });
-        Ok(sender)
+    async fn open_http2(&self, peer: &Peer, within: Duration) -> std::io::Result<Http2> {
+        match secured(peer, true, within).await? {
+            Stream::Plain(stream) => shake_http2(Io::new(stream)).await,
+            Stream::Tls(stream) => shake_http2(TokioIo::new(*stream)).await,
+        }
     }
 
-    fn take(&self, address: SocketAddr) -> Option<Http1> {
+    fn take(&self, place: &Place) -> Option<Http1> {
         let mut kept = self.kept();
-        let list = kept.http1.get_mut(&address)?;
+        let list = kept.http1.get_mut(place)?;
         // The last one that was used is the least likely to be closed. One that is not ready has been closed, or has not come
         // to an end of its last request yet.
         let at = list.iter().rposition(|idle| idle.sender.is_ready())?;
@@ -120,20 +143,20 @@ impl Pool {
     }
 
     /// Takes a connection back whose answer is complete.
-    pub fn put(&self, address: SocketAddr, sender: Http1) {
+    pub fn put(&self, peer: &Peer, sender: Http1) {
         if sender.is_closed() {
             return;
         }
         let mut kept = self.kept();
-        let list = kept.http1.entry(address).or_default();
+        let list = kept.http1.entry(peer.place()).or_default();
         if list.len() < self.limit {
             list.push(Idle { sender, since: self.sweeps.load(Ordering::Relaxed) });
         }
     }
 
     /// Forgets an HTTP/2 connection that did not do.
-    pub fn drop_http2(&self, address: SocketAddr) {
-        self.kept().http2.remove(&address);
+    pub fn drop_http2(&self, peer: &Peer) {
+        self.kept().http2.remove(&peer.place());
     }
 
     /// Closes what nobody has used for a while.
@@ -148,7 +171,36 @@ impl Pool {
     }
 }
 
-async fn connect(address: SocketAddr, within: Duration) -> std::io::Result<TcpStream> {
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// A connection, over TLS where the peer wants it, with the protocol named that will be spoken.
+async fn secured(peer: &Peer, is_http2: bool, within: Duration) -> std::io::Result<Stream> {
+    let stream = connect(peer.address, within).await?;
+    let Some(tls) = &peer.tls else { return Ok(Stream::Plain(stream)) };
+    let config = tls.config(peer.identity.as_deref(), is_http2).map_err(std::io::Error::other)?;
+    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, "the endpoint does not shake hands");
+    let shaking = TlsConnector::from(config).connect(tls.name.clone(), stream);
+    let stream = timeout(within, shaking).await.map_err(|_| late())??;
+    Ok(Stream::Tls(Box::new(stream)))
+}
+
+async fn shake_http2<S>(stream: S) -> std::io::Result<Http2>
+where
+    S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30)).adaptive_window(true);
+    let (sender, connection) = builder.handshake(stream).await.map_err(std::io::Error::other)?;
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(sender)
+}
+
+/// # Errors
+/// Nobody accepts in time.
+pub async fn connect(address: SocketAddr, within: Duration) -> std::io::Result<TcpStream> {
     let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, "the endpoint does not accept");
     let stream = timeout(within, TcpStream::connect(address)).await.map_err(|_| late())??;
     stream.set_nodelay(true)?;

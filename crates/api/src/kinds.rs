@@ -60,6 +60,10 @@ pub const INGRESS_CLASSES: Resource = cluster("networking.k8s.io", "ingressclass
 /// MetalLB's kinds, which say where addresses of LoadBalancer Services come from and who announces them.
 pub const IP_ADDRESS_POOLS: Resource = metallb("ipaddresspools", "IPAddressPool");
 pub const L2_ADVERTISEMENTS: Resource = metallb("l2advertisements", "L2Advertisement");
+pub const BGP_ADVERTISEMENTS: Resource = metallb("bgpadvertisements", "BGPAdvertisement");
+pub const BGP_PEERS: Resource = Resource { version: "v1beta2", ..metallb("bgppeers", "BGPPeer") };
+pub const BFD_PROFILES: Resource = metallb("bfdprofiles", "BFDProfile");
+pub const COMMUNITIES: Resource = metallb("communities", "Community");
 /// Gateway API's kinds.
 pub const GATEWAY_CLASSES: Resource = cluster(GATEWAY, "gatewayclasses", "GatewayClass");
 pub const GATEWAYS: Resource = namespaced(GATEWAY, "gateways", "Gateway");

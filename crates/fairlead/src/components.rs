@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 
 const READ: [&str; 3] = ["get", "list", "watch"];
 const WRITE: [&str; 5] = ["create", "update", "patch", "delete", "get"];
+/// What says who announces which addresses, and to whom.
+const ANNOUNCED: [&str; 6] =
+    ["ipaddresspools", "l2advertisements", "bgpadvertisements", "bgppeers", "bfdprofiles", "communities"];
 
 /// What Gateways are made of.
 const GATEWAY_KINDS: [&str; 10] = [
@@ -98,7 +101,9 @@ pub fn all() -> Vec<Component> {
                 rule("", &["services", "nodes"], &["list", "watch"]),
                 rule("", &["namespaces"], &["get"]),
                 rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
-                rule("metallb.io", &["ipaddresspools", "l2advertisements"], &["list", "watch"]),
+                rule("metallb.io", &ANNOUNCED, &["list", "watch"]),
+                // Of BGPPeers that name one, each by its name.
+                rule("", &["secrets"], &["get"]),
                 rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
                 events(),
             ],

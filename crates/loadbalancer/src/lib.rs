@@ -5,6 +5,7 @@
 //! and NDP.
 
 mod allocate;
+pub mod bgp;
 mod elect;
 pub mod layer2;
 mod message;

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use super::{LEASE, NAMESPACE, key};
+use super::{LEASE, NAMESPACE, key, update};
 use crate::ingress::leader::{self, Terms};
 
 /// How many writes are under way at a time.
@@ -112,14 +112,6 @@ pub async fn run(
         }
     }
     leading.await.ok();
-}
-
-fn update<T, K: Ord, V>(held: &mut BTreeMap<K, V>, change: Change<T>, key: impl Fn(&T) -> K, value: impl Fn(T) -> V) {
-    match change {
-        Change::Reset(all) => *held = all.into_iter().map(|one| (key(&one), value(one))).collect(),
-        Change::Apply(one) => drop(held.insert(key(&one), value(one))),
-        Change::Delete(one) => drop(held.remove(&key(&one))),
-    }
 }
 
 struct Work {

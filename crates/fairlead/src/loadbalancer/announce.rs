@@ -11,24 +11,21 @@ use api::object::Key;
 use loadbalancer::layer2::{Announcer, Config, Notice, Orders};
 use loadbalancer::{Advertisement, AdvertisementObject, Metrics, Plan, Pool, PoolObject};
 use reconcile::{Api, Change, EventKind, Named, ObjectRef, Recorder, Scope, ServiceFeed};
-use services::{Changes, ServiceTable, TrafficPolicy};
+use services::{Changes, TrafficPolicy};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{NAMESPACE, TIE, key};
+use super::{DRAINING, EXCLUDED, GATHER, NAMESPACE, TIE, key, serving_nodes};
 use crate::ingress::leader::{self, Terms};
 use crate::node_object;
 
-/// How long changes may gather; a new address is announced at most this much later.
-const GATHER: Duration = Duration::from_millis(10);
 /// When the API server is asked again for what the announcer has to know before it starts.
 const AGAIN: Duration = Duration::from_secs(1);
-/// A node with this label announces nothing, and has no vote.
-const EXCLUDED: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 
 /// The node that announces.
+#[derive(Clone)]
 pub struct Node {
     pub name: String,
     /// The primary one first.
@@ -100,6 +97,8 @@ async fn cluster_id(client: &kube::Client, token: &CancellationToken) -> Option<
 /// A node as a candidate.
 struct Candidate {
     address: Option<IpAddr>,
+    /// It turns away, and serves what still comes.
+    is_draining: bool,
     labels: BTreeMap<String, String>,
 }
 
@@ -182,6 +181,7 @@ impl Follower {
     fn take_node(&mut self, change: Change<node_object::Node>) {
         let candidate = |node: &node_object::Node| Candidate {
             address: node.addresses().first().copied(),
+            is_draining: node.taints().any(|taint| taint == DRAINING),
             labels: node.metadata().labels.clone(),
         };
         match change {
@@ -253,6 +253,7 @@ impl Follower {
                 (pool, named.map(|one| (one, allowed(one))).collect())
             })
             .collect();
+        let is_draining = |name: &String| self.nodes.get(name).is_some_and(|node| node.is_draining);
         let unlabelled = BTreeMap::new();
         let table = self.feed.table.read().unwrap_or_else(PoisonError::into_inner);
         for service in table.services() {
@@ -264,6 +265,9 @@ impl Follower {
                 if service.external_policy == TrafficPolicy::Local {
                     let serving = serving_nodes(&table, &service.namespace, &service.name);
                     allowed.retain(|name| serving.contains(name.as_str()));
+                }
+                if allowed.iter().any(|name| !is_draining(name)) {
+                    allowed.retain(|name| !is_draining(name));
                 }
                 if let Some(Some(others)) = plan.addresses.get(address) {
                     allowed.retain(|name| others.contains(name));
@@ -286,8 +290,10 @@ impl Follower {
             let here = service.load_balancer_ips.iter().filter(|ip| self.held.contains(ip));
             here.map(move |ip| (format!("{}/{}", service.namespace, service.name), *ip, "layer2"))
         });
-        let announced = announced.collect();
-        self.metrics.write().announced = announced;
+        let mut announced: BTreeSet<(String, IpAddr, &'static str)> = announced.collect();
+        let mut counts = self.metrics.write();
+        counts.announced.retain(|(.., protocol)| *protocol != "layer2");
+        counts.announced.append(&mut announced);
     }
 
     /// An event for each Service whose address came here, in MetalLB's words, or is another host's, too.
@@ -318,11 +324,4 @@ impl Follower {
             self.recorder.event(&about, kind, reason, message.clone());
         }
     }
-}
-
-/// Nodes with ready endpoints, or, if there are none at all, with those that still serve.
-fn serving_nodes(table: &ServiceTable, namespace: &str, name: &str) -> BTreeSet<Arc<str>> {
-    let all = || table.slices(namespace, name).flat_map(|slice| &slice.endpoints);
-    let ready: BTreeSet<Arc<str>> = all().filter(|one| one.ready).filter_map(|one| one.node.clone()).collect();
-    if ready.is_empty() { all().filter(|one| one.serving).filter_map(|one| one.node.clone()).collect() } else { ready }
 }

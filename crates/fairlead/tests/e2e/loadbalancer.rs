@@ -44,7 +44,7 @@ spec: {addresses: [198.51.100.1-198.51.100.1], autoAssign: false}
 "#;
 
 /// One request from a place, and what was answered.
-fn get(place: &Netns, address: IpAddr, patience: Duration) -> Option<String> {
+pub fn get(place: &Netns, address: IpAddr, patience: Duration) -> Option<String> {
     let ask = || {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(address, 80), patience).ok()?;
         stream.set_read_timeout(Some(patience)).ok()?;

@@ -3,6 +3,7 @@
 //! docs/testing.md describes the scripts in `tests/cases`. Each test has a cluster of its own.
 
 mod alone;
+mod bgp;
 mod cluster;
 mod daemon;
 mod death;

@@ -20,7 +20,7 @@ use anyhow::{Context, bail};
 use api::kinds::{ENDPOINT_SLICES, INGRESS_CLASSES, INGRESSES, SERVICES};
 use api::object::Key;
 use clap::Args;
-use ingress::{CONTROLLER, Certificates, Compiler, Proxy, ProxyConfig, Swap};
+use ingress::{CONTROLLER, Certificates, Compiler, Proxy, ProxyConfig, Swap, gateway};
 use reconcile::{Recorder, ServiceFeed};
 use services::ServiceTable;
 use tokio::sync::{oneshot, watch};
@@ -61,6 +61,9 @@ pub struct IngressArgs {
     /// Serves the IngressClasses with this controller.
     #[arg(long, value_name = "NAME", default_value = CONTROLLER)]
     pub controller_name: String,
+    /// Serves the GatewayClasses with this controller, where the cluster has Gateway API.
+    #[arg(long, value_name = "NAME", default_value = gateway::CONTROLLER)]
+    pub gateway_controller_name: String,
     /// The Service whose addresses are written into the status of each Ingress, NAMESPACE/NAME.
     #[arg(long, value_name = "SERVICE", value_parser = parse_key)]
     pub publish_service: Option<Key>,
@@ -106,6 +109,7 @@ async fn start(args: IngressArgs) -> anyhow::Result<ExitCode> {
     let place = Place {
         identity,
         controller: args.controller_name,
+        gateway_controller: args.gateway_controller_name,
         publish: args.publish_service,
         lease: args.lease,
         status: Some(status),
@@ -127,6 +131,8 @@ pub struct Place {
     pub identity: String,
     /// `spec.controller` of the classes that are served.
     pub controller: String,
+    /// `spec.controllerName` of the GatewayClasses that are served.
+    pub gateway_controller: String,
     pub publish: Option<Key>,
     pub lease: Key,
     pub status: Option<TcpListener>,
@@ -174,6 +180,7 @@ pub async fn serve(
         feed: feed.clone(),
         opener,
         addresses,
+        controller: place.gateway_controller,
         publish: place.publish.clone(),
         leads: leads_seen.clone(),
         reports: gateway_reports,
@@ -238,6 +245,7 @@ pub async fn serve_while_labelled(
         let place = Place {
             identity: node.name.clone(),
             controller: CONTROLLER.to_owned(),
+            gateway_controller: gateway::CONTROLLER.to_owned(),
             publish: Some(Key::new(NAMESPACE, SERVICE)),
             lease: Key::new(NAMESPACE, SERVICE),
             status,

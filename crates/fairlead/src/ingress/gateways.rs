@@ -40,6 +40,8 @@ pub struct Parts {
     pub opener: PortOpener,
     /// Where ports are opened.
     pub addresses: Vec<IpAddr>,
+    /// `spec.controllerName` of the classes that are served.
+    pub controller: String,
     /// The Service that leads to all proxies; without one Gateways have none of their own.
     pub publish: Option<Key>,
     pub leads: watch::Receiver<bool>,
@@ -115,7 +117,7 @@ pub async fn run(mut parts: Parts, token: CancellationToken) {
         Followed::new(parts.client.clone(), kinds::SECRETS, SecretState::of, token.clone());
     let (mut authorities, mut authority_states) =
         Followed::new(parts.client.clone(), kinds::CONFIG_MAPS, CaState::of, token.clone());
-    let compiler = GatewayCompiler::new(ingress::gateway::CONTROLLER, parts.feed.table.clone());
+    let compiler = GatewayCompiler::new(&parts.controller, parts.feed.table.clone());
     let mut world = Gateways { compiler, tables: BTreeMap::new(), services: BTreeMap::new(), wanted: Vec::new() };
     let (mut waiting, mut has_services) = (missing, false);
     let mut report_at: Option<Instant> = None;
@@ -378,6 +380,7 @@ impl Gateways {
         let table = parts.feed.table.read().unwrap_or_else(PoisonError::into_inner);
         Report {
             leads: true,
+            controller: parts.controller.clone(),
             statuses: self.compiler.unwritten(&now),
             gateways: self.wanted.clone(),
             services: self.services.clone(),

@@ -18,6 +18,8 @@ use super::gateways::{FrontService, GATEWAY_NAME, api_of};
 
 const MANAGER: &str = "fairlead-ingress";
 const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+/// Says which controller made a Service: only what is its own does it take away.
+const CONTROLLER: &str = "fairlead.io/gateway-controller";
 /// Where proxies listen for ports of Gateways: below node ports and what the kernel gives to clients.
 const TARGETS: std::ops::Range<u16> = 19_000..20_000;
 /// When something that was not written is tried again.
@@ -27,6 +29,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 #[derive(Clone, Default)]
 pub struct Report {
     pub leads: bool,
+    /// `spec.controllerName` of the classes that are served.
+    pub controller: String,
     pub statuses: Vec<StatusOf>,
     pub gateways: Vec<WantedGateway>,
     pub services: BTreeMap<Key, FrontService>,
@@ -114,7 +118,7 @@ pub fn plan(report: &Report) -> Vec<Step> {
         let key = Key::new(one.gateway.metadata.namespace.clone(), service_name(&one.gateway.metadata.name));
         wanted.insert(key.clone());
         let held = report.services.get(&key);
-        let service = service(one, &key, held, &mut used);
+        let service = service(one, &key, held, &report.controller, &mut used);
         match held {
             None => steps.push(Step::Create(service)),
             Some(held) => {
@@ -125,14 +129,20 @@ pub fn plan(report: &Report) -> Vec<Step> {
             }
         }
     }
-    let ours = |one: &FrontService| one.metadata.labels.get(MANAGED_BY).is_some_and(|by| by == MANAGER);
+    let ours = |one: &FrontService| one.metadata.annotations.get(CONTROLLER) == Some(&report.controller);
     for (key, _) in report.services.iter().filter(|(key, one)| ours(one) && !wanted.contains(*key)) {
         steps.push(Step::Delete(key.clone()));
     }
     steps
 }
 
-fn service(wanted: &WantedGateway, key: &Key, held: Option<&FrontService>, used: &mut BTreeSet<u16>) -> Value {
+fn service(
+    wanted: &WantedGateway,
+    key: &Key,
+    held: Option<&FrontService>,
+    controller: &str,
+    used: &mut BTreeSet<u16>,
+) -> Value {
     let gateway = &wanted.gateway;
     let mut ports = Vec::new();
     for (port, transport) in &wanted.ports {
@@ -159,6 +169,7 @@ fn service(wanted: &WantedGateway, key: &Key, held: Option<&FrontService>, used:
     labels.insert(MANAGED_BY.to_owned(), json!(MANAGER));
     let mut annotations: Map<String, Value> =
         infrastructure.annotations.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
+    annotations.insert(CONTROLLER.to_owned(), json!(controller));
     if !wanted.addresses.is_empty() {
         annotations.insert("metallb.io/loadBalancerIPs".to_owned(), json!(wanted.addresses.join(",")));
     }
@@ -303,5 +314,126 @@ async fn take(client: &kube::Client, step: &Step) -> Result<(), reconcile::ApiEr
         Step::Patch(key, body) => services.patch(&key.namespace, &key.name, Patch::Merge, body).await.map(drop),
         Step::Delete(key) => services.delete(&key.namespace, &key.name, &DeleteOptions::default()).await,
         Step::Slice(slice) => slices.create_or_replace(slice).await.map(drop),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::sync::Arc;
+
+    use ingress::gateway::Gateway;
+
+    use super::*;
+
+    fn gateway(name: &str, ports: &[(u16, Transport)]) -> WantedGateway {
+        let object = json!({"metadata": {"name": name, "namespace": "edge", "uid": "u"},
+            "spec": {"infrastructure": {"labels": {"team": "shop"}}}});
+        let gateway: Gateway = serde_json::from_value(object).expect("a Gateway");
+        WantedGateway { gateway: Arc::new(gateway), ports: ports.iter().copied().collect(), addresses: Vec::new() }
+    }
+
+    fn proxy(address: &str) -> SliceEndpoint {
+        let address: IpAddr = address.parse().expect("an address");
+        let (node, zone, hints, hostname) = (Some("node-1".into()), None, None, None);
+        SliceEndpoint { address, hostname, node, zone, ready: true, serving: true, terminating: false, hints }
+    }
+
+    /// The report after the steps, as the API server would have it.
+    fn after(report: &mut Report, steps: &[Step]) {
+        for step in steps {
+            match step {
+                Step::Create(service) => {
+                    let service: FrontService = serde_json::from_value(service.clone()).expect("a Service");
+                    report.services.insert(service.metadata.key(), service);
+                }
+                Step::Patch(key, patch) => {
+                    let held = report.services.get_mut(key).expect("a Service");
+                    if let Some(ports) = patch.pointer("/spec/ports") {
+                        held.spec.ports = serde_json::from_value(ports.clone()).expect("ports");
+                    }
+                }
+                Step::Delete(key) => drop(report.services.remove(key)),
+                Step::Slice(slice) => {
+                    let key = Key::new(
+                        slice["metadata"]["namespace"].as_str().expect("a namespace"),
+                        slice["metadata"]["labels"]["kubernetes.io/service-name"].as_str().expect("a Service"),
+                    );
+                    let published = report.published.as_mut().expect("proxies");
+                    let mut table = ServiceTable::new();
+                    table.upsert_slice(slice.to_string().as_bytes()).expect("a slice");
+                    let seen = Published::of(&table, &Key::new("", ""), [&key].into_iter());
+                    published.slices.extend(seen.slices);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gateway_gets_a_service_that_leads_to_all_proxies_and_then_nothing_more() {
+        let published = Published { proxies: vec![proxy("10.0.0.1"), proxy("fd00::1")], ..Published::default() };
+        let mut report = Report {
+            leads: true,
+            controller: "x".to_owned(),
+            gateways: vec![
+                gateway("a", &[(80, Transport::Tcp), (53, Transport::Udp)]),
+                gateway("b", &[(80, Transport::Tcp)]),
+            ],
+            published: Some(published),
+            ..Report::default()
+        };
+        let steps = plan(&report);
+        let targets: Vec<u64> = steps
+            .iter()
+            .flat_map(|step| match step {
+                Step::Create(service) => service["spec"]["ports"].as_array().cloned().unwrap_or_default(),
+                other => panic!("{other:?}"),
+            })
+            .filter_map(|port| port["targetPort"].as_u64())
+            .collect();
+        assert_eq!(targets, [19_000, 19_001, 19_002], "no two share one");
+        after(&mut report, &steps);
+        let steps = plan(&report);
+        assert_eq!(steps.len(), 4, "a slice of each family for each: {steps:?}");
+        assert!(steps.iter().all(|step| matches!(step, Step::Slice(_))));
+        after(&mut report, &steps);
+        assert_eq!(plan(&report), []);
+
+        // A port more keeps the targets of the others; one that goes takes its own along.
+        report.gateways[1] = gateway("b", &[(80, Transport::Tcp), (81, Transport::Tcp)]);
+        let steps = plan(&report);
+        let Some(Step::Patch(_, patch)) = steps.first() else { panic!("{steps:?}") };
+        let ports: Vec<&Value> =
+            patch["spec"]["ports"].as_array().expect("ports").iter().map(|p| &p["targetPort"]).collect();
+        assert_eq!(ports, [&json!(19_002), &json!(19_003)]);
+        after(&mut report, &steps);
+        let steps = plan(&report);
+        after(&mut report, &steps);
+        assert_eq!(plan(&report), []);
+
+        // A Gateway that is gone: its Service, and nobody else's.
+        report.gateways.truncate(1);
+        let mut others = report.services.values().next().expect("a Service").clone();
+        others.metadata.name = "others".to_owned();
+        others.metadata.annotations.insert(CONTROLLER.to_owned(), "another".to_owned());
+        report.services.insert(others.metadata.key(), others);
+        assert_eq!(plan(&report), [Step::Delete(Key::new("edge", "b-fairlead"))]);
+    }
+
+    #[test]
+    fn without_proxies_to_lead_to_nothing_is_made() {
+        let report = Report { gateways: vec![gateway("a", &[(80, Transport::Tcp)])], ..Report::default() };
+        assert_eq!(plan(&report), []);
+    }
+
+    #[test]
+    fn every_gateway_has_a_service_of_a_name_that_can_be() {
+        let long = "a".repeat(200);
+        for name in ["shop", "shop.v2", &long, &format!("{long}b")] {
+            let made = service_name(name);
+            assert!(api::names::dns_label(&made).is_empty(), "{made}");
+        }
+        assert_ne!(service_name(&long), service_name(&format!("{long}b")));
+        assert_eq!(service_name("shop"), "shop-fairlead");
     }
 }

@@ -145,6 +145,10 @@ fn http(hosts: &HostMap<Arc<RouteTable>>, ask: &Ask<'_>) -> String {
     })
 }
 
+fn is_count(held: &Value, wanted: &str) -> bool {
+    held.as_u64().is_some_and(|held| wanted.parse() == Ok(held))
+}
+
 impl World {
     fn port(&self, place: &str, transport: Transport) -> Option<&Arc<PortTable>> {
         let (gateway, port) = place.split_once(':').expect("a Gateway and a port");
@@ -214,14 +218,14 @@ impl World {
         };
         let Some(place) = place else { return Err(format!("{line}: not there in {status}")) };
         match rest {
-            ["attached", count] if place["attachedRoutes"].to_string() == **count => Ok(()),
+            ["attached", count] if is_count(&place["attachedRoutes"], count) => Ok(()),
             ["kinds", kinds] => {
                 let all = place["supportedKinds"].as_array().cloned().unwrap_or_default();
                 let seen: Vec<&str> = all.iter().filter_map(|kind| kind["kind"].as_str()).collect();
                 if seen.join(",") == *kinds { Ok(()) } else { Err(format!("{line}: {seen:?}")) }
             }
             ["address", address] if place["addresses"][0]["value"] == **address => Ok(()),
-            ["sets", count] if place["attachedListenerSets"].to_string() == **count => Ok(()),
+            ["sets", count] if is_count(&place["attachedListenerSets"], count) => Ok(()),
             [condition, wanted, reason] => {
                 let all = place["conditions"].as_array().cloned().unwrap_or_default();
                 let seen = all.iter().find(|one| one["type"] == **condition);

@@ -13,6 +13,7 @@ mod metrics;
 mod packets;
 mod pool;
 mod service;
+pub mod vrrp;
 
 pub use allocate::{Allocator, Given, Refusal};
 pub use elect::{Elector, HEARTBEAT, LEASE, Plan, Speech};

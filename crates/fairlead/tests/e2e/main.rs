@@ -19,6 +19,7 @@ mod script;
 mod standalone;
 mod uplink;
 mod variants;
+mod vip;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

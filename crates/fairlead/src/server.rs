@@ -5,7 +5,7 @@ use crate::connector::LabConnector;
 use crate::pki::{Pki, San};
 use crate::{cli, components, ingress, kubeconfig, publish, serve, signer};
 use anyhow::{Context, bail};
-use api::kinds::{INGRESS_CLASSES, SERVICES};
+use api::kinds::{GATEWAY_CLASSES, INGRESS_CLASSES, SERVICES};
 use apiserver::auth::token::TokenKey;
 use apiserver::bootstrap::{self, Advertise};
 use apiserver::{Allocation, ApiServer, Connector, Identity};
@@ -336,7 +336,7 @@ async fn cluster_objects(api: &ApiServer, args: &ServerArgs, dir: &Path) -> anyh
     ingress_objects(&master).await.map_err(fail)
 }
 
-/// The class of Ingresses that name none, and the Service that leads to the nodes that serve them. Both are made once: who
+/// The class of Ingresses that name none, that of Gateways, and the Service that leads to the nodes that serve them. Both are made once: who
 /// wants another default class, or other node ports, may say so.
 async fn ingress_objects(master: &ApiServer) -> Result<(), String> {
     let class = json!({
@@ -346,6 +346,12 @@ async fn ingress_objects(master: &ApiServer) -> Result<(), String> {
         "spec": {"controller": ::ingress::CONTROLLER},
     });
     bootstrap::ensure(master, &INGRESS_CLASSES.path(""), &class, false).await?;
+    let class = json!({
+        "apiVersion": GATEWAY_CLASSES.api_version(), "kind": GATEWAY_CLASSES.kind,
+        "metadata": {"name": ::ingress::gateway::CLASS},
+        "spec": {"controllerName": ::ingress::gateway::CONTROLLER},
+    });
+    bootstrap::ensure(master, &GATEWAY_CLASSES.path(""), &class, false).await?;
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"name": ingress::SERVICE, "namespace": ingress::NAMESPACE,

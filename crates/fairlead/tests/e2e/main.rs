@@ -8,6 +8,7 @@ mod cluster;
 mod daemon;
 mod death;
 mod dns;
+mod gateway;
 mod handover;
 mod ingress;
 mod load;

@@ -288,6 +288,9 @@ impl GatewayCompiler {
             {
                 secret(&own, reference);
             }
+            if let Some(reference) = &gateway.spec.tls.backend.client_certificate_ref {
+                secret(&own, reference);
+            }
             for set in sets_of(&world, gateway).0 {
                 let owner = Owner { kind: "ListenerSet", key: set.metadata.key() };
                 for reference in

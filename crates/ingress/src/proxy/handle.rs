@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::{CONTENT_LENGTH, HOST, LOCATION, ORIGIN};
+use http::header::{CONTENT_LENGTH, HOST, LOCATION};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -139,7 +139,7 @@ fn decide(
     if let Some(cors) = cors.filter(|_| request.method() == Method::OPTIONS) {
         let mut response = Response::new(ResponseBody::Own(None));
         *response.status_mut() = StatusCode::NO_CONTENT;
-        cors.preflight(request.headers().get(ORIGIN), response.headers_mut());
+        cors.preflight(request.headers(), response.headers_mut());
         return Some(response);
     }
     match &arrival.route.action {

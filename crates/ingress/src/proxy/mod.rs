@@ -1,10 +1,12 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod attempt;
 mod balance;
 mod body;
 mod config;
 mod forward;
 mod handle;
+mod http1;
 mod hygiene;
 mod io;
 mod log;

@@ -6,26 +6,26 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::body::RequestBody;
+use super::http1::Http1;
 use super::io::Io;
 use crate::policy::BackendProtocol;
 
-pub type Http1 = http1::SendRequest<RequestBody>;
 pub type Http2 = http2::SendRequest<RequestBody>;
 
 /// A connection that one request may use now.
 pub enum Connection {
-    Http1 { sender: Http1, is_reused: bool },
+    Http1 { connection: Http1, is_reused: bool },
     Http2(Http2),
 }
 
 struct Idle {
-    sender: Http1,
+    connection: Http1,
     /// The sweep after which it was put here.
     since: u32,
 }
@@ -44,20 +44,19 @@ pub struct Pool {
     /// In sweeps.
     age: u32,
     sweeps: AtomicU32,
-    buffer: usize,
 }
 
 impl Pool {
     /// At most `limit` idle connections to one endpoint, none idle for more than `age` sweeps.
-    pub fn new(limit: usize, age: u32, buffer: usize) -> Arc<Self> {
-        Arc::new(Pool { kept: Mutex::default(), limit, age, sweeps: AtomicU32::new(0), buffer })
+    pub fn new(limit: usize, age: u32) -> Arc<Self> {
+        Arc::new(Pool { kept: Mutex::default(), limit, age, sweeps: AtomicU32::new(0) })
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection to the endpoint: an idle one, or a new one.
+    /// A connection to the endpoint: an idle one unless it must be fresh, or a new one.
     ///
     /// # Errors
     /// It does not accept one in time.
@@ -65,15 +64,16 @@ impl Pool {
         &self,
         address: SocketAddr,
         protocol: BackendProtocol,
+        is_fresh: bool,
         within: Duration,
     ) -> std::io::Result<Connection> {
         match protocol {
             BackendProtocol::Http1 => {
-                if let Some(sender) = self.take(address) {
-                    return Ok(Connection::Http1 { sender, is_reused: true });
+                if !is_fresh && let Some(connection) = self.take(address) {
+                    return Ok(Connection::Http1 { connection, is_reused: true });
                 }
-                let sender = self.open_http1(address, within).await?;
-                Ok(Connection::Http1 { sender, is_reused: false })
+                let connection = Http1::new(connect(address, within).await?);
+                Ok(Connection::Http1 { connection, is_reused: false })
             }
             BackendProtocol::H2c => {
                 let held = self.kept().http2.get(&address).filter(|held| !held.is_closed()).cloned();
@@ -85,20 +85,6 @@ impl Pool {
                 Ok(Connection::Http2(sender))
             }
         }
-    }
-
-    /// A new connection, whatever is idle.
-    ///
-    /// # Errors
-    /// As [`Pool::get`].
-    pub async fn open_http1(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http1> {
-        let stream = connect(address, within).await?;
-        let mut builder = http1::Builder::new();
-        builder.max_buf_size(self.buffer);
-        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
-        // Its errors are those of the request that it carries.
-        tokio::spawn(async move { drop(connection.with_upgrades().await) });
-        Ok(sender)
     }
 
     async fn open_http2(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http2> {
@@ -113,21 +99,21 @@ impl Pool {
     fn take(&self, address: SocketAddr) -> Option<Http1> {
         let mut kept = self.kept();
         let list = kept.http1.get_mut(&address)?;
-        // The last one that was used is the least likely to be closed. One that is not ready has been closed, or has not come
-        // to an end of its last request yet.
-        let at = list.iter().rposition(|idle| idle.sender.is_ready())?;
-        Some(list.swap_remove(at).sender)
+        // The last one that was used is the least likely to be closed.
+        while let Some(idle) = list.pop() {
+            if idle.connection.is_quiet() {
+                return Some(idle.connection);
+            }
+        }
+        None
     }
 
     /// Takes a connection back whose answer is complete.
-    pub fn put(&self, address: SocketAddr, sender: Http1) {
-        if sender.is_closed() {
-            return;
-        }
+    pub fn put(&self, address: SocketAddr, connection: Http1) {
         let mut kept = self.kept();
         let list = kept.http1.entry(address).or_default();
         if list.len() < self.limit {
-            list.push(Idle { sender, since: self.sweeps.load(Ordering::Relaxed) });
+            list.push(Idle { connection, since: self.sweeps.load(Ordering::Relaxed) });
         }
     }
 
@@ -141,7 +127,7 @@ impl Pool {
         let now = self.sweeps.fetch_add(1, Ordering::Relaxed);
         let mut kept = self.kept();
         kept.http1.retain(|_, list| {
-            list.retain(|idle| !idle.sender.is_closed() && now.wrapping_sub(idle.since) < self.age);
+            list.retain(|idle| idle.connection.is_quiet() && now.wrapping_sub(idle.since) < self.age);
             !list.is_empty()
         });
         kept.http2.retain(|_, sender| !sender.is_closed());

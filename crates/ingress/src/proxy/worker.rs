@@ -85,7 +85,7 @@ pub fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let limits = shared.config.limits;
     let worker = Arc::new(Worker {
-        pool: Pool::new(limits.idle_upstream, ticks(limits.idle_upstream_timeout), limits.head),
+        pool: Pool::new(limits.idle_upstream, ticks(limits.idle_upstream_timeout)),
         log: Mutex::new(AccessLog::new(shared.config.log)),
         random: AtomicU64::new(seed | 1),
         started,

@@ -157,7 +157,8 @@ impl Attempts<'_> {
             Connection::Http1 { connection, is_reused } => {
                 self.over_http1(connection, is_reused, head, body, may_repeat).await?
             }
-            Connection::Http2(sender) => self.over_http2(sender, address, head, body, may_repeat).await?,
+            // Rarely there, and large: in a box it costs the others nothing.
+            Connection::Http2(sender) => Box::pin(self.over_http2(sender, address, head, body, may_repeat)).await?,
         };
         if may_repeat && policy.retry.on_status.contains(response.status().as_u16()) {
             return Err(Failed::Sent(BROKEN));

@@ -72,7 +72,8 @@ impl Pool {
                 if !is_fresh && let Some(connection) = self.take(address) {
                     return Ok(Connection::Http1 { connection, is_reused: true });
                 }
-                let connection = Http1::new(connect(address, within).await?);
+                // Most requests find one that is open: the future of those that do not is apart from theirs.
+                let connection = Http1::new(Box::pin(connect(address, within)).await?);
                 Ok(Connection::Http1 { connection, is_reused: false })
             }
             BackendProtocol::H2c => {
@@ -80,7 +81,7 @@ impl Pool {
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
-                let sender = self.open_http2(address, within).await?;
+                let sender = Box::pin(self.open_http2(address, within)).await?;
                 self.kept().http2.insert(address, sender.clone());
                 Ok(Connection::Http2(sender))
             }

@@ -198,7 +198,6 @@ fn builder(limits: &super::config::Limits) -> auto::Builder<TokioExecutor> {
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head_timeout)
-        .max_headers(limits.headers)
         .max_buf_size(limits.head.max(8192));
     server
         .http2()

@@ -32,6 +32,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ca-certificates", "tests: pull over TLS"),
     ("bind9-dnsutils", "tests: dig asks cluster DNS"),
     ("knot-dnsutils", "tests: kdig does, too"),
+    ("bird2", "tests: a BGP router"),
+    ("frr", "tests: another one, with BFD"),
+    ("keepalived", "tests and bench: a VRRP router"),
 ];
 
 const POLICY: &str = "/usr/sbin/policy-rc.d";

@@ -42,6 +42,9 @@ const fn cluster(group: &'static str, plural: &'static str, kind: &'static str) 
     Resource { group, version: "v1", plural, kind, namespaced: false }
 }
 
+/// Gateway API's group.
+pub const GATEWAY: &str = "gateway.networking.k8s.io";
+
 pub const NAMESPACES: Resource = cluster("", "namespaces", "Namespace");
 pub const NODES: Resource = cluster("", "nodes", "Node");
 pub const PODS: Resource = namespaced("", "pods", "Pod");
@@ -57,6 +60,21 @@ pub const INGRESS_CLASSES: Resource = cluster("networking.k8s.io", "ingressclass
 /// MetalLB's kinds, which say where addresses of LoadBalancer Services come from and who announces them.
 pub const IP_ADDRESS_POOLS: Resource = metallb("ipaddresspools", "IPAddressPool");
 pub const L2_ADVERTISEMENTS: Resource = metallb("l2advertisements", "L2Advertisement");
+pub const BGP_ADVERTISEMENTS: Resource = metallb("bgpadvertisements", "BGPAdvertisement");
+pub const BGP_PEERS: Resource = Resource { version: "v1beta2", ..metallb("bgppeers", "BGPPeer") };
+pub const BFD_PROFILES: Resource = metallb("bfdprofiles", "BFDProfile");
+pub const COMMUNITIES: Resource = metallb("communities", "Community");
+/// Gateway API's kinds.
+pub const GATEWAY_CLASSES: Resource = cluster(GATEWAY, "gatewayclasses", "GatewayClass");
+pub const GATEWAYS: Resource = namespaced(GATEWAY, "gateways", "Gateway");
+pub const LISTENER_SETS: Resource = namespaced(GATEWAY, "listenersets", "ListenerSet");
+pub const HTTP_ROUTES: Resource = namespaced(GATEWAY, "httproutes", "HTTPRoute");
+pub const GRPC_ROUTES: Resource = namespaced(GATEWAY, "grpcroutes", "GRPCRoute");
+pub const TLS_ROUTES: Resource = namespaced(GATEWAY, "tlsroutes", "TLSRoute");
+pub const TCP_ROUTES: Resource = namespaced(GATEWAY, "tcproutes", "TCPRoute");
+pub const UDP_ROUTES: Resource = namespaced(GATEWAY, "udproutes", "UDPRoute");
+pub const REFERENCE_GRANTS: Resource = namespaced(GATEWAY, "referencegrants", "ReferenceGrant");
+pub const BACKEND_TLS_POLICIES: Resource = namespaced(GATEWAY, "backendtlspolicies", "BackendTLSPolicy");
 pub const IP_ADDRESSES: Resource = cluster("networking.k8s.io", "ipaddresses", "IPAddress");
 pub const ENDPOINT_SLICES: Resource = namespaced("discovery.k8s.io", "endpointslices", "EndpointSlice");
 pub const DEPLOYMENTS: Resource = namespaced("apps", "deployments", "Deployment");

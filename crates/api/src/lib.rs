@@ -2,6 +2,7 @@
 //!
 //! Nothing here does I/O or reads a clock. Every other crate speaks these words.
 
+pub mod duration;
 pub mod kinds;
 pub mod names;
 pub mod object;

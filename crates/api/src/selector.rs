@@ -26,14 +26,14 @@ pub struct LabelSelector {
 }
 
 /// The selector as objects carry it (meta/v1 LabelSelector).
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelSelectorSpec {
     pub match_labels: BTreeMap<String, String>,
     pub match_expressions: Vec<MatchExpression>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct MatchExpression {
     pub key: String,

@@ -102,6 +102,8 @@ pub struct AgentArgs {
     pub dns: crate::dns::DnsOptions,
     #[command(flatten)]
     pub ingress: crate::ingress::IngressOptions,
+    #[command(flatten)]
+    pub load_balancer: crate::loadbalancer::LoadBalancerOptions,
     /// Labels of the node, key=value.
     #[arg(long, value_name = "KEY=VALUE")]
     pub label: Vec<String>,
@@ -409,9 +411,19 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         token.clone(),
     ));
 
-    let layer2_client = join::component_client(&node_client, &args.server, &identity, "fairlead-layer2").await?;
-    let layer2_node = crate::loadbalancer::Node { name: name.clone(), addresses: args.node_ip.clone() };
-    tasks.spawn(crate::loadbalancer::announce(layer2_client, feed.clone(), layer2_node, token.clone()));
+    if args.load_balancer.is_on() {
+        let client = join::component_client(&node_client, &args.server, &identity, "fairlead-layer2").await?;
+        let node = crate::loadbalancer::Node { name: name.clone(), addresses: args.node_ip.clone() };
+        let metrics = Arc::default();
+        let at = args.node_ip.first().map(|ip| SocketAddr::new(*ip, crate::loadbalancer::METRICS_PORT));
+        if let Some(listener) =
+            at.map(|at| standalone::listen("load balancer metrics", at, false)).transpose()?.flatten()
+        {
+            let respond = crate::loadbalancer::respond(Arc::clone(&metrics), name.clone());
+            tasks.spawn(proxy::http::serve(listener, respond, token.clone()));
+        }
+        tasks.spawn(crate::loadbalancer::announce(client, feed.clone(), node, metrics, token.clone()));
+    }
 
     // Runtime and kubelet.
     let dialer = match &outer {

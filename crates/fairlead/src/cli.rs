@@ -1,6 +1,9 @@
 //! The command line.
 
-use crate::{agent, await_dns, client, dns, down, explain, image, ingress, node, proxy, server, status, top, up};
+use crate::{
+    agent, await_dns, client, dns, down, explain, image, ingress, loadbalancer, node, proxy, server, status, top, up,
+    vip,
+};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,7 +30,7 @@ pub struct DataDir {
 #[derive(Subcommand)]
 enum Command {
     /// Start a whole cluster on this machine, each node in namespaces of its own.
-    Up(up::UpArgs),
+    Up(Box<up::UpArgs>),
     /// End a cluster and leave nothing behind but its data directory.
     Down(down::DownArgs),
     /// Say what runs where and what is wrong.
@@ -43,13 +46,17 @@ enum Command {
     /// Run the control plane on this host.
     Server(server::ServerArgs),
     /// Run a node on this host and join it to a server.
-    Agent(agent::AgentArgs),
+    Agent(Box<agent::AgentArgs>),
     /// Run the Service proxy alone, in kube-proxy's place, on a node of any Kubernetes.
     Proxy(Box<proxy::ProxyArgs>),
     /// Run cluster DNS alone, in CoreDNS's place, for any Kubernetes.
     Dns(Box<dns::DnsArgs>),
     /// Run the Ingress controller and its proxy alone, for any Kubernetes.
     Ingress(Box<ingress::IngressArgs>),
+    /// Give LoadBalancer Services addresses and announce them, alone, in MetalLB's place, on a node of any Kubernetes.
+    Loadbalancer(Box<loadbalancer::LoadBalancerArgs>),
+    /// Hold addresses on this host's interface by VRRP, for API servers or for anything else, as keepalived does.
+    Vip(Box<vip::VipArgs>),
     /// Create or change objects from files (server-side apply).
     Apply(client::ApplyArgs),
     /// Show objects.
@@ -75,11 +82,13 @@ impl Cli {
                 | Command::Proxy(_)
                 | Command::Dns(_)
                 | Command::Ingress(_)
+                | Command::Loadbalancer(_)
+                | Command::Vip(_)
         ) {
             linux::sigpipe::end_on_closed_pipe();
         }
         match self.command {
-            Command::Up(args) => up::run(args),
+            Command::Up(args) => up::run(*args),
             Command::Down(args) => down::run(&args),
             Command::Status(args) => status::run(&args),
             Command::Explain(args) => blocking(args.run()),
@@ -87,10 +96,12 @@ impl Cli {
             Command::Node(args) => node::run(args),
             Command::Image(args) => image::run(args),
             Command::Server(args) => server::run(args),
-            Command::Agent(args) => agent::run(args),
+            Command::Agent(args) => agent::run(*args),
             Command::Proxy(args) => proxy::run(*args),
             Command::Dns(args) => dns::run(*args),
             Command::Ingress(args) => ingress::run(*args),
+            Command::Loadbalancer(args) => loadbalancer::run(*args),
+            Command::Vip(args) => vip::run(*args),
             Command::Apply(args) => blocking(args.run()),
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),

@@ -1,10 +1,39 @@
 //! The identity and the role of each of our own components.
 
+use api::kinds::GATEWAY;
 use apiserver::bootstrap::Component;
 use serde_json::{Value, json};
 
 const READ: [&str; 3] = ["get", "list", "watch"];
 const WRITE: [&str; 5] = ["create", "update", "patch", "delete", "get"];
+/// What says who announces which addresses, and to whom.
+const ANNOUNCED: [&str; 6] =
+    ["ipaddresspools", "l2advertisements", "bgpadvertisements", "bgppeers", "bfdprofiles", "communities"];
+
+/// What Gateways are made of.
+const GATEWAY_KINDS: [&str; 10] = [
+    "gatewayclasses",
+    "gateways",
+    "listenersets",
+    "httproutes",
+    "grpcroutes",
+    "tlsroutes",
+    "tcproutes",
+    "udproutes",
+    "referencegrants",
+    "backendtlspolicies",
+];
+const GATEWAY_STATUSES: [&str; 9] = [
+    "gatewayclasses/status",
+    "gateways/status",
+    "listenersets/status",
+    "httproutes/status",
+    "grpcroutes/status",
+    "tlsroutes/status",
+    "tcproutes/status",
+    "udproutes/status",
+    "backendtlspolicies/status",
+];
 
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
@@ -43,8 +72,14 @@ pub fn all() -> Vec<Component> {
                 rule("", &["services"], &["list", "watch"]),
                 rule("networking.k8s.io", &["ingresses", "ingressclasses"], &["list", "watch"]),
                 rule("networking.k8s.io", &["ingresses/status"], &["patch"]),
-                // Only those that Ingresses name are asked for, each by its name.
-                rule("", &["secrets"], &["list", "watch"]),
+                rule("", &["namespaces"], &["list", "watch"]),
+                rule(GATEWAY, &GATEWAY_KINDS, &["list", "watch"]),
+                rule(GATEWAY, &GATEWAY_STATUSES, &["patch"]),
+                // The Service in front of each Gateway, and where it leads.
+                rule("", &["services"], &["create", "patch", "delete"]),
+                rule("discovery.k8s.io", &["endpointslices"], &["create", "get", "update", "delete"]),
+                // Only those that Ingresses and Gateways name are asked for, each by its name.
+                rule("", &["secrets", "configmaps"], &["list", "watch"]),
                 rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
                 events(),
             ],
@@ -66,7 +101,9 @@ pub fn all() -> Vec<Component> {
                 rule("", &["services", "nodes"], &["list", "watch"]),
                 rule("", &["namespaces"], &["get"]),
                 rule("discovery.k8s.io", &["endpointslices"], &["list", "watch"]),
-                rule("metallb.io", &["ipaddresspools", "l2advertisements"], &["list", "watch"]),
+                rule("metallb.io", &ANNOUNCED, &["list", "watch"]),
+                // Of BGPPeers that name one, each by its name.
+                rule("", &["secrets"], &["get"]),
                 rule("coordination.k8s.io", &["leases"], &["create", "get", "update"]),
                 events(),
             ],

@@ -2,6 +2,7 @@
 
 use crate::dns::DnsOptions;
 use crate::ingress::IngressOptions;
+use crate::loadbalancer::LoadBalancerOptions;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ pub struct ClusterConfig {
     pub dns: DnsOptions,
     #[serde(default)]
     pub ingress: IngressOptions,
+    #[serde(default)]
+    pub load_balancer: LoadBalancerOptions,
     /// Switches of every node's proxy that are not as they are by default.
     #[serde(default)]
     pub feature_gates: String,

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{access, cli, local};
 pub use follow::observed;
-pub use options::{DnsOptions, Pods};
+pub use options::{DnsOptions, Pods, Switch};
 
 const PORT: u16 = 53;
 

@@ -4,12 +4,14 @@
 //! name, to write their status, and a Lease; see `examples/ingress`.
 
 mod follow;
+mod gateways;
 pub mod leader;
 mod options;
+mod provision;
 mod report;
 mod secrets;
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use anyhow::{Context, bail};
 use api::kinds::{ENDPOINT_SLICES, INGRESS_CLASSES, INGRESSES, SERVICES};
 use api::object::Key;
 use clap::Args;
-use ingress::{CONTROLLER, Certificates, Compiler, Proxy, ProxyConfig, Swap};
+use ingress::{CONTROLLER, Certificates, Compiler, Proxy, ProxyConfig, Swap, gateway};
 use reconcile::{Recorder, ServiceFeed};
 use services::ServiceTable;
 use tokio::sync::{oneshot, watch};
@@ -59,6 +61,9 @@ pub struct IngressArgs {
     /// Serves the IngressClasses with this controller.
     #[arg(long, value_name = "NAME", default_value = CONTROLLER)]
     pub controller_name: String,
+    /// Serves the GatewayClasses with this controller, where the cluster has Gateway API.
+    #[arg(long, value_name = "NAME", default_value = gateway::CONTROLLER)]
+    pub gateway_controller_name: String,
     /// The Service whose addresses are written into the status of each Ingress, NAMESPACE/NAME.
     #[arg(long, value_name = "SERVICE", value_parser = parse_key)]
     pub publish_service: Option<Key>,
@@ -104,6 +109,7 @@ async fn start(args: IngressArgs) -> anyhow::Result<ExitCode> {
     let place = Place {
         identity,
         controller: args.controller_name,
+        gateway_controller: args.gateway_controller_name,
         publish: args.publish_service,
         lease: args.lease,
         status: Some(status),
@@ -125,6 +131,8 @@ pub struct Place {
     pub identity: String,
     /// `spec.controller` of the classes that are served.
     pub controller: String,
+    /// `spec.controllerName` of the GatewayClasses that are served.
+    pub gateway_controller: String,
     pub publish: Option<Key>,
     pub lease: Key,
     pub status: Option<TcpListener>,
@@ -149,6 +157,7 @@ pub async fn serve(
     let certificates = Arc::new(Swap::new(Certificates::new(fallback.clone())));
     let proxy = Proxy::bind(config, Arc::clone(&routes), certificates.clone(), place.status)?;
     let readiness = proxy.readiness();
+    let (opener, addresses) = (proxy.port_opener(), own_addresses(proxy.http()));
     let mut tasks = JoinSet::new();
     let (leads, leads_seen) = watch::channel(false);
     tasks.spawn(leader::run(
@@ -164,6 +173,20 @@ pub async fn serve(
     let (complete, is_complete) = oneshot::channel();
     let (reports, reports_seen) = watch::channel(Report::default());
     tasks.spawn(report::run(client.clone(), recorder, reports_seen, token.clone()));
+    let (gateway_reports, gateway_reports_seen) = watch::channel(provision::Report::default());
+    let parts = gateways::Parts {
+        client: client.clone(),
+        changes: feed.subscribe(),
+        feed: feed.clone(),
+        opener,
+        addresses,
+        controller: place.gateway_controller,
+        publish: place.publish.clone(),
+        leads: leads_seen.clone(),
+        reports: gateway_reports,
+    };
+    tasks.spawn(gateways::run(parts, token.clone()));
+    tasks.spawn(provision::run(client.clone(), gateway_reports_seen, token.clone()));
     let follower = Follower::new(client, feed, changes, compiler, routes, certificates, leads_seen, reports);
     tasks.spawn(follower.run(place.publish, complete, token.clone()));
     let served = tokio::select! {
@@ -184,6 +207,14 @@ pub async fn serve(
         }
     }
     served
+}
+
+/// Where ports of Gateways are opened: beside those of HTTP.
+fn own_addresses(http: &[SocketAddr]) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = http.iter().map(SocketAddr::ip).collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 /// Runs the proxy while the node is labelled for it, until the token is cancelled.
@@ -214,6 +245,7 @@ pub async fn serve_while_labelled(
         let place = Place {
             identity: node.name.clone(),
             controller: CONTROLLER.to_owned(),
+            gateway_controller: gateway::CONTROLLER.to_owned(),
             publish: Some(Key::new(NAMESPACE, SERVICE)),
             lease: Key::new(NAMESPACE, SERVICE),
             status,
@@ -243,5 +275,5 @@ pub async fn serve_while_labelled(
 /// What ingress needs to know of its node.
 pub struct Node {
     pub name: String,
-    pub addresses: Vec<std::net::IpAddr>,
+    pub addresses: Vec<IpAddr>,
 }

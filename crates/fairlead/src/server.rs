@@ -5,7 +5,7 @@ use crate::connector::LabConnector;
 use crate::pki::{Pki, San};
 use crate::{cli, components, ingress, kubeconfig, publish, serve, signer};
 use anyhow::{Context, bail};
-use api::kinds::{INGRESS_CLASSES, SERVICES};
+use api::kinds::{GATEWAY_CLASSES, INGRESS_CLASSES, SERVICES};
 use apiserver::auth::token::TokenKey;
 use apiserver::bootstrap::{self, Advertise};
 use apiserver::{Allocation, ApiServer, Connector, Identity};
@@ -60,6 +60,8 @@ pub struct ServerArgs {
     /// More names and addresses for the serving certificate.
     #[arg(long, value_name = "NAME")]
     pub tls_san: Vec<String>,
+    #[command(flatten)]
+    pub load_balancer: crate::loadbalancer::LoadBalancerOptions,
     /// Serve the cluster that `up` made with this id.
     #[arg(long, hide = true)]
     pub lab: Option<String>,
@@ -240,9 +242,12 @@ async fn serve(args: ServerArgs) -> anyhow::Result<ExitCode> {
         tasks.spawn((descriptor.run)(context));
     }
     tasks.spawn(scheduler::run(client(&api, "fairlead-scheduler"), token.clone()));
-    let balancer = client(&api, "fairlead-loadbalancer");
-    let own_name = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
-    tasks.spawn(crate::loadbalancer::allocate(balancer, own_name, true, token.clone()));
+    if args.load_balancer.is_on() {
+        let balancer = client(&api, "fairlead-loadbalancer");
+        let own_name = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
+        let classless = args.load_balancer.serves_classless();
+        tasks.spawn(crate::loadbalancer::allocate(balancer, own_name, classless, Arc::default(), token.clone()));
+    }
     tasks.spawn(signer::run(client(&api, "fairlead-signer"), pki.clone(), token.clone()));
 
     info!(%url, advertised = ?advertised, "the control plane is ready");
@@ -331,7 +336,7 @@ async fn cluster_objects(api: &ApiServer, args: &ServerArgs, dir: &Path) -> anyh
     ingress_objects(&master).await.map_err(fail)
 }
 
-/// The class of Ingresses that name none, and the Service that leads to the nodes that serve them. Both are made once: who
+/// The class of Ingresses that name none, that of Gateways, and the Service that leads to the nodes that serve them. Both are made once: who
 /// wants another default class, or other node ports, may say so.
 async fn ingress_objects(master: &ApiServer) -> Result<(), String> {
     let class = json!({
@@ -341,6 +346,12 @@ async fn ingress_objects(master: &ApiServer) -> Result<(), String> {
         "spec": {"controller": ::ingress::CONTROLLER},
     });
     bootstrap::ensure(master, &INGRESS_CLASSES.path(""), &class, false).await?;
+    let class = json!({
+        "apiVersion": GATEWAY_CLASSES.api_version(), "kind": GATEWAY_CLASSES.kind,
+        "metadata": {"name": ::ingress::gateway::CLASS},
+        "spec": {"controllerName": ::ingress::gateway::CONTROLLER},
+    });
+    bootstrap::ensure(master, &GATEWAY_CLASSES.path(""), &class, false).await?;
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"name": ingress::SERVICE, "namespace": ingress::NAMESPACE,

@@ -4,6 +4,7 @@ use crate::agent::{NodeProxy, Overlay};
 use crate::config::{ClusterConfig, Publish};
 use crate::dns::DnsOptions;
 use crate::ingress::{self, IngressOptions};
+use crate::loadbalancer::LoadBalancerOptions;
 use crate::{cli, down, local, server};
 use anyhow::{Context, bail};
 use clap::Args;
@@ -70,6 +71,8 @@ pub struct UpArgs {
     pub dns: DnsOptions,
     #[command(flatten)]
     pub ingress: IngressOptions,
+    #[command(flatten)]
+    pub load_balancer: LoadBalancerOptions,
     /// Return when the cluster is ready, and leave it running.
     #[arg(long)]
     pub detach: bool,
@@ -118,6 +121,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         localhost_node_ports: args.localhost_node_ports,
         dns: args.dns.clone().absolute()?,
         ingress: args.ingress.clone(),
+        load_balancer: args.load_balancer.clone(),
         feature_gates: args.feature_gates.to_string(),
         endpoint_selection: args.endpoint_selection.to_string(),
         dsr: args.dsr,
@@ -213,6 +217,7 @@ fn server_arguments(args: &UpArgs, lab: &Lab, config: &ClusterConfig) -> Vec<Str
     for publish in &config.publish {
         all.extend(["--publish".into(), publish.clone()]);
     }
+    all.extend(config.load_balancer.flags());
     all
 }
 
@@ -273,6 +278,7 @@ fn start_agent(
     }
     arguments.extend(config.dns.flags());
     arguments.extend(config.ingress.flags());
+    arguments.extend(config.load_balancer.flags());
     arguments.push(format!("--label={}=true", ingress::LABEL));
     if !config.feature_gates.is_empty() {
         arguments.extend(["--feature-gates".into(), config.feature_gates.clone()]);

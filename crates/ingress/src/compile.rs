@@ -1,7 +1,7 @@
 //! Objects in, one table of routes and one of certificates out. A change costs what it changes, not what there is.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use api::object::Key;
 use services::ServiceTable;
@@ -9,13 +9,13 @@ use tokio_rustls::rustls::sign::CertifiedKey;
 
 use crate::certificates::{Certificates, read_tls};
 use crate::class::Classes;
-use crate::counts::RouteCounts;
 use crate::host::HostPattern;
 use crate::objects::{Ingress, IngressClass};
-use crate::route::{Route, RouteName};
+use crate::registry::{Registering, Registry};
+use crate::route::Route;
 use crate::table::{PathTable, RouteTable};
-use crate::translate::{Fault, Register, Translated, translate};
-use crate::upstream::{Upstream, UpstreamKey, Upstreams};
+use crate::translate::{Fault, Translated, translate};
+use crate::upstream::Upstream;
 
 /// A Secret as it was last seen.
 #[derive(Clone, Debug)]
@@ -66,32 +66,6 @@ pub struct Compiler {
     dirty_defaults: bool,
     dirty_certificates: bool,
     dirty_secrets: bool,
-}
-
-#[derive(Default)]
-struct Registry {
-    upstreams: Upstreams,
-    counts: HashMap<RouteName, Weak<RouteCounts>>,
-}
-
-struct Registering<'a> {
-    registry: &'a mut Registry,
-    table: &'a ServiceTable,
-}
-
-impl Register for Registering<'_> {
-    fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream> {
-        self.registry.upstreams.get(key, self.table)
-    }
-
-    fn counts(&mut self, name: &RouteName) -> Arc<RouteCounts> {
-        if let Some(held) = self.registry.counts.get(name).and_then(Weak::upgrade) {
-            return held;
-        }
-        let made = Arc::default();
-        self.registry.counts.insert(name.clone(), Arc::downgrade(&made));
-        made
-    }
 }
 
 impl Compiler {
@@ -160,12 +134,12 @@ impl Compiler {
     /// Follows a change of a Service: routes stay, what they lead to is another.
     pub fn service_changed(&mut self, namespace: &str, name: &str) {
         let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
-        self.registry.upstreams.refresh(namespace, name, &table);
+        self.registry.refresh(namespace, name, &table);
     }
 
     pub fn all_services_changed(&mut self) {
         let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
-        self.registry.upstreams.refresh_all(&table);
+        self.registry.refresh_all(&table);
     }
 
     fn look_at_all(&mut self) {
@@ -230,9 +204,7 @@ impl Compiler {
             let default = oldest.and_then(|held| held.translated.default.clone());
             self.routes.set_default(default);
         }
-        if self.registry.counts.len() > 2 * self.ours.len().max(512) {
-            self.registry.counts.retain(|_, held| held.strong_count() > 0);
-        }
+        self.registry.tidy(self.ours.len());
         Some(self.routes.clone())
     }
 
@@ -363,6 +335,6 @@ impl Compiler {
     }
 
     pub fn upstreams(&self) -> impl Iterator<Item = Arc<Upstream>> + '_ {
-        self.registry.upstreams.iter()
+        self.registry.upstreams()
     }
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
-    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, HeaderMap, HeaderValue, VARY,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderName, HeaderValue, ORIGIN, VARY,
 };
 
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +17,9 @@ pub struct Cors {
     pub expose: Option<HeaderValue>,
     pub credentials: bool,
     pub max_age: Duration,
+    /// Where everything is allowed, answers name what was asked for instead of `*`: what Gateway API wants, as browsers take no
+    /// `*` from who asks for credentials.
+    pub reflects: bool,
 }
 
 impl Default for Cors {
@@ -30,6 +34,7 @@ impl Default for Cors {
             expose: None,
             credentials: true,
             max_age: Duration::from_secs(1_728_000),
+            reflects: false,
         }
     }
 }
@@ -38,7 +43,8 @@ impl Cors {
     /// What an answer says to this origin; nothing if it may not have it.
     fn allowed(&self, origin: &HeaderValue) -> Option<HeaderValue> {
         if self.origins.iter().any(|held| &**held == "*") {
-            return Some(HeaderValue::from_static("*"));
+            let is_named = self.reflects && self.credentials;
+            return Some(if is_named { origin.clone() } else { HeaderValue::from_static("*") });
         }
         let text = origin.to_str().ok()?;
         self.origins.iter().any(|held| fits(held, text)).then(|| origin.clone())
@@ -60,11 +66,16 @@ impl Cors {
     }
 
     /// The answer to a browser that asks beforehand.
-    pub fn preflight(&self, origin: Option<&HeaderValue>, headers: &mut HeaderMap) {
-        self.apply(origin, headers);
+    pub fn preflight(&self, request: &HeaderMap, headers: &mut HeaderMap) {
+        self.apply(request.get(ORIGIN), headers);
+        // What is allowed: as it is written, or what was asked for where all is.
+        let told = |held: &HeaderValue, asked: &HeaderName| {
+            let is_named = self.reflects && self.credentials && held == "*";
+            request.get(asked).filter(|_| is_named).unwrap_or(held).clone()
+        };
         if headers.contains_key(ACCESS_CONTROL_ALLOW_ORIGIN) {
-            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, self.methods.clone());
-            headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, self.headers.clone());
+            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, told(&self.methods, &ACCESS_CONTROL_REQUEST_METHOD));
+            headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, told(&self.headers, &ACCESS_CONTROL_REQUEST_HEADERS));
             headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from(self.max_age.as_secs()));
         }
     }
@@ -103,9 +114,10 @@ mod tests {
     fn an_origin_that_may_not_hears_nothing() {
         let cors = Cors { origins: vec!["https://a.example".into()], ..Cors::default() };
         let mut headers = HeaderMap::new();
-        cors.preflight(Some(&HeaderValue::from_static("https://b.example")), &mut headers);
+        let from = |origin| HeaderMap::from_iter([(ORIGIN, HeaderValue::from_static(origin))]);
+        cors.preflight(&from("https://b.example"), &mut headers);
         assert!(headers.is_empty());
-        cors.preflight(Some(&HeaderValue::from_static("https://a.example")), &mut headers);
+        cors.preflight(&from("https://a.example"), &mut headers);
         assert_eq!(
             (headers.len(), &headers["access-control-allow-origin"]),
             (6, &HeaderValue::from_static("https://a.example"))

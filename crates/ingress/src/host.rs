@@ -37,6 +37,17 @@ impl HostPattern {
         let held = Arc::from(held);
         Ok(if name.is_some() { HostPattern::OneLabel(held) } else { HostPattern::Exact(held) })
     }
+
+    /// Reads the host of a Gateway's listener or of a route: as an Ingress has it, but a wildcard is one or more labels.
+    ///
+    /// # Errors
+    /// Says what a host may be.
+    pub fn of_gateway(text: &str) -> Result<Self, String> {
+        Ok(match HostPattern::of_ingress(text)? {
+            HostPattern::OneLabel(rest) => HostPattern::Suffix(rest),
+            other => other,
+        })
+    }
 }
 
 impl Display for HostPattern {

@@ -11,15 +11,19 @@ mod cors;
 mod counts;
 mod crypto;
 mod error;
+pub mod gateway;
 mod host;
+mod hosts;
 mod limits;
 mod objects;
 mod policy;
 mod proxy;
+mod registry;
 mod route;
 mod sticky;
 mod swap;
 mod table;
+mod tls;
 mod translate;
 mod upstream;
 
@@ -30,10 +34,11 @@ pub use cors::Cors;
 pub use counts::RouteCounts;
 pub use error::IngressError;
 pub use host::{HostPattern, host_of};
+pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
-pub use proxy::{Limits, LogFormat, Proxy, ProxyConfig, Readiness};
+pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
 pub use route::{
     Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
     ValueMatch, WeightedBackend, cookie,

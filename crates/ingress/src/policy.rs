@@ -68,6 +68,8 @@ pub struct Policy {
     pub read_timeout: Duration,
     /// Between two writes of a request.
     pub send_timeout: Duration,
+    /// From the request's head to the end of the answer, all tries together.
+    pub request_timeout: Option<Duration>,
     /// Bytes; 0: any.
     pub body_limit: u64,
     pub retry: Retry,
@@ -89,6 +91,7 @@ impl Default for Policy {
             connect_timeout: Duration::from_secs(5),
             read_timeout: Duration::from_secs(60),
             send_timeout: Duration::from_secs(60),
+            request_timeout: None,
             body_limit: 0,
             retry: Retry {
                 tries: 3,

@@ -7,6 +7,7 @@ use regex::Regex;
 
 use crate::cors::Cors;
 use crate::counts::RouteCounts;
+use crate::gateway::BackendTls;
 use crate::policy::Policy;
 use crate::upstream::Upstream;
 
@@ -155,6 +156,10 @@ pub struct WeightedBackend {
     pub upstream: Arc<Upstream>,
     /// Only for requests that go there.
     pub filters: Vec<Filter>,
+    /// How its endpoints are spoken to, if over TLS.
+    pub tls: Option<Arc<BackendTls>>,
+    /// What its requests get instead of an endpoint's answer.
+    pub refusal: Option<http::StatusCode>,
 }
 
 impl Backends {
@@ -164,7 +169,7 @@ impl Backends {
     }
 
     pub fn one(upstream: Arc<Upstream>) -> Self {
-        Backends::new(vec![WeightedBackend { weight: 1, upstream, filters: Vec::new() }])
+        Backends::new(vec![WeightedBackend { weight: 1, upstream, filters: Vec::new(), tls: None, refusal: None }])
     }
 
     pub fn list(&self) -> &[WeightedBackend] {
@@ -227,6 +232,17 @@ pub enum Filter {
     RewritePath(PathRewrite),
     RewriteHost(HeaderValue),
     Cors(Arc<Cors>),
+    Mirror(Arc<Mirror>),
+}
+
+/// Requests also go there, and what is answered is thrown away.
+#[derive(Debug)]
+pub struct Mirror {
+    pub upstream: Arc<Upstream>,
+    pub tls: Option<Arc<BackendTls>>,
+    /// So many of `whole` requests.
+    pub part: u32,
+    pub whole: u32,
 }
 
 #[derive(Clone, Debug, Default)]

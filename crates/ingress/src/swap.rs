@@ -6,6 +6,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 #[derive(Debug, Default)]
 pub struct Swap<T>(RwLock<Arc<T>>);
 
+impl<T> From<Arc<T>> for Swap<T> {
+    fn from(value: Arc<T>) -> Self {
+        Swap(RwLock::new(value))
+    }
+}
+
 impl<T> Swap<T> {
     pub fn new(value: T) -> Self {
         Swap(RwLock::new(Arc::new(value)))

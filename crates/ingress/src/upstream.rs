@@ -16,6 +16,8 @@ use crate::swap::Swap;
 pub enum PortRef {
     Name(Arc<str>),
     Number(u16),
+    /// For datagrams.
+    Udp(u16),
 }
 
 impl Display for PortRef {
@@ -23,6 +25,7 @@ impl Display for PortRef {
         match self {
             PortRef::Name(name) => f.write_str(name),
             PortRef::Number(number) => write!(f, "{number}"),
+            PortRef::Udp(number) => write!(f, "{number}/UDP"),
         }
     }
 }
@@ -149,13 +152,14 @@ fn look(key: &UpstreamKey, table: &ServiceTable, known: &[Arc<Endpoint>]) -> Tar
     if matches!(service.kind, ServiceKind::ExternalName(_)) {
         return nothing(Problem::ExternalName);
     }
-    let mut ports = service.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+    let protocol = if matches!(key.port, PortRef::Udp(_)) { Protocol::Udp } else { Protocol::Tcp };
+    let mut ports = service.ports.iter().filter(|port| port.protocol == protocol);
     let port = ports.find(|port| match &key.port {
         PortRef::Name(name) => port.name == *name,
-        PortRef::Number(number) => port.port == *number,
+        PortRef::Number(number) | PortRef::Udp(number) => port.port == *number,
     });
     let Some(port) = port else { return nothing(Problem::NoPort) };
-    let all = table.endpoints(&key.namespace, &key.service, &port.name, Protocol::Tcp);
+    let all = table.endpoints(&key.namespace, &key.service, &port.name, protocol);
     // One family, or pods of both would count twice; the Service's own first.
     let prefers_v6 = matches!(&service.kind, ServiceKind::ClusterIp(ips) if ips.first().is_some_and(|ip| ip.is_ipv6()));
     let usable = |v6: bool| -> Vec<SocketAddr> {

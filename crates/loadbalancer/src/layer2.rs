@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,8 +20,9 @@ use linux::packet::{PacketSocket, Protocol};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, info, warn};
 
+use crate::metrics::Layer2Counts;
 use crate::packets::{Arp, advertisement, gratuitous, parse_solicitation};
-use crate::{Elector, Heartbeat, Plan};
+use crate::{Elector, Heartbeat, Metrics, Plan};
 
 /// UDP, between the nodes' own addresses.
 pub const PORT: u16 = 10263;
@@ -68,6 +70,8 @@ pub struct Orders {
     pub plan: Plan,
     /// The primary address of each member.
     pub members: BTreeMap<String, IpAddr>,
+    /// Addresses that are announced on these interfaces; others, on those that hold the node's own addresses.
+    pub interfaces: BTreeMap<IpAddr, BTreeSet<String>>,
 }
 
 /// What it tells.
@@ -98,11 +102,15 @@ impl Announcer {
     ///
     /// # Errors
     /// Says what this host lacks.
-    pub fn start(config: Config, notice: impl Fn(Notice) + Send + 'static) -> Result<Announcer, Error> {
+    pub fn start(
+        config: Config,
+        metrics: Arc<Metrics>,
+        notice: impl Fn(Notice) + Send + 'static,
+    ) -> Result<Announcer, Error> {
         let (commands, received) = mpsc::channel();
         let (wake, woken) = UnixStream::pair().map_err(Error::Thread)?;
         wake.set_nonblocking(true).and_then(|()| woken.set_nonblocking(true)).map_err(Error::Thread)?;
-        let worker = Worker::open(config, received, woken, Box::new(notice))?;
+        let worker = Worker::open(config, metrics, received, woken, Box::new(notice))?;
         let thread = std::thread::Builder::new().name("layer2".into()).spawn(|| worker.run()).map_err(Error::Thread)?;
         Ok(Announcer { commands, wake, thread: Some(thread) })
     }
@@ -136,6 +144,9 @@ impl Drop for Announcer {
 }
 
 struct Interface {
+    name: String,
+    /// It holds an address of the node.
+    is_own: bool,
     mac: Mac,
     arp: PacketSocket,
     solicitations: PacketSocket,
@@ -147,6 +158,9 @@ struct Worker {
     peers: BTreeMap<String, SocketAddr>,
     udp: UdpSocket,
     interfaces: Vec<Interface>,
+    /// Where addresses are announced that are not announced on all of the node's own interfaces.
+    only: BTreeMap<IpAddr, BTreeSet<String>>,
+    metrics: Arc<Metrics>,
     nft: Socket,
     commands: Receiver<Command>,
     woken: UnixStream,
@@ -159,9 +173,33 @@ struct Worker {
     defended: BTreeMap<IpAddr, Duration>,
 }
 
+impl Interface {
+    /// What is heard and said on a link, and in the transaction the rule that asks for the right to say it. `None`: there is no
+    /// such link, or it has no hardware address.
+    fn open(links: &Links, name: &str, is_own: bool, rules: &mut Transaction) -> Result<Option<Interface>, Error> {
+        let Some(link) = links.link(name)? else { return Ok(None) };
+        let Some(mac) = link.mac else { return Ok(None) };
+        let open =
+            |protocol| PacketSocket::open(link.index, protocol, MARK).map_err(|e| Error::Packets(name.to_owned(), e));
+        let (arp, solicitations) = (open(Protocol::Arp)?, open(Protocol::NeighbourSolicitation)?);
+        let chain = format!("egress-{}", link.index);
+        rules.push(Op::AddChain(Chain::egress(&chain, name)));
+        rules.push(Op::AddRule {
+            chain: chain.into(),
+            rule: Rule::new([
+                Statement::Equal(Value::PacketMark, Datum::Mark(MARK)),
+                Statement::not_in([Value::PacketMark], RIGHT),
+                Statement::drop(),
+            ]),
+        });
+        Ok(Some(Interface { name: name.to_owned(), is_own, mac, arp, solicitations }))
+    }
+}
+
 impl Worker {
     fn open(
         config: Config,
+        metrics: Arc<Metrics>,
         commands: Receiver<Command>,
         woken: UnixStream,
         notice: Box<dyn Fn(Notice) + Send>,
@@ -182,27 +220,8 @@ impl Worker {
         let mut transaction = Transaction::new(Family::Netdev, TABLE);
         transaction.replace_table("LoadBalancer addresses that this node may announce");
         transaction.push(Op::AddSet(Set::of(RIGHT, &[DataType::Mark]).dynamic(16)));
-        for (number, name) in names.iter().enumerate() {
-            let Some(link) = links.link(name)? else { continue };
-            let Some(mac) = link.mac else { continue };
-            let open = |protocol| {
-                PacketSocket::open(link.index, protocol, MARK).map_err(|error| Error::Packets(name.clone(), error))
-            };
-            interfaces.push(Interface {
-                mac,
-                arp: open(Protocol::Arp)?,
-                solicitations: open(Protocol::NeighbourSolicitation)?,
-            });
-            let chain = format!("egress-{number}");
-            transaction.push(Op::AddChain(Chain::egress(&chain, name)));
-            transaction.push(Op::AddRule {
-                chain: chain.into(),
-                rule: Rule::new([
-                    Statement::Equal(Value::PacketMark, Datum::Mark(MARK)),
-                    Statement::not_in([Value::PacketMark], RIGHT),
-                    Statement::drop(),
-                ]),
-            });
+        for name in &names {
+            interfaces.extend(Interface::open(&links, name, true, &mut transaction)?);
         }
         if interfaces.is_empty() {
             return Err(Error::NoInterface(config.addresses));
@@ -214,6 +233,8 @@ impl Worker {
             peers: BTreeMap::new(),
             udp,
             interfaces,
+            only: BTreeMap::new(),
+            metrics,
             nft,
             commands,
             woken,
@@ -283,6 +304,9 @@ impl Worker {
                         .into_iter()
                         .map(|(name, address)| (name, SocketAddr::new(address, PORT)))
                         .collect();
+                    if let Err(error) = self.open_interfaces(orders.interfaces) {
+                        warn!(%error, "not all interfaces of the advertisements can be used");
+                    }
                     let now = self.now();
                     self.elector.set_plan(orders.plan, now);
                 }
@@ -291,6 +315,31 @@ impl Worker {
                 Err(mpsc::TryRecvError::Empty) => return true,
             }
         }
+    }
+
+    /// Where addresses are announced; those that are not here yet are looked for at each change.
+    fn open_interfaces(&mut self, only: BTreeMap<IpAddr, BTreeSet<String>>) -> Result<(), Error> {
+        self.only = only;
+        let known: BTreeSet<&String> = self.interfaces.iter().map(|one| &one.name).collect();
+        let wanted: BTreeSet<&String> = self.only.values().flatten().filter(|name| !known.contains(name)).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let links = Links::current()?;
+        let mut opened = Vec::new();
+        for name in wanted {
+            let mut transaction = Transaction::new(Family::Netdev, TABLE);
+            if let Some(interface) = Interface::open(&links, name, false, &mut transaction)? {
+                self.nft.commit(&transaction)?;
+                opened.push(interface);
+            }
+        }
+        self.interfaces.extend(opened);
+        Ok(())
+    }
+
+    fn is_announced_on(&self, address: IpAddr, interface: &Interface) -> bool {
+        self.only.get(&address).map_or(interface.is_own, |names| names.contains(&interface.name))
     }
 
     /// Takes the others' heartbeats, from their own addresses only.
@@ -336,6 +385,7 @@ impl Worker {
         if !lost.is_empty() {
             info!(addresses = ?lost, "no longer announced from here");
             self.bursts.iter_mut().for_each(|(_, _, told)| told.retain(|address| !lost.contains(address)));
+            self.metrics.write().layer2.retain(|address, _| !lost.contains(address));
             (self.notice)(Notice::Lost(lost));
         }
         self.held = speech.addresses;
@@ -381,20 +431,25 @@ impl Worker {
                 if self.held.contains(&IpAddr::V4(sender)) && self.interfaces.iter().all(|own| own.mac != mac) {
                     conflicts.push((IpAddr::V4(sender), mac));
                 }
-                if arp.is_request && arp.target.1 != sender && self.may_speak(arp.target.1.into()) {
+                let asked = IpAddr::V4(arp.target.1);
+                if arp.is_request && arp.target.1 != sender && self.is_asked(asked, interface) {
                     let answer = Arp { is_request: false, sender: (interface.mac, arp.target.1), target: arp.sender };
-                    self.say(&interface.arp, &answer.encode(), from);
+                    if self.say(&interface.arp, &answer.encode(), from) {
+                        self.count(asked, |counts| counts.responses += 1);
+                    }
                 }
             }
             while let Ok(Some((length, from))) = interface.solicitations.receive(&mut buffer) {
                 let Some((who, address)) = parse_solicitation(&buffer[..length]) else { continue };
-                if self.may_speak(address.into()) {
+                if self.is_asked(address.into(), interface) {
                     // Who asks as `::` wants the address for itself: all are told that it is taken.
                     let (to, mac) = match who.is_unspecified() {
                         true => (None, crate::packets::ALL_NODES),
                         false => (Some(who), from),
                     };
-                    self.say(&interface.solicitations, &advertisement(address, interface.mac, to), mac);
+                    if self.say(&interface.solicitations, &advertisement(address, interface.mac, to), mac) {
+                        self.count(address.into(), |counts| counts.responses += 1);
+                    }
                 }
             }
         }
@@ -409,9 +464,27 @@ impl Worker {
         }
     }
 
-    fn say(&self, socket: &PacketSocket, packet: &[u8], to: Mac) {
-        if let Err(error) = socket.send(packet, to) {
-            debug!(%error, "not said");
+    /// A request that reached us for an address of ours, which is counted; whether it is answered.
+    fn is_asked(&self, address: IpAddr, interface: &Interface) -> bool {
+        let is_asked = self.may_speak(address) && self.is_announced_on(address, interface);
+        if is_asked {
+            self.count(address, |counts| counts.requests += 1);
+        }
+        is_asked
+    }
+
+    fn count(&self, address: IpAddr, change: impl FnOnce(&mut Layer2Counts)) {
+        change(self.metrics.write().layer2.entry(address).or_default());
+    }
+
+    /// Whether it was said.
+    fn say(&self, socket: &PacketSocket, packet: &[u8], to: Mac) -> bool {
+        match socket.send(packet, to) {
+            Ok(()) => true,
+            Err(error) => {
+                debug!(%error, "not said");
+                false
+            }
         }
     }
 
@@ -423,10 +496,12 @@ impl Worker {
         let due: Vec<(Duration, usize, BTreeSet<IpAddr>)> = due;
         for (at, round, addresses) in due {
             for address in addresses.iter().filter(|address| self.may_speak(**address)) {
-                for interface in &self.interfaces {
+                for interface in self.interfaces.iter().filter(|one| self.is_announced_on(*address, one)) {
                     let (packet, to) = gratuitous(*address, interface.mac);
                     let socket = if address.is_ipv4() { &interface.arp } else { &interface.solicitations };
-                    self.say(socket, &packet, to);
+                    if self.say(socket, &packet, to) {
+                        self.count(*address, |counts| counts.gratuitous += 1);
+                    }
                 }
             }
             if let (Some(before), Some(after)) = (BURST.get(round), BURST.get(round + 1)) {

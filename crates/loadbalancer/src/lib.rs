@@ -5,15 +5,19 @@
 //! and NDP.
 
 mod allocate;
+pub mod bgp;
 mod elect;
 pub mod layer2;
 mod message;
+mod metrics;
 mod packets;
 mod pool;
 mod service;
+pub mod vrrp;
 
 pub use allocate::{Allocator, Given, Refusal};
 pub use elect::{Elector, HEARTBEAT, LEASE, Plan, Speech};
 pub use message::Heartbeat;
+pub use metrics::{BgpCounts, Counts, Metrics};
 pub use pool::{Advertisement, AdvertisementObject, Pool, PoolError, PoolObject};
 pub use service::{CLASS, Request, Service};

@@ -18,8 +18,6 @@ pub enum PoolError {
     Range(String),
     #[error("{field}: {why}; correct the selector")]
     Selector { field: &'static str, why: String },
-    #[error("spec.{0} is not supported here; take it out")]
-    Unsupported(&'static str),
     #[error("it overlaps pool {0}; let them not share addresses")]
     Overlap(String),
 }
@@ -75,7 +73,7 @@ pub struct Only {
     pub service_selectors: Vec<LabelSelector>,
 }
 
-fn selectors(field: &'static str, specs: &[LabelSelectorSpec]) -> Result<Vec<LabelSelector>, PoolError> {
+pub(crate) fn selectors(field: &'static str, specs: &[LabelSelectorSpec]) -> Result<Vec<LabelSelector>, PoolError> {
     let parse = |spec| LabelSelector::from_spec(spec).map_err(|error| PoolError::Selector { field, why: error.0 });
     specs.iter().map(parse).collect()
 }
@@ -203,29 +201,28 @@ pub struct AdvertisementSpec {
     pub service_selectors: Vec<LabelSelectorSpec>,
 }
 
-/// Which pools are announced by which nodes.
+/// Which pools are announced by which nodes, for which Services, and where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Advertisement {
     pools: BTreeSet<String>,
     pool_selectors: Vec<LabelSelector>,
     node_selectors: Vec<LabelSelector>,
+    service_selectors: Vec<LabelSelector>,
+    /// Names of interfaces; empty: those that hold the node's own addresses.
+    pub interfaces: BTreeSet<String>,
 }
 
 impl Advertisement {
     /// # Errors
-    /// Names the field that cannot be meant or is not supported.
+    /// Names the field that cannot be meant.
     pub fn new(object: &AdvertisementObject) -> Result<Advertisement, PoolError> {
         let spec = &object.spec;
-        if !spec.interfaces.is_empty() {
-            return Err(PoolError::Unsupported("interfaces"));
-        }
-        if !spec.service_selectors.is_empty() {
-            return Err(PoolError::Unsupported("serviceSelectors"));
-        }
         Ok(Advertisement {
             pools: spec.ip_address_pools.iter().cloned().collect(),
             pool_selectors: selectors("spec.ipAddressPoolSelectors", &spec.ip_address_pool_selectors)?,
             node_selectors: selectors("spec.nodeSelectors", &spec.node_selectors)?,
+            service_selectors: selectors("spec.serviceSelectors", &spec.service_selectors)?,
+            interfaces: spec.interfaces.iter().cloned().collect(),
         })
     }
 
@@ -237,5 +234,10 @@ impl Advertisement {
 
     pub fn allows_node(&self, labels: &BTreeMap<String, String>) -> bool {
         self.node_selectors.is_empty() || self.node_selectors.iter().any(|selector| selector.matches_map(labels))
+    }
+
+    pub fn is_for(&self, service_labels: &BTreeMap<String, String>) -> bool {
+        let selectors = &self.service_selectors;
+        selectors.is_empty() || selectors.iter().any(|selector| selector.matches_map(service_labels))
     }
 }

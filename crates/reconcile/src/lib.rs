@@ -7,7 +7,7 @@ pub mod queue;
 pub mod services;
 pub mod watch;
 
-pub use api::{Api, ApiError, DeleteOptions, Patch};
+pub use api::{Api, ApiError, DeleteOptions, Patch, request};
 pub use cache::{Cache, Named, feed};
 pub use events::{EventKind, ObjectRef, Recorder};
 pub use kube::Client;

@@ -1,5 +1,6 @@
 //! The fields of a Service and of an EndpointSlice that anybody here reads, parsed once from the event's bytes.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// Those with `ipMode: VIP`.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// Kept only beside addresses of a load balancer: whoever announces these selects by labels.
+    pub labels: Option<Arc<BTreeMap<String, String>>>,
     pub internal_policy: TrafficPolicy,
     pub external_policy: TrafficPolicy,
     pub affinity: Option<Affinity>,
@@ -125,6 +128,18 @@ struct RawAnnotations {
     selection: Option<String>,
     #[serde(rename = "fairlead.io/dsr")]
     direct_return: Option<String>,
+}
+
+/// All labels of an object, which few Services are asked for.
+#[derive(Deserialize)]
+struct Labelled {
+    metadata: LabelledMeta,
+}
+
+#[derive(Deserialize)]
+struct LabelledMeta {
+    #[serde(default)]
+    labels: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Deserialize)]
@@ -356,6 +371,14 @@ impl Service {
         if spec.r#type.as_deref() != Some("LoadBalancer") {
             load_balancer_ips.clear();
         }
+        let labels = match load_balancer_ips.is_empty() {
+            true => None,
+            false => {
+                let all = serde_json::from_slice::<Labelled>(json);
+                let all = all.map_err(|source| Error::Json { kind: "Service", source })?;
+                all.metadata.labels.filter(|labels| !labels.is_empty()).map(Arc::new)
+            }
+        };
         let source_ranges = spec.load_balancer_source_ranges.iter().flatten().map(|text| {
             let range = text.trim().parse::<IpNet>().map(|net| net.trunc());
             range.map_err(|_| check.error("loadBalancerSourceRanges", text, "a CIDR like 192.0.2.0/24"))
@@ -411,6 +434,7 @@ impl Service {
             ports,
             external_ips: check.addresses("externalIPs", spec.external_ips.as_ref())?,
             load_balancer_ips,
+            labels,
             internal_policy: check.policy("internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
             external_policy: check.policy("externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
             affinity: affinity.transpose()?,

@@ -1,9 +1,10 @@
-//! Which Secrets the Ingress proxies of a cluster may read: those that an Ingress names, each by its name. Every node that
-//! runs a proxy has its identity, so that RBAC alone would open all Secrets to any of them.
+//! Which Secrets and ConfigMaps the Ingress proxies of a cluster may read: those that an Ingress or a Gateway names, each by its
+//! name. Every node that runs a proxy has its identity, so that RBAC alone would open all of them to any of them.
 
 use super::Identity;
 use super::rbac::Attributes;
 use crate::registry::Registry;
+use api::Resource;
 use api::kinds;
 use serde_json::Value;
 
@@ -11,18 +12,67 @@ const ACCOUNT: &str = "system:serviceaccount:kube-system:fairlead-ingress";
 
 /// Why a proxy may not do what RBAC would let it, if so.
 pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Option<String> {
-    if who.user != ACCOUNT || !asked.group.is_empty() || asked.plural != "secrets" {
+    if who.user != ACCOUNT || !asked.group.is_empty() {
         return None;
     }
-    let row = registry.row(&kinds::INGRESSES).clone();
-    let named = || registry.cache.list(&row, &asked.namespace).1.iter().any(|one| names(&one.parse(), &asked.name));
-    let known = !asked.namespace.is_empty() && !asked.name.is_empty() && named();
-    (!known).then(|| "no Ingress names this Secret".to_owned())
+    let any = |kind: &Resource, namespace: &str, names: &dyn Fn(&Value) -> bool| {
+        let row = registry.row(kind).clone();
+        registry.cache.list(&row, namespace).1.iter().any(|one| names(&one.parse()))
+    };
+    let (namespace, name) = (asked.namespace.as_str(), asked.name.as_str());
+    let is_named = match asked.plural.as_str() {
+        "secrets" => {
+            any(&kinds::INGRESSES, namespace, &|one| ingress_names(one, name))
+                || any(&kinds::GATEWAYS, "", &|one| refers(one, "/spec/listeners", namespace, name))
+                || any(&kinds::GATEWAYS, "", &|one| client_certificate(one, namespace, name))
+                || any(&kinds::LISTENER_SETS, "", &|one| refers(one, "/spec/listeners", namespace, name))
+        }
+        "configmaps" => {
+            any(&kinds::GATEWAYS, "", &|one| authorities(one, namespace, name))
+                || any(&kinds::BACKEND_TLS_POLICIES, namespace, &|one| {
+                    list(one, "/spec/validation/caCertificateRefs").any(|one| is(one, name))
+                })
+        }
+        _ => return None,
+    };
+    let known = !namespace.is_empty() && !name.is_empty() && is_named;
+    (!known).then(|| "no Ingress and no Gateway names this object".to_owned())
 }
 
-fn names(ingress: &Value, secret: &str) -> bool {
-    let tls = ingress.pointer("/spec/tls").and_then(Value::as_array);
-    tls.is_some_and(|all| all.iter().any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret)))
+fn ingress_names(ingress: &Value, secret: &str) -> bool {
+    list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
+}
+
+fn list<'a>(object: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> {
+    object.pointer(pointer).and_then(Value::as_array).into_iter().flatten()
+}
+
+fn is(reference: &Value, name: &str) -> bool {
+    reference.get("name").and_then(Value::as_str) == Some(name)
+}
+
+/// A reference of `object` that means this namespace and name; its own namespace if it says none.
+fn leads(object: &Value, reference: &Value, namespace: &str, name: &str) -> bool {
+    let own = object.pointer("/metadata/namespace").and_then(Value::as_str).unwrap_or_default();
+    let of = reference.get("namespace").and_then(Value::as_str).unwrap_or(own);
+    of == namespace && is(reference, name)
+}
+
+fn refers(object: &Value, listeners: &str, namespace: &str, name: &str) -> bool {
+    let references = list(object, listeners).flat_map(|one| list(one, "/tls/certificateRefs"));
+    references.into_iter().any(|one| leads(object, one, namespace, name))
+}
+
+fn client_certificate(gateway: &Value, namespace: &str, name: &str) -> bool {
+    let reference = gateway.pointer("/spec/tls/backend/clientCertificateRef");
+    reference.is_some_and(|one| leads(gateway, one, namespace, name))
+}
+
+fn authorities(gateway: &Value, namespace: &str, name: &str) -> bool {
+    let of_all = list(gateway, "/spec/tls/frontend/default/validation/caCertificateRefs");
+    let of_ports =
+        list(gateway, "/spec/tls/frontend/perPort").flat_map(|one| list(one, "/tls/validation/caCertificateRefs"));
+    of_all.chain(of_ports).any(|one| leads(gateway, one, namespace, name))
 }
 
 #[cfg(test)]
@@ -33,7 +83,22 @@ mod tests {
     #[test]
     fn a_secret_is_named_by_its_whole_name() {
         let ingress = json!({"spec": {"tls": [{"hosts": ["a.example"]}, {"secretName": "shop"}]}});
-        assert!(names(&ingress, "shop"));
-        assert!(!names(&ingress, "sho") && !names(&ingress, "") && !names(&json!({}), "shop"));
+        assert!(ingress_names(&ingress, "shop"));
+        assert!(!ingress_names(&ingress, "sho") && !ingress_names(&ingress, "") && !ingress_names(&json!({}), "shop"));
+    }
+
+    #[test]
+    fn a_gateway_names_secrets_and_authorities_of_its_namespace_and_of_others() {
+        let gateway = json!({"metadata": {"namespace": "edge"}, "spec": {
+            "listeners": [{"tls": {"certificateRefs": [{"name": "own"}, {"name": "far", "namespace": "shop"}]}}],
+            "tls": {"backend": {"clientCertificateRef": {"name": "me"}},
+                "frontend": {"default": {"validation": {"caCertificateRefs": [{"name": "ca"}]}},
+                    "perPort": [{"port": 443, "tls": {"validation": {"caCertificateRefs": [{"name": "ca2", "namespace": "shop"}]}}}]}}}});
+        let named = |namespace: &str, name: &str| refers(&gateway, "/spec/listeners", namespace, name);
+        assert!(named("edge", "own") && named("shop", "far"));
+        assert!(!named("shop", "own") && !named("edge", "far"));
+        assert!(client_certificate(&gateway, "edge", "me") && !client_certificate(&gateway, "shop", "me"));
+        assert!(authorities(&gateway, "edge", "ca") && authorities(&gateway, "shop", "ca2"));
+        assert!(!authorities(&gateway, "edge", "ca2"));
     }
 }

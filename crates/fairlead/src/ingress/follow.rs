@@ -3,9 +3,9 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use api::kinds::{INGRESS_CLASSES, INGRESSES, SERVICES};
+use api::kinds::{INGRESS_CLASSES, INGRESSES, SECRETS, SERVICES};
 use api::object::Key;
-use ingress::{Certificates, Compiler, Ingress, IngressClass, LoadBalancerIngress, RouteTable, Swap};
+use ingress::{Certificates, Compiler, Ingress, IngressClass, LoadBalancerIngress, RouteTable, SecretState, Swap};
 use reconcile::{Change, Scope, ServiceFeed};
 use serde::Deserialize;
 use services::Changes;
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::report::Report;
-use super::secrets::Secrets;
+use super::secrets::Followed;
 
 /// How long people's news may gather before they are written; requests never wait for it.
 const GATHER: Duration = Duration::from_millis(200);
@@ -78,7 +78,8 @@ impl Follower {
         let mut ingresses: mpsc::Receiver<Change<Ingress>> = reconcile::watch(&self.client, &INGRESSES, Scope::all());
         let mut classes: mpsc::Receiver<Change<IngressClass>> =
             reconcile::watch(&self.client, &INGRESS_CLASSES, Scope::all());
-        let (mut secrets, mut secret_states) = Secrets::new(self.client.clone(), token.clone());
+        let (mut secrets, mut secret_states) =
+            Followed::new(self.client.clone(), SECRETS, SecretState::of, token.clone());
         let mut published = publish.as_ref().map(|key| {
             let field_selector = format!("metadata.name={}", key.name);
             let scope = Scope { namespace: key.namespace.clone(), field_selector, ..Scope::default() };

@@ -1,35 +1,44 @@
-//! Follows the Secrets that Ingresses name, each by its own watch: no other Secret is ever asked for.
+//! Follows objects that Ingresses and Gateways name, each by its own watch: no other is ever asked for.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use api::kinds::SECRETS;
+use api::Resource;
 use api::object::Key;
-use ingress::SecretState;
 use reconcile::{Change, Scope};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Only what a certificate is made of.
+/// Only the data of a Secret or ConfigMap.
 #[derive(Deserialize)]
-struct Secret {
+struct Data {
     #[serde(default)]
     data: HashMap<String, String>,
 }
 
-/// The Secrets that are followed now.
-pub struct Secrets {
+/// What an object's data comes to; `None`: there is no such object.
+type Reading<S> = fn(Option<&HashMap<String, String>>) -> S;
+
+/// The objects of one kind that are followed now.
+pub struct Followed<S> {
     client: kube::Client,
+    resource: Resource,
+    read: Reading<S>,
     followed: BTreeMap<Key, CancellationToken>,
-    sender: mpsc::Sender<(Key, SecretState)>,
+    sender: mpsc::Sender<(Key, S)>,
     token: CancellationToken,
 }
 
-impl Secrets {
+impl<S: Send + 'static> Followed<S> {
     /// What is seen comes out of the receiver.
-    pub fn new(client: kube::Client, token: CancellationToken) -> (Self, mpsc::Receiver<(Key, SecretState)>) {
+    pub fn new(
+        client: kube::Client,
+        resource: Resource,
+        read: Reading<S>,
+        token: CancellationToken,
+    ) -> (Self, mpsc::Receiver<(Key, S)>) {
         let (sender, receiver) = mpsc::channel(64);
-        (Secrets { client, followed: BTreeMap::new(), sender, token }, receiver)
+        (Followed { client, resource, read, followed: BTreeMap::new(), sender, token }, receiver)
     }
 
     /// Follows these, and no others any more.
@@ -45,25 +54,34 @@ impl Secrets {
             if !self.followed.contains_key(key) {
                 let token = self.token.child_token();
                 self.followed.insert(key.clone(), token.clone());
-                tokio::spawn(follow(self.client.clone(), key.clone(), self.sender.clone(), token));
+                let one =
+                    follow(self.client.clone(), self.resource, key.clone(), self.read, self.sender.clone(), token);
+                tokio::spawn(one);
             }
         }
     }
 }
 
-async fn follow(client: kube::Client, key: Key, sender: mpsc::Sender<(Key, SecretState)>, token: CancellationToken) {
+async fn follow<S: Send + 'static>(
+    client: kube::Client,
+    resource: Resource,
+    key: Key,
+    read: Reading<S>,
+    sender: mpsc::Sender<(Key, S)>,
+    token: CancellationToken,
+) {
     let field_selector = format!("metadata.name={}", key.name);
     let scope = Scope { namespace: key.namespace.clone(), field_selector, ..Scope::default() };
-    let mut changes = reconcile::watch::<Secret>(&client, &SECRETS, scope);
+    let mut changes = reconcile::watch::<Data>(&client, &resource, scope);
     loop {
         let change = tokio::select! {
             change = changes.recv() => change,
             () = token.cancelled() => return,
         };
         let state = match change {
-            Some(Change::Reset(all)) => SecretState::of(all.first().map(|secret| &secret.data)),
-            Some(Change::Apply(secret)) => SecretState::of(Some(&secret.data)),
-            Some(Change::Delete(_)) => SecretState::of(None),
+            Some(Change::Reset(all)) => read(all.first().map(|held| &held.data)),
+            Some(Change::Apply(held)) => read(Some(&held.data)),
+            Some(Change::Delete(_)) => read(None),
             None => return,
         };
         // Whoever listened has ended.

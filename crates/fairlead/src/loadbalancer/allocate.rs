@@ -8,7 +8,7 @@ use api::kinds::{IP_ADDRESS_POOLS, NAMESPACES, SERVICES};
 use api::object::{Key, Metadata};
 use futures::StreamExt;
 use jiff::Timestamp;
-use loadbalancer::{Allocator, Pool, PoolObject, Service};
+use loadbalancer::{Allocator, Metrics, Pool, PoolObject, Service};
 use reconcile::{Api, Change, EventKind, ObjectRef, Patch, Recorder, Scope};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use super::{LEASE, NAMESPACE, key};
+use super::{LEASE, NAMESPACE, key, update};
 use crate::ingress::leader::{self, Terms};
 
 /// How many writes are under way at a time.
@@ -43,7 +43,13 @@ struct Known {
 }
 
 /// Gives addresses until the token is cancelled. Services without a class are ours, too, if `is_default`.
-pub async fn run(client: kube::Client, identity: String, is_default: bool, token: CancellationToken) {
+pub async fn run(
+    client: kube::Client,
+    identity: String,
+    is_default: bool,
+    metrics: Arc<Metrics>,
+    token: CancellationToken,
+) {
     let (leads, mut leads_seen) = watch::channel(false);
     let lease = Key::new(NAMESPACE, LEASE);
     let leading = tokio::spawn(leader::run(client.clone(), lease, identity.clone(), Terms::CALM, leads, token.clone()));
@@ -61,6 +67,7 @@ pub async fn run(client: kube::Client, identity: String, is_default: bool, token
         refused: BTreeMap::new(),
         counted: BTreeMap::new(),
         told: BTreeSet::new(),
+        metrics,
     };
     let mut again = false;
     loop {
@@ -107,14 +114,6 @@ pub async fn run(client: kube::Client, identity: String, is_default: bool, token
     leading.await.ok();
 }
 
-fn update<T, K: Ord, V>(held: &mut BTreeMap<K, V>, change: Change<T>, key: impl Fn(&T) -> K, value: impl Fn(T) -> V) {
-    match change {
-        Change::Reset(all) => *held = all.into_iter().map(|one| (key(&one), value(one))).collect(),
-        Change::Apply(one) => drop(held.insert(key(&one), value(one))),
-        Change::Delete(one) => drop(held.remove(&key(&one))),
-    }
-}
-
 struct Work {
     services: Api,
     pools: Api,
@@ -129,6 +128,7 @@ struct Work {
     counted: BTreeMap<Key, [u64; 4]>,
     /// What is wrong with pools, as it was told.
     told: BTreeSet<(Key, String)>,
+    metrics: Arc<Metrics>,
 }
 
 impl Work {
@@ -229,6 +229,12 @@ impl Work {
         let clamp = |count: u128| u64::try_from(count).unwrap_or(u64::MAX).min(i64::MAX as u64);
         let pools: Vec<(String, [u64; 2])> =
             self.allocator.pools().map(|p| (p.name.clone(), [clamp(p.size(true)), clamp(p.size(false))])).collect();
+        let in_use = pools.iter().map(|(name, [four, six])| {
+            let (used_four, used_six) = self.allocator.used(name);
+            (name.clone(), (used_four + used_six, four.saturating_add(*six)))
+        });
+        let in_use = in_use.collect();
+        self.metrics.write().pools = in_use;
         for (name, [four, six]) in pools {
             let Some(key) = known.pools.keys().find(|key| key.name == name).cloned() else { continue };
             let (used_four, used_six) = self.allocator.used(&name);

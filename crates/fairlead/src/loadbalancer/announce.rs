@@ -9,26 +9,23 @@ use api::ObjectExt;
 use api::kinds::{IP_ADDRESS_POOLS, L2_ADVERTISEMENTS, NAMESPACES, NODES, SERVICES};
 use api::object::Key;
 use loadbalancer::layer2::{Announcer, Config, Notice, Orders};
-use loadbalancer::{Advertisement, AdvertisementObject, Plan, Pool, PoolObject};
+use loadbalancer::{Advertisement, AdvertisementObject, Metrics, Plan, Pool, PoolObject};
 use reconcile::{Api, Change, EventKind, Named, ObjectRef, Recorder, Scope, ServiceFeed};
-use services::{Changes, ServiceTable, TrafficPolicy};
+use services::{Changes, TrafficPolicy};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{NAMESPACE, TIE, key};
+use super::{DRAINING, EXCLUDED, GATHER, NAMESPACE, TIE, key, serving_nodes};
 use crate::ingress::leader::{self, Terms};
 use crate::node_object;
 
-/// How long changes may gather; a new address is announced at most this much later.
-const GATHER: Duration = Duration::from_millis(10);
 /// When the API server is asked again for what the announcer has to know before it starts.
 const AGAIN: Duration = Duration::from_secs(1);
-/// A node with this label announces nothing, and has no vote.
-const EXCLUDED: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 
 /// The node that announces.
+#[derive(Clone)]
 pub struct Node {
     pub name: String,
     /// The primary one first.
@@ -36,7 +33,7 @@ pub struct Node {
 }
 
 /// Announces until the token is cancelled. A host that cannot says so, and goes on without.
-pub async fn run(client: kube::Client, feed: ServiceFeed, node: Node, token: CancellationToken) {
+pub async fn run(client: kube::Client, feed: ServiceFeed, node: Node, metrics: Arc<Metrics>, token: CancellationToken) {
     // Before the table is read, so that no change is missed.
     let changes = feed.subscribe();
     let Some(cluster) = cluster_id(&client, &token).await else { return };
@@ -50,7 +47,7 @@ pub async fn run(client: kube::Client, feed: ServiceFeed, node: Node, token: Can
     let (said, notices) = mpsc::unbounded_channel();
     // At the end nobody listens any more.
     let tell = move |notice| said.send(notice).unwrap_or_default();
-    let announcer = match Announcer::start(config, tell) {
+    let announcer = match Announcer::start(config, metrics.clone(), tell) {
         Ok(announcer) => announcer,
         Err(error) => {
             warn!(%error, "this node announces no LoadBalancer addresses");
@@ -68,6 +65,8 @@ pub async fn run(client: kube::Client, feed: ServiceFeed, node: Node, token: Can
         lists: [false; 3],
         recorder: Recorder::new(&client, "fairlead-layer2", &node.name),
         name: node.name,
+        held: BTreeSet::new(),
+        metrics,
     };
     follower.run(&client, changes, &announcer, notices, tie_seen, token).await;
     // It withdraws when it is dropped, which waits for its thread.
@@ -98,8 +97,13 @@ async fn cluster_id(client: &kube::Client, token: &CancellationToken) -> Option<
 /// A node as a candidate.
 struct Candidate {
     address: Option<IpAddr>,
+    /// It turns away, and serves what still comes.
+    is_draining: bool,
     labels: BTreeMap<String, String>,
 }
+
+/// An advertisement, and the nodes that announce by it.
+type Announced<'a> = (&'a Advertisement, BTreeSet<String>);
 
 struct Follower {
     feed: ServiceFeed,
@@ -110,6 +114,9 @@ struct Follower {
     lists: [bool; 3],
     recorder: Recorder,
     name: String,
+    /// What the announcer says here.
+    held: BTreeSet<IpAddr>,
+    metrics: Arc<Metrics>,
 }
 
 impl Follower {
@@ -140,6 +147,7 @@ impl Follower {
                 () = token.cancelled() => return,
                 () = order => {
                     due = None;
+                    self.count();
                     let orders = if self.lists == [true; 3] { self.orders() } else { last.clone() };
                     if orders != last {
                         announcer.set_orders(orders.clone());
@@ -173,6 +181,7 @@ impl Follower {
     fn take_node(&mut self, change: Change<node_object::Node>) {
         let candidate = |node: &node_object::Node| Candidate {
             address: node.addresses().first().copied(),
+            is_draining: node.taints().any(|taint| taint == DRAINING),
             labels: node.metadata().labels.clone(),
         };
         match change {
@@ -230,38 +239,71 @@ impl Follower {
         let members: BTreeMap<String, IpAddr> =
             nodes.filter_map(|(name, node)| Some((name.clone(), node.address?))).collect();
         let mut plan = Plan { members: members.keys().cloned().collect(), addresses: BTreeMap::new() };
-        // For each pool, who announces it: nobody where no advertisement names it.
-        let by_pool: Vec<(&Pool, BTreeSet<String>)> = self
+        let mut interfaces: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
+        // For each pool, its advertisements and who announces by each: nobody where none names it.
+        let by_pool: Vec<(&Pool, Vec<Announced<'_>>)> = self
             .pools
             .values()
             .map(|pool| {
-                let named: Vec<&Advertisement> = self.advertisements.values().filter(|one| one.is_of(pool)).collect();
-                let allowed = members.keys().filter(|name| {
-                    self.nodes.get(*name).is_some_and(|node| named.iter().any(|one| one.allows_node(&node.labels)))
-                });
-                (pool, allowed.cloned().collect())
+                let named = self.advertisements.values().filter(|one| one.is_of(pool));
+                let allowed = |one: &Advertisement| {
+                    let may = |name: &&String| self.nodes.get(*name).is_some_and(|node| one.allows_node(&node.labels));
+                    members.keys().filter(may).cloned().collect()
+                };
+                (pool, named.map(|one| (one, allowed(one))).collect())
             })
             .collect();
+        let is_draining = |name: &String| self.nodes.get(name).is_some_and(|node| node.is_draining);
+        let unlabelled = BTreeMap::new();
         let table = self.feed.table.read().unwrap_or_else(PoisonError::into_inner);
         for service in table.services() {
+            let labels = service.labels.as_deref().unwrap_or(&unlabelled);
             for address in &service.load_balancer_ips {
-                let Some((_, allowed)) = by_pool.iter().find(|(pool, _)| pool.contains(*address)) else { continue };
-                let mut allowed = allowed.clone();
+                let Some((_, named)) = by_pool.iter().find(|(pool, _)| pool.contains(*address)) else { continue };
+                let of_service = || named.iter().filter(|(one, _)| one.is_for(labels));
+                let mut allowed: BTreeSet<String> = of_service().flat_map(|(_, names)| names).cloned().collect();
                 if service.external_policy == TrafficPolicy::Local {
                     let serving = serving_nodes(&table, &service.namespace, &service.name);
                     allowed.retain(|name| serving.contains(name.as_str()));
                 }
+                if allowed.iter().any(|name| !is_draining(name)) {
+                    allowed.retain(|name| !is_draining(name));
+                }
                 if let Some(Some(others)) = plan.addresses.get(address) {
                     allowed.retain(|name| others.contains(name));
+                }
+                // One that names no interface means all of the node's own.
+                if of_service().all(|(one, _)| !one.interfaces.is_empty()) {
+                    let names = of_service().flat_map(|(one, _)| &one.interfaces).cloned();
+                    interfaces.entry(*address).or_default().extend(names);
                 }
                 plan.addresses.insert(*address, (allowed.len() < members.len()).then_some(allowed));
             }
         }
-        Orders { plan, members }
+        Orders { plan, members, interfaces }
+    }
+
+    /// What a scrape is told of what is announced here.
+    fn count(&self) {
+        let table = self.feed.table.read().unwrap_or_else(PoisonError::into_inner);
+        let announced = table.services().flat_map(|service| {
+            let here = service.load_balancer_ips.iter().filter(|ip| self.held.contains(ip));
+            here.map(move |ip| (format!("{}/{}", service.namespace, service.name), *ip, "layer2"))
+        });
+        let mut announced: BTreeSet<(String, IpAddr, &'static str)> = announced.collect();
+        let mut counts = self.metrics.write();
+        counts.announced.retain(|(.., protocol)| *protocol != "layer2");
+        counts.announced.append(&mut announced);
     }
 
     /// An event for each Service whose address came here, in MetalLB's words, or is another host's, too.
-    fn tell(&self, notice: &Notice) {
+    fn tell(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Took(addresses) => self.held.extend(addresses),
+            Notice::Lost(addresses) => self.held.retain(|address| !addresses.contains(address)),
+            Notice::Conflict(..) => {}
+        }
+        self.count();
         let (addresses, kind, reason, message) = match notice {
             Notice::Took(addresses) => {
                 let message = format!("announcing from node \"{}\" with protocol \"layer2\"", self.name);
@@ -282,11 +324,4 @@ impl Follower {
             self.recorder.event(&about, kind, reason, message.clone());
         }
     }
-}
-
-/// Nodes with ready endpoints, or, if there are none at all, with those that still serve.
-fn serving_nodes(table: &ServiceTable, namespace: &str, name: &str) -> BTreeSet<Arc<str>> {
-    let all = || table.slices(namespace, name).flat_map(|slice| &slice.endpoints);
-    let ready: BTreeSet<Arc<str>> = all().filter(|one| one.ready).filter_map(|one| one.node.clone()).collect();
-    if ready.is_empty() { all().filter(|one| one.serving).filter_map(|one| one.node.clone()).collect() } else { ready }
 }

@@ -4,13 +4,14 @@
 use crate::alone::MOUNT_BINARY;
 use crate::cluster::{Cluster, kubectls};
 use crate::death::{expect, until};
+use crate::gateway;
 use crate::load::{Load, Manner};
 
 const NODES: u8 = 2;
 const SECONDS: u32 = 120;
 
 /// Two Deployments with a Service each, and an Ingress with a host, two paths and TLS.
-const OBJECTS: &str = r#"
+pub const OBJECTS: &str = r#"
 apiVersion: apps/v1
 kind: Deployment
 metadata: {name: one}
@@ -70,7 +71,7 @@ spec:
 "#;
 
 /// A Secret with a certificate for this name.
-fn secret(name: &str, host: &str) -> String {
+pub fn secret(name: &str, host: &str) -> String {
     let key = rcgen::KeyPair::generate().expect("a key");
     let mut params = rcgen::CertificateParams::new(vec![host.to_owned()]).expect("a name");
     params.distinguished_name.push(rcgen::DnType::CommonName, format!("{host} number {name}"));
@@ -106,7 +107,7 @@ fn curl(cluster: &Cluster, node: u8, flags: &str, scheme: &str, port: &str, path
     cluster.run(&line, "", SECONDS).output
 }
 
-fn apply(cluster: &Cluster, text: &str) {
+pub fn apply(cluster: &Cluster, text: &str) {
     let seen = cluster.run("kubectl apply -f -", text, SECONDS);
     assert!(seen.success, "{}", seen.output);
 }
@@ -216,6 +217,7 @@ fn alone(cluster: &Cluster) {
     until("the one alone answers", || {
         (1..=NODES).any(|node| curl(cluster, node, "", "https", &https, "/apart").contains("nginx:test2 on "))
     });
+    gateway::alone(cluster);
     let both = |port: &str, path: &str| {
         (1..=NODES).map(|node| curl(cluster, node, "", "http", port, path)).collect::<Vec<_>>().concat()
     };
@@ -226,6 +228,9 @@ fn alone(cluster: &Cluster) {
         ("watch endpointslices -A", true),
         ("patch ingresses --subresource=status -A", true),
         ("patch ingresses -A", false),
+        ("watch gateways -A", true),
+        ("patch gateways --subresource=status -A", true),
+        ("patch gateways -A", false),
         ("list pods -A", false),
         ("create secrets -A", false),
         ("update leases/fairlead-ingress-controller -n kube-system", true),

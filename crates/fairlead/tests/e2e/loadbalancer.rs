@@ -11,6 +11,7 @@ use linux::link::{Links, Mac};
 use linux::netns::Netns;
 use linux::packet::{PacketSocket, Protocol};
 
+use crate::alone::MOUNT_BINARY;
 use crate::cluster::{Cluster, kubectls};
 use crate::death::{expect, until};
 
@@ -43,7 +44,7 @@ spec: {addresses: [198.51.100.1-198.51.100.1], autoAssign: false}
 "#;
 
 /// One request from a place, and what was answered.
-fn get(place: &Netns, address: IpAddr, patience: Duration) -> Option<String> {
+pub fn get(place: &Netns, address: IpAddr, patience: Duration) -> Option<String> {
     let ask = || {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(address, 80), patience).ok()?;
         stream.set_read_timeout(Some(patience)).ok()?;
@@ -204,4 +205,130 @@ fn an_address_outlives_the_node_that_announces_it() {
     let silence = after[0].0 - killed;
     println!("announced {silence:?} after the kill, {} ARP packets seen", said.len());
     assert!(gap < Duration::from_secs(5), "{gap:?}");
+}
+
+/// A pool for who asks for it, announced only for Services with a label, and only where there is such an interface.
+const PICKY: &str = r#"
+apiVersion: metallb.io/v1beta1
+kind: IPAddressPool
+metadata: {name: picky, namespace: kube-system}
+spec: {addresses: [192.168.49.120-192.168.49.121], autoAssign: false}
+---
+apiVersion: metallb.io/v1beta1
+kind: L2Advertisement
+metadata: {name: picky, namespace: kube-system}
+spec:
+  ipAddressPools: [picky]
+  interfaces: [INTERFACE]
+  serviceSelectors: [{matchLabels: {announced: "yes"}}]
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: picky
+  annotations: {metallb.io/address-pool: picky}
+spec:
+  type: LoadBalancer
+  loadBalancerClass: fairlead.io/loadbalancer
+  selector: {app: web}
+  ports: [{port: 80}]
+"#;
+
+#[test]
+fn alone_it_serves_a_cluster_that_has_no_other() {
+    let cluster = Cluster::up_with(&kubectls()[0], NODES, &["--load-balancer", "off"]);
+    let cluster = &cluster;
+    let applied = cluster.run("kubectl apply -f -", OBJECTS, 60);
+    assert!(applied.success, "{}", applied.output);
+    expect(cluster, "kubectl rollout status deployment/web --timeout=100s");
+    let deploy = format!(
+        "set -e\nkubectl apply -f $EXAMPLES/loadbalancer/loadbalancer.yaml\nkind=daemonset name=fairlead-load-balancer\n\
+         {MOUNT_BINARY}\nkubectl --namespace=kube-system rollout status daemonset/fairlead-load-balancer --timeout=60s"
+    );
+    // Nobody was there before.
+    let status = "kubectl get service web -o jsonpath='{.status.loadBalancer.ingress[*].ip}'";
+    assert_eq!(expect(cluster, status).trim(), "");
+    expect(cluster, &deploy.replace("$BINARY", env!("CARGO_BIN_EXE_fairlead")));
+    until("the Service has two addresses", || expect(cluster, status).trim().split(' ').count() == 2);
+    let addresses: Vec<IpAddr> =
+        expect(cluster, status).split(' ').map(|text| text.trim().parse().expect("an address")).collect();
+    let id = lab::id_of(cluster.data_dir().as_ref()).expect("the cluster has an id");
+    let lab = lab::Lab::open(&id).expect("the cluster is a lab");
+    let outside = lab.outside().expect("the outside is there");
+    for address in &addresses {
+        until("outside reaches it", || get(&outside, *address, Duration::from_secs(1)).is_some());
+    }
+
+    // A label decides whether an address is announced, and an interface where.
+    let node = lab.node("node-1").expect("a node");
+    let own = node.addresses()[0];
+    let links = Links::open(&node.namespace().expect("its namespace")).expect("its links");
+    let held = links.addresses().expect("listed");
+    let link = held.into_iter().find(|one| one.address.addr() == own).expect("it has its address").link;
+    let applied = cluster.run("kubectl apply -f -", &PICKY.replace("INTERFACE", &link), 60);
+    assert!(applied.success, "{}", applied.output);
+    let picky = "kubectl get service picky -o jsonpath='{.status.loadBalancer.ingress[0].ip}'";
+    until("it has an address", || expect(cluster, picky).starts_with("192.168.49.12"));
+    let address: IpAddr = expect(cluster, picky).trim().parse().expect("an address");
+    let events = "kubectl get events --field-selector reason=nodeAssigned,involvedObject.name=picky -o name";
+    assert_eq!(expect(cluster, events).trim(), "", "no advertisement is for it");
+    assert!(get(&outside, address, Duration::from_secs(1)).is_none());
+    expect(cluster, "kubectl label service picky announced=yes");
+    until("an event names its owner", || !expect(cluster, events).trim().is_empty());
+    until("outside reaches it, too", || get(&outside, address, Duration::from_secs(1)).is_some());
+
+    // One node tells that it announces it.
+    let scrape = |node: u8| {
+        let line = format!(
+            "fairlead node exec --data-dir $DIR outside -- curl -s --max-time 3 http://192.168.49.{}:7472/metrics",
+            node + 1
+        );
+        expect(cluster, &line)
+    };
+    let told = "metallb_speaker_announced{service=\"default/picky\",protocol=\"layer2\",";
+    until("a metric tells", || (1..=NODES).filter(|node| scrape(*node).contains(told)).count() == 1);
+
+    let account = "system:serviceaccount:kube-system:fairlead-load-balancer";
+    for (line, allowed) in [
+        ("watch services -A", true),
+        ("patch services --subresource=status -A", true),
+        ("patch services -A", false),
+        ("list pods -A", false),
+        ("list secrets -A", false),
+        ("update leases/fairlead-layer2 -n kube-system", true),
+        ("update leases/another -n kube-system", false),
+    ] {
+        let seen = cluster.run(&format!("kubectl auth can-i --as={account} {line}"), "", 60);
+        assert_eq!(seen.success, allowed, "{line}: {}", seen.output);
+    }
+    // Without rights it says which, and whom to ask.
+    expect(cluster, "kubectl delete clusterrolebinding fairlead-load-balancer");
+    let line = "set -e
+        cp $KUBECONFIG $TMP/alone.conf
+        token=$(kubectl --namespace=kube-system create token fairlead-load-balancer)
+        export KUBECONFIG=$TMP/alone.conf
+        kubectl config unset users
+        kubectl config set-credentials fairlead-user --token=$token
+        fairlead loadbalancer --kubeconfig $TMP/alone.conf --metrics-bind-address 127.0.0.1:0";
+    let seen = cluster.run(line, "", 60);
+    assert!(
+        !seen.success && seen.output.contains("fairlead-load-balancer of examples/loadbalancer"),
+        "{}",
+        seen.output
+    );
+}
+
+#[test]
+fn flags_of_the_load_balancer_that_cannot_be_meant_are_refused() {
+    let cluster = Cluster::new(&kubectls()[0]);
+    for (flags, part) in [
+        ("--metrics-bind-address 127.0.0.1", "invalid socket address"),
+        ("--kubeconfig /nowhere --metrics-bind-address 127.0.0.1:0", "/nowhere"),
+        ("--load-balancer-classless maybe", "possible values: on, off"),
+        ("--node-ip nowhere", "invalid IP address"),
+        ("--metrics-bind-address 127.0.0.1:0", "there is no --kubeconfig, and this is no pod"),
+    ] {
+        let seen = cluster.run(&format!("fairlead loadbalancer {flags}"), "", 60);
+        assert!(!seen.success && seen.output.contains(part), "{flags}: {}", seen.output);
+    }
 }

@@ -3,10 +3,12 @@
 //! docs/testing.md describes the scripts in `tests/cases`. Each test has a cluster of its own.
 
 mod alone;
+mod bgp;
 mod cluster;
 mod daemon;
 mod death;
 mod dns;
+mod gateway;
 mod handover;
 mod ingress;
 mod load;
@@ -18,6 +20,7 @@ mod script;
 mod standalone;
 mod uplink;
 mod variants;
+mod vip;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

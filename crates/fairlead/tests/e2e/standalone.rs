@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use lab::{Lab, LabConfig, LabNode};
 
 use crate::cluster::{Cluster, kubectls};
-use crate::death::{answers, containers, expect, leftovers};
+use crate::death::{answers, containers, expect, leftovers, until};
 use crate::script::Script;
 use crate::{play, settle};
 
@@ -82,6 +82,9 @@ fn end(mut role: Child) {
     let asked = Command::new("kill").arg(role.id().to_string()).status().expect("kill can be run");
     assert!(asked.success());
     role.wait().expect("a role can be waited for");
+    // Those below it end by themselves, and whoever was between them and `timeout` is gone sooner.
+    let group = nix::unistd::Pid::from_raw(-(role.id() as i32));
+    until("the role has ended", || nix::sys::signal::kill(group, None).is_err());
 }
 
 /// Starts the control plane on the first host, and takes from what it prints how to join.

@@ -6,7 +6,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::HeaderMap;
+use http::header::{HOST, HeaderMap};
+use http::uri::{Authority, Scheme};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::ext::ReasonPhrase;
 use tokio::time::error::Elapsed;
@@ -15,8 +16,9 @@ use tokio::time::{Instant, timeout};
 use super::balance::{Active, pick};
 use super::body::{Answered, RequestBody, Trouble, Troubles};
 use super::http1::{Exchange, Http1, RequestHead};
-use super::pool::{Connection, Http2};
+use super::pool::{Connection, Http2, Peer};
 use super::worker::Worker;
+use crate::gateway::{BackendTls, Identity};
 use crate::policy::{BackendProtocol, Policy};
 use crate::route::Route;
 use crate::sticky::Wish;
@@ -31,7 +33,7 @@ pub type Answer = (StatusCode, &'static str);
 pub const NOBODY: Answer = (StatusCode::SERVICE_UNAVAILABLE, "the Service has no endpoint that is ready\n");
 const UNREACHED: Answer = (StatusCode::BAD_GATEWAY, "no endpoint could be reached\n");
 pub const BROKEN: Answer = (StatusCode::BAD_GATEWAY, "the endpoint broke off\n");
-const LATE: Answer = (StatusCode::GATEWAY_TIMEOUT, "the endpoint did not answer in time\n");
+pub const LATE: Answer = (StatusCode::GATEWAY_TIMEOUT, "the endpoint did not answer in time\n");
 
 /// The head of a request, to be sent maybe more than once.
 pub struct Head {
@@ -40,16 +42,50 @@ pub struct Head {
     pub headers: HeaderMap,
 }
 
+impl Head {
+    /// HTTP/2 has the host beside the path.
+    ///
+    /// # Errors
+    /// The host is none.
+    pub fn make_http2(&mut self) -> Result<(), Answer> {
+        let authority = self.headers.remove(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+        let mut uri = std::mem::take(&mut self.uri).into_parts();
+        (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
+        self.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
+        Ok(())
+    }
+
+    pub fn copy(&self) -> Head {
+        Head { method: self.method.clone(), uri: self.uri.clone(), headers: self.headers.clone() }
+    }
+
+    pub fn over_http1(&self) -> RequestHead<'_> {
+        RequestHead { method: &self.method, uri: &self.uri, headers: &self.headers }
+    }
+
+    pub fn over_http2(&self, body: RequestBody) -> Request<RequestBody> {
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        *request.headers_mut() = self.headers.clone();
+        *request.version_mut() = Version::HTTP_2;
+        request
+    }
+}
+
 /// The answer of an endpoint.
 pub struct Sent {
     pub response: Response<Answered>,
     pub active: Active,
+    pub peer: Peer,
 }
 
 /// The tries of one request.
 pub struct Attempts<'a> {
     pub worker: &'a Arc<Worker>,
     pub policy: &'a Policy,
+    pub tls: Option<Arc<BackendTls>>,
+    pub identity: Option<Arc<Identity>>,
     pub upstream: &'a Upstream,
     pub targets: &'a Targets,
     pub protocol: BackendProtocol,
@@ -147,9 +183,10 @@ impl Attempts<'_> {
         may_repeat: bool,
         is_fresh: bool,
     ) -> Result<Sent, Failed> {
-        let (pool, policy, address) = (&self.worker.pool, self.policy, endpoint.address);
+        let (pool, policy) = (&self.worker.pool, self.policy);
+        let peer = Peer { address: endpoint.address, tls: self.tls.clone(), identity: self.identity.clone() };
         let active = Active::new(endpoint.clone());
-        let connection = pool.get(address, self.protocol, is_fresh, policy.connect_timeout).await.map_err(|error| {
+        let connection = pool.get(&peer, self.protocol, is_fresh, policy.connect_timeout).await.map_err(|error| {
             let late = error.kind() == std::io::ErrorKind::TimedOut;
             Failed::Unsent(if late { LATE } else { UNREACHED })
         })?;
@@ -158,13 +195,13 @@ impl Attempts<'_> {
                 self.over_http1(connection, is_reused, head, body, may_repeat).await?
             }
             // Rarely there, and large: in a box it costs the others nothing.
-            Connection::Http2(sender) => Box::pin(self.over_http2(sender, address, head, body, may_repeat)).await?,
+            Connection::Http2(sender) => Box::pin(self.over_http2(sender, &peer, head, body, may_repeat)).await?,
         };
         if may_repeat && policy.retry.on_status.contains(response.status().as_u16()) {
             return Err(Failed::Sent(BROKEN));
         }
         endpoint.succeeded();
-        Ok(Sent { response, active })
+        Ok(Sent { response, active, peer })
     }
 
     async fn over_http1(
@@ -175,8 +212,7 @@ impl Attempts<'_> {
         body: &mut RequestBody,
         may_repeat: bool,
     ) -> Result<Response<Answered>, Failed> {
-        let said = RequestHead { method: &head.method, uri: &head.uri, headers: &head.headers };
-        let mut exchange = Box::new(Exchange::new(connection, said, std::mem::take(body)));
+        let mut exchange = Box::new(Exchange::new(connection, head.over_http1(), std::mem::take(body)));
         match self.answered(poll_fn(|cx| exchange.poll_head(cx))).await {
             Ok(Ok(read)) => {
                 let mut response = Response::new(Answered::Http1(exchange));
@@ -209,20 +245,16 @@ impl Attempts<'_> {
     async fn over_http2(
         &self,
         mut sender: Http2,
-        address: SocketAddr,
+        peer: &Peer,
         head: &Head,
         body: &mut RequestBody,
         may_repeat: bool,
     ) -> Result<Response<Answered>, Failed> {
-        let mut request = Request::new(std::mem::take(body));
-        *request.method_mut() = head.method.clone();
-        *request.uri_mut() = head.uri.clone();
-        *request.headers_mut() = head.headers.clone();
-        *request.version_mut() = Version::HTTP_2;
+        let request = head.over_http2(std::mem::take(body));
         match self.answered(sender.try_send_request(request)).await {
             Ok(Ok(response)) => Ok(response.map(Answered::Http2)),
             Ok(Err(mut error)) => {
-                self.worker.pool.drop_http2(address);
+                self.worker.pool.drop_http2(peer);
                 match error.take_message() {
                     Some(request) => {
                         *body = request.into_body();

@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::forward::Finish;
 use super::http1::{Exchange, Http1};
+use super::mirror::{CopiedBody, Copies};
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -106,6 +107,8 @@ pub enum RequestBody {
     #[default]
     Empty,
     Client(Box<ClientBody>),
+    /// What a mirror gets.
+    Copy(CopiedBody),
 }
 
 pub struct ClientBody {
@@ -114,6 +117,7 @@ pub struct ClientBody {
     /// Bytes that may still come; `None`: any.
     left: Option<u64>,
     trouble: Troubles,
+    pub copies: Option<Copies>,
 }
 
 impl RequestBody {
@@ -124,7 +128,8 @@ impl RequestBody {
         }
         let trouble = Troubles::new();
         let left = (limit > 0).then_some(limit);
-        let body = ClientBody { inner, patience: Patience::new(patience), left, trouble: trouble.clone() };
+        let body =
+            ClientBody { inner, patience: Patience::new(patience), left, trouble: trouble.clone(), copies: None };
         (RequestBody::Client(Box::new(body)), trouble)
     }
 
@@ -138,7 +143,11 @@ impl Body for RequestBody {
     type Error = BoxError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let RequestBody::Client(body) = &mut *self else { return Poll::Ready(None) };
+        let body = match &mut *self {
+            RequestBody::Empty => return Poll::Ready(None),
+            RequestBody::Copy(body) => return body.poll_frame(cx),
+            RequestBody::Client(body) => body,
+        };
         match Pin::new(&mut body.inner).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 body.patience.moved();
@@ -151,7 +160,14 @@ impl Body for RequestBody {
                         }
                     }
                 }
-                body.trouble.moved(body.inner.is_end_stream());
+                if let (Some(copies), Some(data)) = (&mut body.copies, frame.data_ref()) {
+                    copies.put(data);
+                }
+                let is_over = body.inner.is_end_stream();
+                if is_over {
+                    body.copies = None;
+                }
+                body.trouble.moved(is_over);
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
@@ -159,6 +175,7 @@ impl Body for RequestBody {
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {
+                body.copies = None;
                 body.trouble.moved(true);
                 Poll::Ready(None)
             }
@@ -173,6 +190,7 @@ impl Body for RequestBody {
     fn is_end_stream(&self) -> bool {
         match self {
             RequestBody::Empty => true,
+            RequestBody::Copy(_) => false,
             RequestBody::Client(body) => body.inner.is_end_stream(),
         }
     }
@@ -180,6 +198,7 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             RequestBody::Empty => SizeHint::with_exact(0),
+            RequestBody::Copy(_) => SizeHint::default(),
             RequestBody::Client(body) => body.inner.size_hint(),
         }
     }

@@ -4,23 +4,25 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, SET_COOKIE, UPGRADE};
-use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use http::uri::{PathAndQuery, Uri};
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
-use super::attempt::{Answer, Attempts, BROKEN, Head, NOBODY, Sent};
+use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
 use super::balance::Active;
 use super::body::{Answered, RequestBody, ResponseBody};
 use super::handle::{Arrival, answer, rewritten};
 use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
+use super::mirror::{self, is_drawn};
+use super::pool::Peer;
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Ask, Filter, Route};
+use crate::route::{Action, Ask, Filter, Mirror, Route};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
 
@@ -38,6 +40,8 @@ pub struct Finish {
     worker: Arc<Worker>,
     route: Arc<Route>,
     active: Option<Active>,
+    /// Whose connection it came over.
+    peer: Peer,
     line: Option<Box<Line>>,
     /// What counts the request at its client's limits.
     _under_way: Option<UnderWay>,
@@ -52,9 +56,10 @@ impl Finish {
 
     /// The answer is whole; its connection may carry another request.
     pub fn complete(&mut self, connection: Option<Http1>) {
-        if let (Some(active), Some(connection)) = (self.active.take(), connection) {
-            self.worker.pool.put(active.0.address, connection);
+        if let (Some(_), Some(connection)) = (&self.active, connection) {
+            self.worker.pool.put(&self.peer, connection);
         }
+        self.active = None;
     }
 }
 
@@ -82,7 +87,11 @@ pub async fn forward(
     });
     let wish = wish(&client, &arrival, &request);
     let under_way = arrival.under_way.take();
-    let outcome = attempt(&worker, &client, &arrival, request, wish).await;
+    let trying = attempt(&worker, &client, &arrival, request, wish);
+    let outcome = match route.policy.request_timeout {
+        None => trying.await,
+        Some(limit) => timeout(limit, trying).await.unwrap_or(Err(LATE)),
+    };
     let status = match &outcome {
         Ok(sent) => sent.response.status(),
         Err(problem) => problem.0,
@@ -98,7 +107,7 @@ pub async fn forward(
             if let Some(line) = &mut line {
                 line.answered(status, &route, sent.active.0.address);
             }
-            let Sent { response, active } = sent;
+            let Sent { response, active, peer } = sent;
             let patience = route.policy.read_timeout;
             let (mut parts, body) = response.into_parts();
             for filter in &route.filters {
@@ -119,6 +128,7 @@ pub async fn forward(
                 worker,
                 route: route.clone(),
                 active: Some(active),
+                peer,
                 line,
                 _under_way: under_way,
                 started,
@@ -146,6 +156,8 @@ fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish
     by.wish(&ask, client.peer.ip())
 }
 
+const NOWHERE: &str = "this route leads to a backend that it may not or cannot use\n";
+
 async fn attempt(
     worker: &Arc<Worker>,
     client: &Client,
@@ -157,6 +169,9 @@ async fn attempt(
     let policy = &*route.policy;
     let Action::Forward(backends) = &route.action else { return Err(NOBODY) };
     let backend = backends.pick(worker.random() as u32).ok_or(NOBODY)?;
+    if let Some(status) = backend.refusal {
+        return Err((status, NOWHERE));
+    }
     let targets = backend.upstream.targets();
     let protocol = protocol_of(&targets, policy);
     let upgrade = match protocol {
@@ -167,18 +182,39 @@ async fn attempt(
     let (parts, incoming) = request.into_parts();
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
     let patience = worker.shared.config.limits.body_timeout;
-    let (body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
+    let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
     for filter in backend.filters.iter() {
         apply(filter, route, arrival, &mut head);
     }
-    if protocol == BackendProtocol::H2c {
-        let authority = head.headers.remove(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
-        let mut uri = head.uri.into_parts();
-        (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
-        head.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
+    let identity = client.entrance.identity();
+    let mirrors: Vec<Arc<Mirror>> = route
+        .filters
+        .iter()
+        .chain(&backend.filters)
+        .filter_map(|filter| match filter {
+            Filter::Mirror(mirror) if is_drawn(mirror, worker.random()) => Some(mirror.clone()),
+            _ => None,
+        })
+        .collect();
+    if !mirrors.is_empty() {
+        mirror::send(worker, &mirrors, &head, &mut body, &route.policy, identity.as_ref());
     }
-    let attempts = Attempts { worker, policy, upstream: &backend.upstream, targets: &targets, protocol, trouble, wish };
+    if protocol == BackendProtocol::H2c {
+        head.make_http2()?;
+    }
+    let tls = backend.tls.clone();
+    let attempts = Attempts {
+        worker,
+        policy,
+        tls,
+        identity,
+        upstream: &backend.upstream,
+        targets: &targets,
+        protocol,
+        trouble,
+        wish,
+    };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
     if sent.response.status() != StatusCode::SWITCHING_PROTOCOLS {
         hygiene::strip(sent.response.headers_mut());
@@ -200,7 +236,8 @@ async fn attempt(
     Ok(sent)
 }
 
-fn protocol_of(targets: &Targets, policy: &Policy) -> BackendProtocol {
+/// What is spoken to these endpoints.
+pub fn protocol_of(targets: &Targets, policy: &Policy) -> BackendProtocol {
     match targets.app_protocol.as_deref() {
         Some("kubernetes.io/h2c" | "grpc") => BackendProtocol::H2c,
         _ => policy.protocol,
@@ -262,7 +299,7 @@ fn with_query(path: &str, query: Option<&str>) -> Option<PathAndQuery> {
 fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
     match filter {
         Filter::RequestHeaders(changes) => changes.apply(&mut head.headers),
-        Filter::ResponseHeaders(_) | Filter::Cors(_) => {}
+        Filter::ResponseHeaders(_) | Filter::Cors(_) | Filter::Mirror(_) => {}
         Filter::RewriteHost(host) => drop(head.headers.insert(HOST, host.clone())),
         Filter::RewritePath(rewrite) => {
             let held = arrival.path.as_deref().unwrap_or(head.uri.path());

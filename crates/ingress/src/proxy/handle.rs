@@ -5,12 +5,13 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::{CONTENT_LENGTH, HOST, LOCATION, ORIGIN};
+use http::header::{CONTENT_LENGTH, HOST, LOCATION};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::ResponseBody;
+use super::entrance::NoRoute;
 use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
@@ -36,7 +37,7 @@ pub async fn handle(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
     let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
-    let mut arrival = match route(&worker, &request, started) {
+    let mut arrival = match route(&worker, &client, &request, started) {
         Ok(arrival) => arrival,
         Err(rejected) => {
             let mut response = answer(rejected.status, rejected.text);
@@ -67,7 +68,7 @@ struct Rejected {
     is_refused: bool,
 }
 
-fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Result<Arrival, Rejected> {
+fn route(worker: &Worker, client: &Client, request: &Request<Incoming>, started: Instant) -> Result<Arrival, Rejected> {
     let refuse = |refusal: Refusal| {
         worker.shared.refused.fetch_add(1, Ordering::Relaxed);
         Rejected { status: refusal.status(), text: refusal.text(), is_refused: true }
@@ -85,11 +86,16 @@ fn route(worker: &Worker, request: &Request<Incoming>, started: Instant) -> Resu
         method: request.method(),
         headers: request.headers(),
     };
-    let Some(route) = worker.shared.routes.load().find(&ask).cloned() else {
+    let route = client.entrance.find(&worker.shared, &ask, client.name.as_deref()).map_err(|why| {
         worker.shared.unrouted.fetch_add(1, Ordering::Relaxed);
-        let text = "no Ingress has a rule for this\n";
-        return Err(Rejected { status: StatusCode::NOT_FOUND, text, is_refused: false });
-    };
+        let (status, text) = match why {
+            NoRoute::Unknown => (StatusCode::NOT_FOUND, "no rule is for this\n"),
+            NoRoute::Misdirected => {
+                (StatusCode::MISDIRECTED_REQUEST, "this connection was made for another name; use one for this name\n")
+            }
+        };
+        Rejected { status, text, is_refused: false }
+    })?;
     let path = match path {
         Cow::Owned(path) => Some(path),
         Cow::Borrowed(_) => None,
@@ -133,7 +139,7 @@ fn decide(
     if let Some(cors) = cors.filter(|_| request.method() == Method::OPTIONS) {
         let mut response = Response::new(ResponseBody::Own(None));
         *response.status_mut() = StatusCode::NO_CONTENT;
-        cors.preflight(request.headers().get(ORIGIN), response.headers_mut());
+        cors.preflight(request.headers(), response.headers_mut());
         return Some(response);
     }
     match &arrival.route.action {
@@ -175,7 +181,9 @@ fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Req
     };
     // Without another scheme the client's own port stays.
     let named = request.headers().get(HOST).and_then(|value| value.to_str().ok()).and_then(|h| h.rsplit_once(':'));
-    let kept = named.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|_| wanted.scheme.is_none());
+    let named = named.and_then(|(_, port)| port.parse::<u16>().ok());
+    // A Gateway's own port is the listener's, whatever the client calls it.
+    let kept = client.gateway_port.or(named).filter(|_| wanted.scheme.is_none());
     let port = wanted.port.or(kept).filter(|port| !matches!((scheme, port), ("http", 80) | ("https", 443)));
     let port = port.map(|port| format!(":{port}")).unwrap_or_default();
     let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();

@@ -4,6 +4,8 @@ mod attempt;
 mod balance;
 mod body;
 mod config;
+mod datagrams;
+mod entrance;
 mod forward;
 mod handle;
 mod http1;
@@ -11,9 +13,11 @@ mod hygiene;
 mod io;
 mod log;
 mod metrics;
+mod mirror;
 mod pool;
 mod shared;
 mod status;
+mod stream;
 mod upgrade;
 mod worker;
 
@@ -31,6 +35,8 @@ use crate::error::IngressError;
 use crate::swap::Swap;
 use crate::table::RouteTable;
 pub use config::{Limits, LogFormat, ProxyConfig};
+use entrance::Entrance;
+pub use entrance::OpenPorts;
 use shared::Shared;
 use worker::Entry;
 
@@ -70,7 +76,7 @@ impl Proxy {
                         listen(*address).map_err(|source| IngressError::Listen { address: *address, source })?;
                     // The first worker's port is everybody's, where the kernel chose it.
                     *address = listener.local_addr().unwrap_or(*address);
-                    held.push(Entry { listener, is_tls });
+                    held.push(Entry { listener, entrance: Entrance::Ingress { is_tls } });
                 }
             }
         }
@@ -92,6 +98,11 @@ impl Proxy {
     pub fn metrics(&self) -> impl Fn() -> String + Send + Sync + 'static {
         let shared = self.shared.clone();
         move || metrics::text(&shared)
+    }
+
+    /// Opens ports of Gateways, and closes those that are not among them any more.
+    pub fn port_opener(&self) -> PortOpener {
+        PortOpener(self.shared.clone())
     }
 
     /// To be set when the first tables are complete.
@@ -161,6 +172,16 @@ impl Readiness {
     }
 }
 
+/// Says which ports of Gateways are open.
+#[derive(Clone)]
+pub struct PortOpener(Arc<Shared>);
+
+impl PortOpener {
+    pub fn open(&self, ports: OpenPorts) {
+        self.0.ports.send_replace(Arc::new(ports));
+    }
+}
+
 /// Only to tell workers apart and draws from each other: no secret depends on it.
 fn seed(number: usize) -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
@@ -175,7 +196,17 @@ fn tokio_listener(listener: std::net::TcpListener) -> std::io::Result<tokio::net
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket = bound(address, Type::STREAM, Protocol::TCP)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn listen_datagrams(address: SocketAddr) -> std::io::Result<std::net::UdpSocket> {
+    Ok(bound(address, Type::DGRAM, Protocol::UDP)?.into())
+}
+
+fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), Some(protocol))?;
     if address.is_ipv6() {
         // IPv4 has an address of its own.
         socket.set_only_v6(!address.ip().is_unspecified())?;
@@ -183,6 +214,5 @@ fn listen(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    Ok(socket)
 }

@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
 use super::body::RequestBody;
-use super::http1::Http1;
+use super::http1::{Http1, Stream};
 use super::io::Io;
+use crate::gateway::{BackendTls, Identity};
 use crate::policy::BackendProtocol;
 
 pub type Http2 = http2::SendRequest<RequestBody>;
@@ -24,6 +26,24 @@ pub enum Connection {
     Http2(Http2),
 }
 
+/// Whom a connection is to.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub address: SocketAddr,
+    pub tls: Option<Arc<BackendTls>>,
+    pub identity: Option<Arc<Identity>>,
+}
+
+/// Connections of one place can stand in for each other: the address, and the numbers of its TLS and of who we are in it.
+type Place = (SocketAddr, u64, u64);
+
+impl Peer {
+    fn place(&self) -> Place {
+        let tls = self.tls.as_ref().map_or(0, |tls| tls.id);
+        (self.address, tls, self.identity.as_ref().filter(|_| tls != 0).map_or(0, |identity| identity.id))
+    }
+}
+
 struct Idle {
     connection: Http1,
     /// The sweep after which it was put here.
@@ -32,8 +52,8 @@ struct Idle {
 
 #[derive(Default)]
 struct Kept {
-    http1: HashMap<SocketAddr, Vec<Idle>>,
-    http2: HashMap<SocketAddr, Http2>,
+    http1: HashMap<Place, Vec<Idle>>,
+    http2: HashMap<Place, Http2>,
 }
 
 /// Connections without a request, by endpoint.
@@ -62,44 +82,42 @@ impl Pool {
     /// It does not accept one in time.
     pub async fn get(
         &self,
-        address: SocketAddr,
+        peer: &Peer,
         protocol: BackendProtocol,
         is_fresh: bool,
         within: Duration,
     ) -> std::io::Result<Connection> {
         match protocol {
             BackendProtocol::Http1 => {
-                if !is_fresh && let Some(connection) = self.take(address) {
+                if !is_fresh && let Some(connection) = self.take(&peer.place()) {
                     return Ok(Connection::Http1 { connection, is_reused: true });
                 }
                 // Most requests find one that is open: the future of those that do not is apart from theirs.
-                let connection = Http1::new(Box::pin(connect(address, within)).await?);
+                let connection = Http1::new(Box::pin(secured(peer, false, within)).await?);
                 Ok(Connection::Http1 { connection, is_reused: false })
             }
             BackendProtocol::H2c => {
-                let held = self.kept().http2.get(&address).filter(|held| !held.is_closed()).cloned();
+                let held = self.kept().http2.get(&peer.place()).filter(|held| !held.is_closed()).cloned();
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
-                let sender = Box::pin(self.open_http2(address, within)).await?;
-                self.kept().http2.insert(address, sender.clone());
+                let sender = Box::pin(self.open_http2(peer, within)).await?;
+                self.kept().http2.insert(peer.place(), sender.clone());
                 Ok(Connection::Http2(sender))
             }
         }
     }
 
-    async fn open_http2(&self, address: SocketAddr, within: Duration) -> std::io::Result<Http2> {
-        let stream = connect(address, within).await?;
-        let mut builder = http2::Builder::new(TokioExecutor::new());
-        builder.timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30)).adaptive_window(true);
-        let (sender, connection) = builder.handshake(Io::new(stream)).await.map_err(std::io::Error::other)?;
-        tokio::spawn(async move { drop(connection.await) });
-        Ok(sender)
+    async fn open_http2(&self, peer: &Peer, within: Duration) -> std::io::Result<Http2> {
+        match secured(peer, true, within).await? {
+            Stream::Plain(stream) => shake_http2(Io::new(stream)).await,
+            Stream::Tls(stream) => shake_http2(TokioIo::new(*stream)).await,
+        }
     }
 
-    fn take(&self, address: SocketAddr) -> Option<Http1> {
+    fn take(&self, place: &Place) -> Option<Http1> {
         let mut kept = self.kept();
-        let list = kept.http1.get_mut(&address)?;
+        let list = kept.http1.get_mut(place)?;
         // The last one that was used is the least likely to be closed.
         while let Some(idle) = list.pop() {
             if idle.connection.is_quiet() {
@@ -110,17 +128,17 @@ impl Pool {
     }
 
     /// Takes a connection back whose answer is complete.
-    pub fn put(&self, address: SocketAddr, connection: Http1) {
+    pub fn put(&self, peer: &Peer, connection: Http1) {
         let mut kept = self.kept();
-        let list = kept.http1.entry(address).or_default();
+        let list = kept.http1.entry(peer.place()).or_default();
         if list.len() < self.limit {
             list.push(Idle { connection, since: self.sweeps.load(Ordering::Relaxed) });
         }
     }
 
     /// Forgets an HTTP/2 connection that did not do.
-    pub fn drop_http2(&self, address: SocketAddr) {
-        self.kept().http2.remove(&address);
+    pub fn drop_http2(&self, peer: &Peer) {
+        self.kept().http2.remove(&peer.place());
     }
 
     /// Closes what nobody has used for a while.
@@ -135,7 +153,31 @@ impl Pool {
     }
 }
 
-async fn connect(address: SocketAddr, within: Duration) -> std::io::Result<TcpStream> {
+/// A connection, over TLS where the peer wants it, with the protocol named that will be spoken.
+async fn secured(peer: &Peer, is_http2: bool, within: Duration) -> std::io::Result<Stream> {
+    let stream = connect(peer.address, within).await?;
+    let Some(tls) = &peer.tls else { return Ok(Stream::Plain(stream)) };
+    let config = tls.config(peer.identity.as_deref(), is_http2).map_err(std::io::Error::other)?;
+    let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, "the endpoint does not shake hands");
+    let shaking = TlsConnector::from(config).connect(tls.name.clone(), stream);
+    let stream = timeout(within, shaking).await.map_err(|_| late())??;
+    Ok(Stream::Tls(Box::new(stream)))
+}
+
+async fn shake_http2<S>(stream: S) -> std::io::Result<Http2>
+where
+    S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.timer(TokioTimer::new()).keep_alive_interval(Duration::from_secs(30)).adaptive_window(true);
+    let (sender, connection) = builder.handshake(stream).await.map_err(std::io::Error::other)?;
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(sender)
+}
+
+/// # Errors
+/// Nobody accepts in time.
+pub async fn connect(address: SocketAddr, within: Duration) -> std::io::Result<TcpStream> {
     let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, "the endpoint does not accept");
     let stream = timeout(within, TcpStream::connect(address)).await.map_err(|_| late())??;
     stream.set_nodelay(true)?;

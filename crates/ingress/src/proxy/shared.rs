@@ -3,22 +3,24 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use tokio::sync::Notify;
-use tokio_rustls::rustls::crypto::ring;
+use tokio::sync::{Notify, watch};
 use tokio_rustls::rustls::server::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use super::config::ProxyConfig;
+use super::entrance::OpenPorts;
 use crate::certificates::{Certificates, Resolver};
-use crate::crypto;
 use crate::error::IngressError;
 use crate::swap::Swap;
 use crate::table::RouteTable;
+use crate::tls;
 
 pub struct Shared {
     pub config: ProxyConfig,
     pub routes: Arc<Swap<RouteTable>>,
     pub tls: Arc<ServerConfig>,
+    /// Where Gateways' clients come in.
+    pub ports: watch::Sender<Arc<OpenPorts>>,
     /// Client connections that are there.
     pub open: AtomicUsize,
     /// Rung when there is room again.
@@ -44,7 +46,8 @@ impl Shared {
         Ok(Shared {
             config,
             routes,
-            tls: tls(certificates)?,
+            tls: tls::server(Arc::new(Resolver(certificates)), None, &[b"h2", b"http/1.1"])?,
+            ports: watch::Sender::default(),
             open: AtomicUsize::new(0),
             closed: Notify::new(),
             accepted: AtomicU64::new(0),
@@ -60,20 +63,4 @@ impl Shared {
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
     }
-}
-
-/// TLS 1.2 and 1.3, with tickets so that a client that comes again need not shake hands in full, on whichever worker.
-fn tls(certificates: Arc<Swap<Certificates>>) -> Result<Arc<ServerConfig>, IngressError> {
-    let wrong = |error: tokio_rustls::rustls::Error| IngressError::Tls(error.to_string());
-    let mut config = ServerConfig::builder_with_provider(crypto::provider())
-        .with_safe_default_protocol_versions()
-        .map_err(wrong)?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(Resolver(certificates)));
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    config.ignore_client_order = true;
-    // One is what a client needs that comes again; each costs two draws of random numbers and an encryption.
-    config.send_tls13_tickets = 1;
-    config.ticketer = ring::Ticketer::new().map_err(wrong)?;
-    Ok(Arc::new(config))
 }

@@ -4,16 +4,16 @@ use bytes::Bytes;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncWriteExt, copy_bidirectional};
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::balance::Active;
+use super::http1::Stream;
 
 /// Joins both sides. It is there until one of them ends, or the proxy does.
 /// With the endpoint's connection comes what it has already said.
 pub async fn tunnel(
     client: OnUpgrade,
-    (mut endpoint, said): (TcpStream, Bytes),
+    (mut endpoint, said): (Stream, Bytes),
     active: Active,
     token: CancellationToken,
 ) {

@@ -1,5 +1,6 @@
 //! One thread that carries requests: its own sockets, its own connections to endpoints.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,11 +16,17 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use super::datagrams;
+use super::entrance::Entrance;
 use super::handle::handle;
 use super::io::Io;
 use super::log::AccessLog;
 use super::pool::Pool;
 use super::shared::Shared;
+use super::stream;
+use super::{listen, listen_datagrams};
+use crate::gateway::{Carries, PortTable, TlsWay, Transport};
+use crate::swap::Swap;
 
 /// How often idle connections are looked through and log lines written.
 const TICK: Duration = Duration::from_secs(1);
@@ -41,6 +48,11 @@ pub struct Client {
     /// The peer's address as a header's value.
     pub address: HeaderValue,
     pub local_port: HeaderValue,
+    pub entrance: Entrance,
+    /// The name that its handshake asked for, where that decides about routes.
+    pub name: Option<Box<str>>,
+    /// The Gateway's port that it came to.
+    pub gateway_port: Option<u16>,
     pub is_tls: bool,
     /// Its X-Forwarded-* headers are believed.
     pub is_trusted: bool,
@@ -71,7 +83,7 @@ impl Worker {
 /// A socket that clients come to.
 pub struct Entry {
     pub listener: std::net::TcpListener,
-    pub is_tls: bool,
+    pub entrance: Entrance,
 }
 
 /// Carries requests until the token is cancelled and what was under way has ended, or took too long.
@@ -99,11 +111,11 @@ pub fn run(
         }
         let ticker = tokio::spawn(tick(worker.clone(), token.clone()));
         let mut connections = JoinSet::new();
+        let ports = tokio::spawn(follow_ports(worker.clone(), token.clone()));
         while let Some(ended) = loops.join_next().await {
-            if let Ok(mut held) = ended {
-                connections.spawn(async move { while held.join_next().await.is_some() {} });
-            }
+            adopt(&mut connections, ended);
         }
+        adopt(&mut connections, ports.await);
         // Those that take longer end with the thread.
         timeout(drain, async { while connections.join_next().await.is_some() {} }).await.ok();
         ticker.await.ok();
@@ -130,6 +142,65 @@ async fn tick(worker: Arc<Worker>, token: CancellationToken) {
     }
 }
 
+/// Opens and closes ports of Gateways until the token is cancelled; what is returned are the connections that go on.
+async fn follow_ports(worker: Arc<Worker>, token: CancellationToken) -> JoinSet<()> {
+    let mut wanted = worker.shared.ports.subscribe();
+    let mut open = HashMap::new();
+    let (mut loops, mut connections) = (JoinSet::new(), JoinSet::new());
+    loop {
+        let ports = wanted.borrow_and_update().clone();
+        open.retain(
+            |place: &(SocketAddr, Transport), (held, token): &mut (Arc<Swap<PortTable>>, CancellationToken)| {
+                let stays = ports.get(place).is_some_and(|port| Arc::ptr_eq(port, held));
+                if !stays {
+                    token.cancel();
+                }
+                stays
+            },
+        );
+        for (place, port) in ports.iter() {
+            if open.contains_key(place) {
+                continue;
+            }
+            let (address, own) = (place.0, token.child_token());
+            let opened = match place.1 {
+                Transport::Tcp => listen(address).map(|listener| {
+                    let entry = Entry { listener, entrance: Entrance::Gateway(port.clone()) };
+                    loops.spawn(accept(worker.clone(), entry, own.clone()));
+                }),
+                Transport::Udp => listen_datagrams(address).map(|socket| {
+                    let carried = datagrams::carry(worker.clone(), socket, port.clone(), own.clone());
+                    loops.spawn(async move {
+                        carried.await;
+                        JoinSet::new()
+                    });
+                }),
+            };
+            match opened {
+                Ok(()) => drop(open.insert(*place, (port.clone(), own))),
+                Err(error) => tracing::warn!(%error, %address, "a port of a Gateway is not open here"),
+            }
+        }
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { break },
+            Some(ended) = loops.join_next() => adopt(&mut connections, ended),
+            Some(_) = connections.join_next() => {}
+            () = token.cancelled() => break,
+        }
+    }
+    while let Some(ended) = loops.join_next().await {
+        adopt(&mut connections, ended);
+    }
+    connections
+}
+
+/// Connections of a port that is closed go on.
+fn adopt(connections: &mut JoinSet<()>, ended: Result<JoinSet<()>, tokio::task::JoinError>) {
+    if let Ok(mut held) = ended {
+        connections.spawn(async move { while held.join_next().await.is_some() {} });
+    }
+}
+
 /// Accepts until the token is cancelled; what is returned are the connections that go on.
 async fn accept(worker: Arc<Worker>, entry: Entry, token: CancellationToken) -> JoinSet<()> {
     let mut connections = JoinSet::new();
@@ -141,7 +212,7 @@ async fn accept(worker: Arc<Worker>, entry: Entry, token: CancellationToken) -> 
         }
     };
     let server = Arc::new(builder(&worker.shared.config.limits));
-    let acceptor = entry.is_tls.then(|| TlsAcceptor::from(worker.shared.tls.clone()));
+    let entrance = entry.entrance;
     loop {
         let shared = &worker.shared;
         let closed = shared.closed.notified();
@@ -158,11 +229,11 @@ async fn accept(worker: Arc<Worker>, entry: Entry, token: CancellationToken) -> 
         match accepted {
             Ok((stream, peer)) => {
                 let open = Open::new(shared.clone());
-                let (worker, server, acceptor, token) =
-                    (worker.clone(), server.clone(), acceptor.clone(), token.clone());
+                let (worker, server, entrance, token) =
+                    (worker.clone(), server.clone(), entrance.clone(), token.clone());
                 connections.spawn(async move {
                     let _open = open;
-                    serve(worker, server, acceptor, stream, peer, token).await;
+                    serve(worker, server, entrance, stream, peer, token).await;
                 });
             }
             Err(error) => {
@@ -213,7 +284,7 @@ fn builder(limits: &super::config::Limits) -> auto::Builder<TokioExecutor> {
 async fn serve(
     worker: Arc<Worker>,
     server: Arc<auto::Builder<TokioExecutor>>,
-    acceptor: Option<TlsAcceptor>,
+    entrance: Entrance,
     stream: TcpStream,
     peer: SocketAddr,
     token: CancellationToken,
@@ -223,23 +294,92 @@ async fn serve(
         return;
     }
     let Ok(local) = stream.local_addr() else { return };
+    let table = match &entrance {
+        Entrance::Ingress { .. } => None,
+        Entrance::Gateway(port) => Some(port.load()),
+    };
+    let is_tls = match (&entrance, &table) {
+        (Entrance::Ingress { is_tls }, _) => *is_tls,
+        (Entrance::Gateway(_), table) => table.as_ref().is_some_and(|table| matches!(table.carries, Carries::Tls(_))),
+    };
     let ip = peer.ip().to_canonical();
     let text = |text: String| HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""));
-    let client = Arc::new(Client {
+    let gateway_port = table.as_ref().map(|table| table.number);
+    let client = Client {
         peer: SocketAddr::new(ip, peer.port()),
         address: text(ip.to_string()),
-        local_port: text(local.port().to_string()),
-        is_tls: acceptor.is_some(),
+        local_port: text(gateway_port.unwrap_or(local.port()).to_string()),
+        entrance,
+        name: None,
+        gateway_port,
+        is_tls,
         is_trusted: worker.shared.config.trusted.iter().any(|range| range.contains(&ip)),
-    });
-    match acceptor {
-        None => carry(worker, &server, client, Io::new(stream), token).await,
-        Some(acceptor) => {
-            let patience = worker.shared.config.limits.handshake_timeout;
-            match timeout(patience, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => carry(worker, &server, client, TokioIo::new(stream), token).await,
-                Ok(Err(_)) | Err(_) => drop(worker.shared.handshakes_failed.fetch_add(1, Ordering::Relaxed)),
+    };
+    match table.as_ref().map(|table| &table.carries) {
+        None if is_tls => {
+            let acceptor = TlsAcceptor::from(worker.shared.tls.clone());
+            if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
+                carry(worker, &server, Arc::new(client), TokioIo::new(stream), token).await;
             }
+        }
+        None | Some(Carries::Http(_)) => {
+            drop(table);
+            carry(worker, &server, Arc::new(client), Io::new(stream), token).await;
+        }
+        Some(Carries::Tls(_)) => {
+            if let Some(table) = table {
+                serve_tls(worker, &server, client, table, stream, token).await;
+            }
+        }
+        Some(Carries::Tcp(Some(route))) => {
+            let route = route.clone();
+            drop(table);
+            stream::carry(&worker, &route, stream).await;
+        }
+        Some(Carries::Tcp(None) | Carries::Udp(_)) => {}
+    }
+}
+
+/// The name of the handshake decides what becomes of the connection.
+async fn serve_tls(
+    worker: Arc<Worker>,
+    server: &auto::Builder<TokioExecutor>,
+    mut client: Client,
+    table: Arc<PortTable>,
+    stream: TcpStream,
+    token: CancellationToken,
+) {
+    let Some((stream, name)) = within_patience(&worker, stream::hello(stream)).await else { return };
+    let Carries::Tls(tls) = &table.carries else { return };
+    let (way, https, streams) = (tls.ways.find(&name).cloned(), tls.https_config.clone(), tls.stream_config.clone());
+    // Whoever stays for long does not keep what has been replaced meanwhile.
+    drop(table);
+    match way {
+        None => drop(worker.shared.handshakes_failed.fetch_add(1, Ordering::Relaxed)),
+        Some(TlsWay::Passthrough(route)) => stream::carry(&worker, &route, stream).await,
+        Some(TlsWay::Terminate(route)) => {
+            let acceptor = TlsAcceptor::from(streams);
+            if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
+                stream::carry(&worker, &route, stream).await;
+            }
+        }
+        Some(TlsWay::Https) => {
+            client.name = Some(name.into());
+            let acceptor = TlsAcceptor::from(https);
+            if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
+                carry(worker, server, Arc::new(client), TokioIo::new(stream), token).await;
+            }
+        }
+    }
+}
+
+/// A handshake that fails, or takes too long, is counted.
+async fn within_patience<T>(worker: &Worker, handshake: impl Future<Output = std::io::Result<T>>) -> Option<T> {
+    match timeout(worker.shared.config.limits.handshake_timeout, handshake).await {
+        Ok(Ok(done)) => Some(done),
+        Ok(Err(_)) | Err(_) => {
+            worker.shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+            None
         }
     }
 }

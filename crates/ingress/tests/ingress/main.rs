@@ -1,5 +1,7 @@
 //! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
 
+mod gateway;
+mod ports;
 mod proxy;
 mod routes;
 mod rows;

@@ -29,19 +29,23 @@ pub fn titles(text: &str) -> impl Iterator<Item = String> {
     parse(text).into_iter().skip(1).map(|case| case.title)
 }
 
-struct Case {
-    title: String,
-    objects: Vec<String>,
-    asks: Vec<(String, String)>,
+pub struct Case {
+    pub title: String,
+    pub objects: Vec<String>,
+    pub asks: Vec<(String, String)>,
     faults: Vec<String>,
+    /// Of Gateway API.
+    pub status: Vec<String>,
 }
 
-fn parse(text: &str) -> Vec<Case> {
+pub fn parse(text: &str) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     let mut section = "";
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
         if let Some(title) = line.strip_prefix("# ") {
-            cases.push(Case { title: title.to_owned(), objects: Vec::new(), asks: Vec::new(), faults: Vec::new() });
+            let title = title.to_owned();
+            let (objects, asks, faults, status) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            cases.push(Case { title, objects, asks, faults, status });
             continue;
         }
         if let Some(name) = line.strip_prefix("-- ").and_then(|rest| rest.strip_suffix(" --")) {
@@ -52,6 +56,7 @@ fn parse(text: &str) -> Vec<Case> {
         match section {
             "objects" => case.objects.push(line.to_owned()),
             "faults" => case.faults.push(line.to_owned()),
+            "status" => case.status.push(line.to_owned()),
             "ask" => {
                 let (ask, answer) = line.split_once(" -> ").unwrap_or_else(|| panic!("no answer in {line:?}"));
                 case.asks.push((ask.trim().to_owned(), answer.trim().to_owned()));
@@ -89,7 +94,7 @@ struct World {
     secrets: HashMap<String, Vec<u8>>,
 }
 
-fn secret(names: &str) -> (SecretState, Vec<u8>) {
+pub fn secret(names: &str) -> (SecretState, Vec<u8>) {
     let made = |names: &str| {
         let key = rcgen::KeyPair::generate().expect("a key");
         let params = rcgen::CertificateParams::new(vec![names.to_owned()]).expect("a name");
@@ -167,24 +172,27 @@ impl World {
             let known = self.secrets.iter().find(|(_, der)| **der == shown);
             return known.map_or("fallback".to_owned(), |(name, _)| name.clone());
         }
-        let (request, headers) = ask.split_once(" [").map_or((ask, ""), |(a, b)| (a, b.trim_end_matches(']')));
-        let (method, url) = request.split_once(' ').expect("a method and a URL");
-        let url: Uri = url.parse().expect("a URL");
-        let mut map = HeaderMap::new();
-        for header in headers.split(", ").filter(|header| !header.is_empty()) {
-            let (name, value) = header.split_once(": ").expect("a header is name: value");
-            let name = HeaderName::from_bytes(name.as_bytes()).expect("a header's name");
-            map.append(name, HeaderValue::from_str(value).expect("a value"));
-        }
-        let (method, host) = (Method::from_bytes(method.as_bytes()).expect("a method"), url.host().unwrap_or_default());
-        let query = url.query().unwrap_or_default();
-        let ask = Ask { host, path: url.path(), query, method: &method, headers: &map };
-        self.routes.find(&ask).map_or("404".to_owned(), |route| say(route))
+        asked(ask, |ask| self.routes.find(ask).map_or("404".to_owned(), |route| say(route)))
     }
 }
 
+/// Reads `METHOD URL [name: value, …]`, and has it answered.
+pub fn asked(text: &str, answer: impl FnOnce(&Ask<'_>) -> String) -> String {
+    let (request, headers) = text.split_once(" [").map_or((text, ""), |(a, b)| (a, b.trim_end_matches(']')));
+    let (method, url) = request.split_once(' ').expect("a method and a URL");
+    let url: Uri = url.parse().expect("a URL");
+    let mut map = HeaderMap::new();
+    for header in headers.split(", ").filter(|header| !header.is_empty()) {
+        let (name, value) = header.split_once(": ").expect("a header is name: value");
+        let name = HeaderName::from_bytes(name.as_bytes()).expect("a header's name");
+        map.append(name, HeaderValue::from_str(value).expect("a value"));
+    }
+    let (method, host) = (Method::from_bytes(method.as_bytes()).expect("a method"), url.host().unwrap_or_default());
+    answer(&Ask { host, path: url.path(), query: url.query().unwrap_or_default(), method: &method, headers: &map })
+}
+
 /// Where a route leads, in one line.
-fn say(route: &Route) -> String {
+pub fn say(route: &Route) -> String {
     let mut text = match &route.action {
         Action::Respond(status) => status.as_u16().to_string(),
         Action::Redirect(redirect) => {
@@ -197,7 +205,13 @@ fn say(route: &Route) -> String {
                 let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
                 let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
                 let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
-                format!("{share}{} {endpoints}", one.upstream.key)
+                let endpoints = match one.refusal {
+                    Some(status) => status.as_u16().to_string(),
+                    None => endpoints,
+                };
+                let tls = one.tls.as_ref().map(|tls| format!(" as {}", tls.name.to_str())).unwrap_or_default();
+                let filters: String = one.filters.iter().map(|filter| format!(" {filter:?}")).collect();
+                format!("{share}{} {endpoints}{tls}{filters}", one.upstream.key)
             });
             all.collect::<Vec<_>>().join(" + ")
         }
@@ -208,6 +222,9 @@ fn say(route: &Route) -> String {
             Filter::RewriteHost(host) => text.push_str(&format!(" host {host:?}")),
             Filter::Cors(cors) => text.push_str(&format!(" cors {}", cors.origins.join(","))),
             Filter::RequestHeaders(changes) => text.push_str(&format!(" {:?}", changes.set)),
+            Filter::Mirror(mirror) => {
+                text.push_str(&format!(" mirror {} {}/{}", mirror.upstream.key, mirror.part, mirror.whole));
+            }
             other => text.push_str(&format!(" {other:?}")),
         }
     }

@@ -1,14 +1,19 @@
-//! `docs/ingress-rows.md` says which case shows which promise; here it is kept true.
+//! `docs/ingress-rows.md` and `docs/gateway-rows.md` say which case shows which promise; here they are kept true.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::routes::{FILES, titles};
+use crate::routes::titles;
+use crate::{gateway, routes};
 
 #[test]
 fn every_row_names_its_cases_and_every_case_its_row() {
+    check(include_str!("../../../../docs/ingress-rows.md"), routes::FILES);
+    check(include_str!("../../../../docs/gateway-rows.md"), gateway::FILES);
+}
+
+fn check(text: &str, files: &[(&str, &str)]) {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ingress");
-    let text = include_str!("../../../../docs/ingress-rows.md");
     let rows = text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| row |"));
     let (mut names, mut shown) = (BTreeSet::new(), BTreeSet::new());
     for row in rows.filter(|line| !line.starts_with("| ---")) {
@@ -30,7 +35,7 @@ fn every_row_names_its_cases_and_every_case_its_row() {
             shown.insert((file.to_owned(), title));
         }
     }
-    for (file, text) in FILES {
+    for (file, text) in files {
         for title in titles(text) {
             assert!(shown.contains(&((*file).to_owned(), title.clone())), "no row shows {file}: {title}");
         }

@@ -121,3 +121,16 @@ fn ten_thousand_services_take_no_time() {
     println!("10,000 Services have addresses after {:?}", begin.elapsed());
     assert_eq!(all.used("main"), (10_000, 0));
 }
+
+#[test]
+fn a_class_says_whose_a_service_is() {
+    for (spec, with_others, alone) in [
+        (json!({}), false, true),
+        (json!({"loadBalancerClass": "fairlead.io/loadbalancer"}), true, true),
+        (json!({"loadBalancerClass": "example.com/other"}), false, false),
+        (json!({"type": "ClusterIP"}), false, false),
+    ] {
+        let service = service("s", json!({}), spec.clone());
+        assert_eq!((service.is_ours(false), service.is_ours(true)), (with_others, alone), "{spec}");
+    }
+}

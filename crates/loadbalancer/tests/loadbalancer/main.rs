@@ -1,4 +1,8 @@
-//! Addresses as objects ask for them, and the vote over who announces them.
+//! Addresses as objects ask for them, the vote over who announces them, and the protocols that announce.
 
 mod allocate;
+mod bgp;
 mod elect;
+mod net;
+mod random;
+mod vrrp;

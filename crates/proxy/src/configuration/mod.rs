@@ -6,12 +6,11 @@
 
 mod addresses;
 mod conntrack;
-mod duration;
 mod settings;
 
 pub use addresses::{NodePortAddress, node_port_addresses};
+pub use api::duration::GoDuration;
 pub use conntrack::Conntrack;
-pub use duration::GoDuration;
 pub use settings::{HEALTHZ_PORT, METRICS_PORT, PodDetection, Settings};
 
 use std::collections::BTreeMap;

@@ -1,16 +1,15 @@
 //! A connection to an endpoint, for one request at a time.
 
 use std::cell::RefCell;
-use std::io::ErrorKind;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use tokio::net::TcpStream;
 use tokio_util::io::poll_read_buf;
 
 use super::Http1Error;
 use super::outgoing::Outgoing;
+use super::stream::Stream;
 
 /// Bytes that there is room for in one read at least, and for a long answer.
 const READ: usize = 8 * 1024;
@@ -24,7 +23,7 @@ thread_local! {
 
 #[derive(Debug)]
 pub struct Http1 {
-    pub(super) stream: TcpStream,
+    pub(super) stream: Stream,
     /// What was read and not used yet.
     pub(super) unread: Bytes,
     pub(super) out: Outgoing,
@@ -32,14 +31,13 @@ pub struct Http1 {
 }
 
 impl Http1 {
-    pub fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: Stream) -> Self {
         Http1 { stream, unread: Bytes::new(), out: Outgoing::default(), is_long: false }
     }
 
-    /// Whether the endpoint has neither closed it nor said anything unasked. Costs a system call only when there was news.
+    /// Whether the endpoint has neither closed it nor said anything unasked.
     pub fn is_quiet(&self) -> bool {
-        self.unread.is_empty()
-            && matches!(self.stream.try_read(&mut [0; 1]), Err(error) if error.kind() == ErrorKind::WouldBlock)
+        self.unread.is_empty() && self.stream.is_quiet()
     }
 
     /// Reads more behind what is unread.

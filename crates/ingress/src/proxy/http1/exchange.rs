@@ -8,12 +8,12 @@ use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, TRAILER};
 use http::{Method, StatusCode};
 use http_body::{Body, Frame, SizeHint};
-use tokio::net::TcpStream;
 
 use super::Http1Error;
 use super::connection::Http1;
 use super::decode::{Decoder, Part, is_framing};
 use super::head::{self, Framing, RequestHead, ResponseHead};
+use super::stream::Stream;
 use crate::proxy::body::RequestBody;
 
 /// Answers before the answer (1xx) that are passed over.
@@ -165,7 +165,7 @@ impl Exchange {
     }
 
     /// After 101: the connection, and what the endpoint has already said in the new protocol.
-    pub fn into_upgraded(self) -> (TcpStream, Bytes) {
+    pub fn into_upgraded(self) -> (Stream, Bytes) {
         (self.connection.stream, self.connection.unread)
     }
 

@@ -6,10 +6,12 @@ mod decode;
 mod exchange;
 mod head;
 mod outgoing;
+mod stream;
 
 pub use connection::Http1;
 pub use exchange::Exchange;
 pub use head::RequestHead;
+pub use stream::Stream;
 
 /// Why there is no answer, or no more of it.
 #[derive(Debug, thiserror::Error)]

@@ -6,7 +6,8 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use tokio::io::AsyncWrite;
-use tokio::net::TcpStream;
+
+use super::stream::Stream;
 
 /// Up to so many bytes of a body are copied behind what is in front of them: for the kernel a list of pieces costs more.
 const TOGETHER: usize = 4096;
@@ -50,13 +51,14 @@ impl Outgoing {
         !self.data.is_empty() || !self.end.is_empty() || self.front.len() - self.at > TOGETHER
     }
 
-    pub fn poll_write(&mut self, stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    pub fn poll_write(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         loop {
             let front = &self.front[self.at..];
             if front.is_empty() && self.data.is_empty() && self.end.is_empty() {
                 self.front.clear();
                 self.at = 0;
-                return Poll::Ready(Ok(()));
+                // TLS keeps what the kernel did not take.
+                return Pin::new(stream).poll_flush(cx);
             }
             let stream = Pin::new(&mut *stream);
             let written = ready!(match self.data.is_empty() && self.end.is_empty() {

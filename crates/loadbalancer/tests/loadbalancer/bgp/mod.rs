@@ -1,0 +1,7 @@
+//! BGP and BFD: bytes in and out, sessions without a network, and Debian's routers as peers.
+
+mod codec;
+mod detect;
+mod plan;
+mod routers;
+mod sessions;

@@ -2,6 +2,7 @@
 
 use crate::{
     agent, await_dns, client, dns, down, explain, image, ingress, loadbalancer, node, proxy, server, status, top, up,
+    vip,
 };
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::PathBuf;
@@ -54,6 +55,8 @@ enum Command {
     Ingress(Box<ingress::IngressArgs>),
     /// Give LoadBalancer Services addresses and announce them, alone, in MetalLB's place, on a node of any Kubernetes.
     Loadbalancer(Box<loadbalancer::LoadBalancerArgs>),
+    /// Hold addresses on this host's interface by VRRP, for API servers or for anything else, as keepalived does.
+    Vip(Box<vip::VipArgs>),
     /// Create or change objects from files (server-side apply).
     Apply(client::ApplyArgs),
     /// Show objects.
@@ -80,6 +83,7 @@ impl Cli {
                 | Command::Dns(_)
                 | Command::Ingress(_)
                 | Command::Loadbalancer(_)
+                | Command::Vip(_)
         ) {
             linux::sigpipe::end_on_closed_pipe();
         }
@@ -97,6 +101,7 @@ impl Cli {
             Command::Dns(args) => dns::run(*args),
             Command::Ingress(args) => ingress::run(*args),
             Command::Loadbalancer(args) => loadbalancer::run(*args),
+            Command::Vip(args) => vip::run(*args),
             Command::Apply(args) => blocking(args.run()),
             Command::Get(args) => blocking(args.run()),
             Command::Delete(args) => blocking(args.run()),

@@ -34,6 +34,7 @@ mod signer;
 mod status;
 mod top;
 mod up;
+mod vip;
 mod warnings;
 
 use clap::Parser;

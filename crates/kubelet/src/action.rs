@@ -70,6 +70,15 @@ fn address(host: &str, port: u16, target: &Target<'_>) -> Result<SocketAddr, Str
     Ok(SocketAddr::new(ip, port))
 }
 
+/// One HTTP or HTTPS request, as a probe makes it: whether its status is from 200 to 399. Certificates are not checked.
+///
+/// # Errors
+/// Why it counts as failed.
+pub async fn probe_http(scheme: &str, address: SocketAddr, path: &str) -> Result<(), String> {
+    let get = HttpGet { scheme: scheme.to_owned(), path: path.to_owned(), ..HttpGet::default() };
+    http_get(&get, address).await
+}
+
 async fn http_get(get: &HttpGet, address: SocketAddr) -> Result<(), String> {
     if get.scheme.eq_ignore_ascii_case("https") {
         return https_get(get, address).await;

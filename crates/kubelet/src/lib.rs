@@ -37,6 +37,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub use action::probe_http;
 pub use dns::ClusterDns;
 pub use plan::{Observed, Step, sync_pod};
 pub use pod::Pod;

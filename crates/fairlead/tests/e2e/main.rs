@@ -20,6 +20,8 @@ mod script;
 mod standalone;
 mod uplink;
 mod variants;
+mod vip;
+mod vrrp;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

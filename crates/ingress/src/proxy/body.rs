@@ -13,6 +13,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::forward::Finish;
+use super::http1::{Exchange, Http1};
 use super::mirror::{CopiedBody, Copies};
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -22,6 +23,8 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub enum Trouble {
     TooLarge,
     TooSlow,
+    /// The client broke off, or what it sent is no body.
+    Broken,
 }
 
 /// Tells why, once it has happened.
@@ -43,7 +46,11 @@ impl Troubles {
     }
 
     fn set(&self, trouble: Trouble) {
-        let number = if trouble == Trouble::TooLarge { 1 } else { 2 };
+        let number = match trouble {
+            Trouble::TooLarge => 1,
+            Trouble::TooSlow => 2,
+            Trouble::Broken => 3,
+        };
         if let Some(held) = &self.0 {
             held.trouble.store(number, Ordering::Relaxed);
         }
@@ -66,6 +73,7 @@ impl Troubles {
         match self.0.as_ref()?.trouble.load(Ordering::Relaxed) {
             1 => Some(Trouble::TooLarge),
             2 => Some(Trouble::TooSlow),
+            3 => Some(Trouble::Broken),
             _ => None,
         }
     }
@@ -94,7 +102,9 @@ impl Patience {
 }
 
 /// A request's body towards an endpoint.
+#[derive(Default)]
 pub enum RequestBody {
+    #[default]
     Empty,
     Client(Box<ClientBody>),
     /// What a mirror gets.
@@ -160,7 +170,10 @@ impl Body for RequestBody {
                 body.trouble.moved(is_over);
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(Some(Err(error))) => {
+                body.trouble.set(Trouble::Broken);
+                Poll::Ready(Some(Err(error.into())))
+            }
             Poll::Ready(None) => {
                 body.copies = None;
                 body.trouble.moved(true);
@@ -191,6 +204,49 @@ impl Body for RequestBody {
     }
 }
 
+/// An endpoint's answer behind its head.
+pub enum Answered {
+    Nothing,
+    Http1(Box<Exchange>),
+    Http2(Incoming),
+}
+
+impl Answered {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self {
+            Answered::Nothing => Poll::Ready(None),
+            Answered::Http1(exchange) => exchange.poll_body(cx).map(|frame| frame.map(|one| one.map_err(Into::into))),
+            Answered::Http2(incoming) => {
+                Pin::new(incoming).poll_frame(cx).map(|frame| frame.map(|one| one.map_err(Into::into)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Answered::Nothing => true,
+            Answered::Http1(exchange) => exchange.is_over(),
+            Answered::Http2(incoming) => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Answered::Nothing => SizeHint::with_exact(0),
+            Answered::Http1(exchange) => exchange.size_hint(),
+            Answered::Http2(incoming) => incoming.size_hint(),
+        }
+    }
+
+    /// The connection for another request, if it may carry one. The answer must be over.
+    fn into_connection(self) -> Option<Http1> {
+        match self {
+            Answered::Http1(exchange) => exchange.into_connection(),
+            Answered::Nothing | Answered::Http2(_) => None,
+        }
+    }
+}
+
 /// An answer's body towards the client.
 pub enum ResponseBody {
     Own(Option<Bytes>),
@@ -198,18 +254,27 @@ pub enum ResponseBody {
 }
 
 pub struct EndpointBody {
-    inner: Incoming,
+    inner: Answered,
     patience: Patience,
     /// What remains to be done when the answer is over.
     finish: Finish,
 }
 
+impl EndpointBody {
+    fn complete(&mut self) {
+        let inner = std::mem::replace(&mut self.inner, Answered::Nothing);
+        self.finish.complete(inner.into_connection());
+    }
+}
+
 impl ResponseBody {
-    pub fn endpoint(inner: Incoming, patience: Duration, mut finish: Finish) -> Self {
-        if inner.is_end_stream() {
-            finish.complete();
+    pub fn endpoint(inner: Answered, patience: Duration, finish: Finish) -> Self {
+        let is_over = inner.is_end_stream();
+        let mut body = EndpointBody { inner, patience: Patience::new(patience), finish };
+        if is_over {
+            body.complete();
         }
-        ResponseBody::Endpoint(EndpointBody { inner, patience: Patience::new(patience), finish })
+        ResponseBody::Endpoint(body)
     }
 
     pub fn text(text: impl Into<Bytes>) -> Self {
@@ -226,20 +291,20 @@ impl Body for ResponseBody {
             ResponseBody::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
             ResponseBody::Endpoint(body) => body,
         };
-        match Pin::new(&mut body.inner).poll_frame(cx) {
+        match body.inner.poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 body.patience.moved();
                 if let Some(data) = frame.data_ref() {
                     body.finish.sent(data.len());
                 }
                 if body.inner.is_end_stream() {
-                    body.finish.complete();
+                    body.complete();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
             Poll::Ready(None) => {
-                body.finish.complete();
+                body.complete();
                 Poll::Ready(None)
             }
             Poll::Pending if body.patience.is_over(cx) => {

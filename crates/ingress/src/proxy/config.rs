@@ -44,7 +44,6 @@ pub struct Limits {
     pub connections: usize,
     /// Bytes of a request's head.
     pub head: usize,
-    pub headers: usize,
     /// For a request's head to be complete, and for a connection without a request to be closed.
     pub head_timeout: Duration,
     pub handshake_timeout: Duration,
@@ -63,7 +62,6 @@ impl Default for Limits {
         Limits {
             connections: 16_384,
             head: 64 * 1024,
-            headers: 128,
             head_timeout: Duration::from_secs(60),
             handshake_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),

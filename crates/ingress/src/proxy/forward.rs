@@ -1,32 +1,30 @@
 //! A request goes to an endpoint, and to another one where that is safe; its answer comes back.
 
-use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, SET_COOKIE, UPGRADE};
-use http::uri::{Authority, PathAndQuery, Scheme, Uri};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::uri::{PathAndQuery, Uri};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
-use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout};
 
-use super::balance::{Active, pick};
-use super::body::{RequestBody, ResponseBody, Trouble, Troubles};
+use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
+use super::balance::Active;
+use super::body::{Answered, RequestBody, ResponseBody};
 use super::handle::{Arrival, answer, rewritten};
+use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
 use super::mirror::{self, is_drawn};
-use super::pool::{Connection, Http1, Peer};
+use super::pool::Peer;
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
-use crate::gateway::{BackendTls, Identity};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
 use crate::route::{Action, Ask, Filter, Mirror, Route};
 use crate::sticky::Wish;
-use crate::upstream::{Endpoint, Targets, Upstream};
+use crate::upstream::Targets;
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -37,49 +35,13 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Old names of the same, which a client must not be able to say instead.
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
-/// A connection of the pool may have been closed by its endpoint; so many of them are tried for one request.
-const STALE: u32 = 2;
-
-/// The head of a request, to be sent maybe more than once.
-pub struct Head {
-    method: Method,
-    uri: Uri,
-    pub headers: HeaderMap,
-}
-
-impl Head {
-    pub fn with(self, body: RequestBody, protocol: BackendProtocol) -> Request<RequestBody> {
-        let mut request = Request::new(body);
-        *request.method_mut() = self.method;
-        *request.uri_mut() = self.uri;
-        *request.headers_mut() = self.headers;
-        if protocol == BackendProtocol::H2c {
-            *request.version_mut() = Version::HTTP_2;
-        }
-        request
-    }
-
-    /// HTTP/2 has the host beside the path.
-    pub fn make_http2(&mut self) -> Result<(), Answer> {
-        let authority = self.headers.remove(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
-        let mut uri = std::mem::take(&mut self.uri).into_parts();
-        (uri.scheme, uri.authority) = (Some(Scheme::HTTP), authority);
-        self.uri = Uri::from_parts(uri).map_err(|_| (StatusCode::BAD_REQUEST, "the request's host is no host\n"))?;
-        Ok(())
-    }
-
-    pub fn copy(&self) -> Head {
-        Head { method: self.method.clone(), uri: self.uri.clone(), headers: self.headers.clone() }
-    }
-}
-
 /// What remains to be done when an answer is over: on [`Finish::complete`] if it is whole, and when dropped.
 pub struct Finish {
     worker: Arc<Worker>,
     route: Arc<Route>,
     active: Option<Active>,
-    /// To be kept for others, if the answer is complete.
-    connection: Option<(Http1, Peer)>,
+    /// Whose connection it came over.
+    peer: Peer,
     line: Option<Box<Line>>,
     /// What counts the request at its client's limits.
     _under_way: Option<UnderWay>,
@@ -92,9 +54,10 @@ impl Finish {
         self.bytes += bytes as u64;
     }
 
-    pub fn complete(&mut self) {
-        if let Some((connection, peer)) = self.connection.take() {
-            self.worker.pool.put(&peer, connection);
+    /// The answer is whole; its connection may carry another request.
+    pub fn complete(&mut self, connection: Option<Http1>) {
+        if let (Some(_), Some(connection)) = (&self.active, connection) {
+            self.worker.pool.put(&self.peer, connection);
         }
         self.active = None;
     }
@@ -144,7 +107,7 @@ pub async fn forward(
             if let Some(line) = &mut line {
                 line.answered(status, &route, sent.active.0.address);
             }
-            let Sent { response, connection, active } = sent;
+            let Sent { response, active, peer } = sent;
             let patience = route.policy.read_timeout;
             let (mut parts, body) = response.into_parts();
             for filter in &route.filters {
@@ -165,7 +128,7 @@ pub async fn forward(
                 worker,
                 route: route.clone(),
                 active: Some(active),
-                connection,
+                peer,
                 line,
                 _under_way: under_way,
                 started,
@@ -193,21 +156,7 @@ fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish
     by.wish(&ask, client.peer.ip())
 }
 
-/// An answer of our own.
-pub type Answer = (StatusCode, &'static str);
-
-struct Sent {
-    response: Response<Incoming>,
-    /// `None`: it is shared, or not to be used again.
-    connection: Option<(Http1, Peer)>,
-    active: Active,
-}
-
 const NOWHERE: &str = "this route leads to a backend that it may not or cannot use\n";
-const NOBODY: Answer = (StatusCode::SERVICE_UNAVAILABLE, "the Service has no endpoint that is ready\n");
-const UNREACHED: Answer = (StatusCode::BAD_GATEWAY, "no endpoint could be reached\n");
-const BROKEN: Answer = (StatusCode::BAD_GATEWAY, "the endpoint broke off\n");
-const LATE: Answer = (StatusCode::GATEWAY_TIMEOUT, "the endpoint did not answer in time\n");
 
 async fn attempt(
     worker: &Arc<Worker>,
@@ -267,10 +216,14 @@ async fn attempt(
         wish,
     };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
-    if sent.response.status() == StatusCode::SWITCHING_PROTOCOLS {
+    if sent.response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        hygiene::strip(sent.response.headers_mut());
+    } else {
         let (Some(on_upgrade), Some(_)) = (on_upgrade, upgrade) else { return Err(BROKEN) };
+        let Answered::Http1(exchange) = std::mem::replace(sent.response.body_mut(), Answered::Nothing) else {
+            return Err(BROKEN);
+        };
         let chosen = sent.response.headers().get(UPGRADE).cloned();
-        let theirs = hyper::upgrade::on(&mut sent.response);
         hygiene::strip(sent.response.headers_mut());
         if let Some(chosen) = chosen {
             sent.response.headers_mut().insert(UPGRADE, chosen);
@@ -278,10 +231,7 @@ async fn attempt(
         }
         // The tunnel counts as a request under way for as long as it is there.
         let active = Active::new(sent.active.0.clone());
-        tokio::spawn(tunnel(on_upgrade, theirs, active, worker.shared.token.clone()));
-        sent.connection = None;
-    } else {
-        hygiene::strip(sent.response.headers_mut());
+        tokio::spawn(tunnel(on_upgrade, exchange.into_upgraded(), active, worker.shared.token.clone()));
     }
     Ok(sent)
 }
@@ -408,174 +358,4 @@ fn join_cookies(headers: &mut HeaderMap) {
     if let Ok(joined) = HeaderValue::from_bytes(&pieces.join(&b"; "[..])) {
         headers.insert(COOKIE, joined);
     }
-}
-
-/// The tries of one request.
-struct Attempts<'a> {
-    worker: &'a Arc<Worker>,
-    policy: &'a Policy,
-    tls: Option<Arc<BackendTls>>,
-    identity: Option<Arc<Identity>>,
-    upstream: &'a Upstream,
-    targets: &'a Targets,
-    protocol: BackendProtocol,
-    trouble: Troubles,
-    wish: Wish,
-}
-
-/// What came of one try.
-#[allow(clippy::large_enum_variant, reason = "nearly every try is done")]
-enum Try {
-    Done(Sent),
-    /// Nothing was sent: the same request, whatever it does, may go elsewhere.
-    Unsent(Answer, Box<(Head, RequestBody)>),
-    /// The connection had been closed by then.
-    Stale(Box<(Head, RequestBody)>),
-    /// Something was sent, maybe all; with it, if it may be sent again.
-    Failed(Answer, Option<Box<Head>>),
-}
-
-impl Attempts<'_> {
-    async fn run(
-        &self,
-        mut head: Head,
-        mut body: RequestBody,
-        route: &Route,
-        started: Instant,
-    ) -> Result<Sent, Answer> {
-        let (worker, policy) = (self.worker, self.policy);
-        let count = u32::try_from(self.targets.endpoints.len()).unwrap_or(u32::MAX);
-        let tries = if policy.retry.tries == 0 { count.max(1) } else { policy.retry.tries };
-        let may_repeat = body.is_empty() && (policy.retry.non_idempotent || is_idempotent(&head.method));
-        let mut tried: Vec<SocketAddr> = Vec::new();
-        let (mut stale, mut last) = (0, NOBODY);
-        for number in 0..tries.saturating_add(STALE) {
-            if number > 0 {
-                if policy.retry.within.is_some_and(|within| started.elapsed() >= within) {
-                    break;
-                }
-                route.counts.retries.fetch_add(1, Ordering::Relaxed);
-            }
-            if tried.len() >= tries as usize {
-                break;
-            }
-            let now = worker.milliseconds();
-            let endpoint =
-                pick(self.upstream, &self.targets.endpoints, policy.balance, &tried, self.wish, now, worker.random());
-            let Some(endpoint) = endpoint else { break };
-            let address = endpoint.address;
-            let (answer, rest) = match self.once(&endpoint, head, body, may_repeat, stale >= STALE).await {
-                Try::Done(sent) => return Ok(sent),
-                Try::Stale(rest) => {
-                    stale += 1;
-                    (head, body) = *rest;
-                    continue;
-                }
-                Try::Unsent(answer, rest) => (answer, Some(*rest)),
-                Try::Failed(answer, head) => (answer, head.map(|head| (*head, RequestBody::Empty))),
-            };
-            if let Some(trouble) = self.trouble.get() {
-                return Err(match trouble {
-                    Trouble::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than allowed here\n"),
-                    Trouble::TooSlow => (StatusCode::REQUEST_TIMEOUT, "the body did not come\n"),
-                });
-            }
-            endpoint.failed(now);
-            tried.push(address);
-            last = answer;
-            let wanted = if answer == LATE { policy.retry.on_timeout } else { policy.retry.on_error };
-            match rest.filter(|_| wanted) {
-                Some(rest) => (head, body) = rest,
-                None => return Err(answer),
-            }
-        }
-        Err(last)
-    }
-
-    /// Waits for an answer: as long as it takes while the body moves, and then as long as the policy says.
-    async fn answered<F: Future>(&self, sending: F) -> Result<F::Output, Elapsed> {
-        let mut sending = pin!(sending);
-        loop {
-            let before = self.trouble.progress();
-            let limit = if before.1 { self.policy.read_timeout } else { self.policy.send_timeout };
-            match timeout(limit, &mut sending).await {
-                Err(_) if self.trouble.progress() != before => {}
-                outcome => return outcome,
-            }
-        }
-    }
-
-    async fn once(
-        &self,
-        endpoint: &Arc<Endpoint>,
-        head: Head,
-        body: RequestBody,
-        may_repeat: bool,
-        is_fresh: bool,
-    ) -> Try {
-        let (pool, policy) = (&self.worker.pool, self.policy);
-        let peer = Peer { address: endpoint.address, tls: self.tls.clone(), identity: self.identity.clone() };
-        let active = Active::new(endpoint.clone());
-        let connection = match is_fresh && self.protocol == BackendProtocol::Http1 {
-            true => pool
-                .open_http1(&peer, policy.connect_timeout)
-                .await
-                .map(|sender| Connection::Http1 { sender, is_reused: false }),
-            false => pool.get(&peer, self.protocol, policy.connect_timeout).await,
-        };
-        let connection = match connection {
-            Ok(connection) => connection,
-            Err(error) => {
-                let late = error.kind() == std::io::ErrorKind::TimedOut;
-                return Try::Unsent(if late { LATE } else { UNREACHED }, Box::new((head, body)));
-            }
-        };
-        let spare = may_repeat.then(|| Box::new(head.copy()));
-        let request = head.with(body, self.protocol);
-        let (answered, connection, is_reused) = match connection {
-            Connection::Http1 { mut sender, is_reused } => {
-                let answered = self.answered(sender.try_send_request(request)).await;
-                (answered, Some(sender), is_reused)
-            }
-            Connection::Http2(mut sender) => {
-                let answered = self.answered(sender.try_send_request(request)).await;
-                (answered, None, true)
-            }
-        };
-        match answered {
-            Ok(Ok(response)) if policy.retry.on_status.contains(response.status().as_u16()) && spare.is_some() => {
-                Try::Failed(BROKEN, spare)
-            }
-            Ok(Ok(response)) => {
-                endpoint.succeeded();
-                Try::Done(Sent { response, connection: connection.map(|sender| (sender, peer)), active })
-            }
-            Ok(Err(mut error)) => {
-                if connection.is_none() {
-                    pool.drop_http2(&peer);
-                }
-                match error.take_message() {
-                    Some(request) => {
-                        let (parts, body) = request.into_parts();
-                        let head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
-                        match is_reused {
-                            true => Try::Stale(Box::new((head, body))),
-                            false => Try::Unsent(BROKEN, Box::new((head, body))),
-                        }
-                    }
-                    // The endpoint may have closed the connection as idle while the request was on its way.
-                    None => match spare {
-                        Some(head) if is_reused => Try::Stale(Box::new((*head, RequestBody::Empty))),
-                        spare => Try::Failed(BROKEN, spare),
-                    },
-                }
-            }
-            Err(_) => Try::Failed(LATE, spare),
-        }
-    }
-}
-
-/// RFC 9110 9.2.2.
-fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE)
 }

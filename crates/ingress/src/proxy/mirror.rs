@@ -1,6 +1,7 @@
 //! A copy of a request for somebody else, whose answer nobody waits for. The copy never holds up the request: where its endpoint
 //! is slower, it is broken off.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,9 +13,11 @@ use http_body_util::BodyExt;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::attempt::Head;
 use super::balance::{Active, pick};
 use super::body::{BoxError, RequestBody};
-use super::forward::{Head, protocol_of};
+use super::forward::protocol_of;
+use super::http1::Exchange;
 use super::pool::{Connection, Peer};
 use super::worker::Worker;
 use crate::gateway::Identity;
@@ -103,25 +106,31 @@ async fn one(
     if protocol == BackendProtocol::H2c && head.make_http2().is_err() {
         return;
     }
-    let Ok(connection) = worker.pool.get(&peer, protocol, policy.connect_timeout).await else {
+    let Ok(connection) = worker.pool.get(&peer, protocol, false, policy.connect_timeout).await else {
         endpoint.failed(now);
         return;
     };
-    let request = head.with(body, protocol);
-    let (answered, kept) = match connection {
-        Connection::Http1 { mut sender, .. } => (sender.send_request(request).await, Some(sender)),
-        Connection::Http2(mut sender) => (sender.send_request(request).await, None),
-    };
-    let Ok(response) = answered else { return };
     // Read to its end, so that the connection can be used again.
-    let mut rest = response.into_body();
-    while let Some(frame) = rest.frame().await {
-        if frame.is_err() {
-            return;
+    match connection {
+        Connection::Http1 { connection, .. } => {
+            let mut exchange = Exchange::new(connection, head.over_http1(), body);
+            if poll_fn(|cx| exchange.poll_head(cx)).await.is_err() {
+                return;
+            }
+            while let Some(frame) = poll_fn(|cx| exchange.poll_body(cx)).await {
+                if frame.is_err() {
+                    return;
+                }
+            }
+            if let Some(connection) = exchange.into_connection() {
+                worker.pool.put(&peer, connection);
+            }
         }
-    }
-    if let Some(sender) = kept {
-        worker.pool.put(&peer, sender);
+        Connection::Http2(mut sender) => {
+            let Ok(response) = sender.send_request(head.over_http2(body)).await else { return };
+            let mut rest = response.into_body();
+            while let Some(Ok(_)) = rest.frame().await {}
+        }
     }
     drop(active);
 }

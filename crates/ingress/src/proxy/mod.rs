@@ -1,5 +1,6 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod attempt;
 mod balance;
 mod body;
 mod config;
@@ -7,6 +8,7 @@ mod datagrams;
 mod entrance;
 mod forward;
 mod handle;
+mod http1;
 mod hygiene;
 mod io;
 mod log;

@@ -6,24 +6,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use super::body::RequestBody;
+use super::http1::{Http1, Stream};
 use super::io::Io;
 use crate::gateway::{BackendTls, Identity};
 use crate::policy::BackendProtocol;
 
-pub type Http1 = http1::SendRequest<RequestBody>;
 pub type Http2 = http2::SendRequest<RequestBody>;
 
 /// A connection that one request may use now.
 pub enum Connection {
-    Http1 { sender: Http1, is_reused: bool },
+    Http1 { connection: Http1, is_reused: bool },
     Http2(Http2),
 }
 
@@ -46,7 +45,7 @@ impl Peer {
 }
 
 struct Idle {
-    sender: Http1,
+    connection: Http1,
     /// The sweep after which it was put here.
     since: u32,
 }
@@ -65,65 +64,48 @@ pub struct Pool {
     /// In sweeps.
     age: u32,
     sweeps: AtomicU32,
-    buffer: usize,
 }
 
 impl Pool {
     /// At most `limit` idle connections to one endpoint, none idle for more than `age` sweeps.
-    pub fn new(limit: usize, age: u32, buffer: usize) -> Arc<Self> {
-        Arc::new(Pool { kept: Mutex::default(), limit, age, sweeps: AtomicU32::new(0), buffer })
+    pub fn new(limit: usize, age: u32) -> Arc<Self> {
+        Arc::new(Pool { kept: Mutex::default(), limit, age, sweeps: AtomicU32::new(0) })
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection to the endpoint: an idle one, or a new one.
+    /// A connection to the endpoint: an idle one unless it must be fresh, or a new one.
     ///
     /// # Errors
     /// It does not accept one in time.
-    pub async fn get(&self, peer: &Peer, protocol: BackendProtocol, within: Duration) -> std::io::Result<Connection> {
+    pub async fn get(
+        &self,
+        peer: &Peer,
+        protocol: BackendProtocol,
+        is_fresh: bool,
+        within: Duration,
+    ) -> std::io::Result<Connection> {
         match protocol {
             BackendProtocol::Http1 => {
-                if let Some(sender) = self.take(&peer.place()) {
-                    return Ok(Connection::Http1 { sender, is_reused: true });
+                if !is_fresh && let Some(connection) = self.take(&peer.place()) {
+                    return Ok(Connection::Http1 { connection, is_reused: true });
                 }
-                let sender = self.open_http1(peer, within).await?;
-                Ok(Connection::Http1 { sender, is_reused: false })
+                // Most requests find one that is open: the future of those that do not is apart from theirs.
+                let connection = Http1::new(Box::pin(secured(peer, false, within)).await?);
+                Ok(Connection::Http1 { connection, is_reused: false })
             }
             BackendProtocol::H2c => {
                 let held = self.kept().http2.get(&peer.place()).filter(|held| !held.is_closed()).cloned();
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
-                let sender = self.open_http2(peer, within).await?;
+                let sender = Box::pin(self.open_http2(peer, within)).await?;
                 self.kept().http2.insert(peer.place(), sender.clone());
                 Ok(Connection::Http2(sender))
             }
         }
-    }
-
-    /// A new connection, whatever is idle.
-    ///
-    /// # Errors
-    /// As [`Pool::get`].
-    pub async fn open_http1(&self, peer: &Peer, within: Duration) -> std::io::Result<Http1> {
-        match secured(peer, false, within).await? {
-            Stream::Plain(stream) => self.shake_http1(Io::new(stream)).await,
-            Stream::Tls(stream) => self.shake_http1(TokioIo::new(*stream)).await,
-        }
-    }
-
-    async fn shake_http1<S>(&self, stream: S) -> std::io::Result<Http1>
-    where
-        S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-    {
-        let mut builder = http1::Builder::new();
-        builder.max_buf_size(self.buffer);
-        let (sender, connection) = builder.handshake(stream).await.map_err(std::io::Error::other)?;
-        // Its errors are those of the request that it carries.
-        tokio::spawn(async move { drop(connection.with_upgrades().await) });
-        Ok(sender)
     }
 
     async fn open_http2(&self, peer: &Peer, within: Duration) -> std::io::Result<Http2> {
@@ -136,21 +118,21 @@ impl Pool {
     fn take(&self, place: &Place) -> Option<Http1> {
         let mut kept = self.kept();
         let list = kept.http1.get_mut(place)?;
-        // The last one that was used is the least likely to be closed. One that is not ready has been closed, or has not come
-        // to an end of its last request yet.
-        let at = list.iter().rposition(|idle| idle.sender.is_ready())?;
-        Some(list.swap_remove(at).sender)
+        // The last one that was used is the least likely to be closed.
+        while let Some(idle) = list.pop() {
+            if idle.connection.is_quiet() {
+                return Some(idle.connection);
+            }
+        }
+        None
     }
 
     /// Takes a connection back whose answer is complete.
-    pub fn put(&self, peer: &Peer, sender: Http1) {
-        if sender.is_closed() {
-            return;
-        }
+    pub fn put(&self, peer: &Peer, connection: Http1) {
         let mut kept = self.kept();
         let list = kept.http1.entry(peer.place()).or_default();
         if list.len() < self.limit {
-            list.push(Idle { sender, since: self.sweeps.load(Ordering::Relaxed) });
+            list.push(Idle { connection, since: self.sweeps.load(Ordering::Relaxed) });
         }
     }
 
@@ -164,16 +146,11 @@ impl Pool {
         let now = self.sweeps.fetch_add(1, Ordering::Relaxed);
         let mut kept = self.kept();
         kept.http1.retain(|_, list| {
-            list.retain(|idle| !idle.sender.is_closed() && now.wrapping_sub(idle.since) < self.age);
+            list.retain(|idle| idle.connection.is_quiet() && now.wrapping_sub(idle.since) < self.age);
             !list.is_empty()
         });
         kept.http2.retain(|_, sender| !sender.is_closed());
     }
-}
-
-enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
 }
 
 /// A connection, over TLS where the peer wants it, with the protocol named that will be spoken.

@@ -97,7 +97,7 @@ pub fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let limits = shared.config.limits;
     let worker = Arc::new(Worker {
-        pool: Pool::new(limits.idle_upstream, ticks(limits.idle_upstream_timeout), limits.head),
+        pool: Pool::new(limits.idle_upstream, ticks(limits.idle_upstream_timeout)),
         log: Mutex::new(AccessLog::new(shared.config.log)),
         random: AtomicU64::new(seed | 1),
         started,
@@ -269,7 +269,6 @@ fn builder(limits: &super::config::Limits) -> auto::Builder<TokioExecutor> {
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head_timeout)
-        .max_headers(limits.headers)
         .max_buf_size(limits.head.max(8192));
     server
         .http2()

@@ -38,6 +38,16 @@ impl Links {
         }
     }
 
+    /// An address for so many seconds: the kernel takes it away by itself unless it is lent again. It is not used as a source
+    /// unless it is asked for.
+    pub fn lend(&self, address: &Address, seconds: u32) -> Result<(), LinkError> {
+        let mut message = self.address(wire::NEW_ADDRESS, wire::CREATE | wire::REPLACE, address)?;
+        // struct ifa_cacheinfo: preferred and valid lifetime, and two times that only the kernel tells.
+        let lifetimes: Vec<u8> = [0, seconds, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+        message.attribute(code::IFA_CACHEINFO, &lifetimes);
+        self.send(message, &Item::Address(address.clone()), &[])
+    }
+
     /// Makes one item untrue. What hangs on a link that is gone is gone with it.
     pub fn remove(&self, item: &Item) -> Result<(), LinkError> {
         let message = match item {

@@ -5,3 +5,4 @@ mod bgp;
 mod elect;
 mod net;
 mod random;
+mod vrrp;

@@ -84,7 +84,7 @@ impl Net {
     pub fn set_cable(&self, name: &str, is_in: bool) {
         let state = if is_in { "up" } else { "down" };
         let pin = self.pin(SWITCH);
-        let line = format!("nsenter --net={} ip link set {name} {state}", pin.display());
+        let line = format!("nsenter --net={} ip link set dev {name} {state}", pin.display());
         let done = Command::new("sh").args(["-c", &line]).status().expect("sh runs");
         assert!(done.success(), "{line}");
     }

@@ -5,6 +5,7 @@ mod alone;
 mod announce;
 mod bgp;
 mod options;
+mod vrrp;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

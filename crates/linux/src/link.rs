@@ -20,7 +20,7 @@ use nix::sys::socket::SockProtocol;
 
 use crate::netns::{Netns, NetnsError};
 use socket::Socket;
-pub use watch::AddressWatch;
+pub use watch::{AddressWatch, LinkWatch};
 
 /// Marks routes as ours in the kernel (`ip route show proto 70`), so that nothing else's are listed or removed.
 pub const PROTOCOL: u8 = 70;
@@ -87,6 +87,8 @@ pub struct Link {
     pub mtu: u32,
     pub mac: Option<Mac>,
     pub is_up: bool,
+    /// Something is at the other end of the cable.
+    pub has_carrier: bool,
     /// Index of the bridge this link is a port of.
     pub bridge: Option<u32>,
 }

@@ -1,5 +1,5 @@
 //! The layer 2 announcer: a thread of its own that exchanges heartbeats, and answers ARP and NDP for the addresses that are
-//! this node's to announce.
+//! this node's to announce. Whose an address is the nodes' vote says or, for those of a virtual router, VRRP.
 //!
 //! Its right to speak is an element with a timeout in an nftables set, which a chain on the way out of the interface asks for
 //! each packet of ours. A thread that was stopped after it decided to speak and goes on later says nothing.
@@ -14,7 +14,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use linux::link::{Links, Mac};
+use linux::link::{LinkWatch, Links, Mac};
 use linux::nft::{Chain, DataType, Datum, Family, Key, Nft, Op, Rule, Set, Socket, Statement, Transaction, Value};
 use linux::packet::{PacketSocket, Protocol};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +22,8 @@ use tracing::{debug, info, warn};
 
 use crate::metrics::Layer2Counts;
 use crate::packets::{Arp, advertisement, gratuitous, parse_solicitation};
+use crate::vrrp::instance::{Instance, RouterConfig};
+use crate::vrrp::machine::{Action, State};
 use crate::{Elector, Heartbeat, Metrics, Plan};
 
 /// UDP, between the nodes' own addresses.
@@ -70,6 +72,8 @@ pub struct Orders {
     pub plan: Plan,
     /// The primary address of each member.
     pub members: BTreeMap<String, IpAddr>,
+    /// Virtual routers of VRRP, which have addresses of their own; an empty interface is the node's own.
+    pub routers: Vec<RouterConfig>,
     /// Addresses that are announced on these interfaces; others, on those that hold the node's own addresses.
     pub interfaces: BTreeMap<IpAddr, BTreeSet<String>>,
 }
@@ -82,6 +86,8 @@ pub enum Notice {
     Lost(BTreeSet<IpAddr>),
     /// Another host says that an address of ours is its own.
     Conflict(IpAddr, String),
+    /// A virtual router of this name has no part here, and why.
+    Refused(String, String),
 }
 
 enum Command {
@@ -161,6 +167,8 @@ struct Worker {
     /// Where addresses are announced that are not announced on all of the node's own interfaces.
     only: BTreeMap<IpAddr, BTreeSet<String>>,
     metrics: Arc<Metrics>,
+    routers: Vec<Router>,
+    watch: LinkWatch,
     nft: Socket,
     commands: Receiver<Command>,
     woken: UnixStream,
@@ -171,6 +179,32 @@ struct Worker {
     /// When which addresses are told of again, and how often that was done.
     bursts: Vec<(Duration, usize, BTreeSet<IpAddr>)>,
     defended: BTreeMap<IpAddr, Duration>,
+}
+
+/// A virtual router, and until when others wait for it to speak.
+struct Router {
+    /// As it was ordered.
+    order: RouterConfig,
+    instance: Instance,
+    until: Duration,
+}
+
+impl Router {
+    /// Does what its machine says; whether everybody is to hear again where its addresses are.
+    fn act(&mut self, actions: Vec<Action>, now: Duration) -> bool {
+        for action in &actions {
+            if let Action::Advertise(priority) = action {
+                self.instance.advertise(*priority);
+                // Those that hear it wait for three of its intervals at least (RFC 9568, section 6.1).
+                self.until = now + self.order.settings.interval * 3;
+            }
+        }
+        actions.contains(&Action::TellAgain)
+    }
+
+    fn is_active(&self) -> bool {
+        self.instance.machine.state() == State::Active
+    }
 }
 
 impl Interface {
@@ -235,6 +269,8 @@ impl Worker {
             interfaces,
             only: BTreeMap::new(),
             metrics,
+            routers: Vec::new(),
+            watch: LinkWatch::open()?,
             nft,
             commands,
             woken,
@@ -262,6 +298,7 @@ impl Worker {
             }
             self.hear();
             self.beat();
+            self.route();
             self.decide();
             self.answer();
             self.burst();
@@ -269,7 +306,9 @@ impl Worker {
         // It stops speaking first, and says so: the others need not wait.
         let now = self.now();
         self.elector.leave(now);
+        let routers = std::mem::take(&mut self.routers);
         self.decide();
+        routers.into_iter().for_each(|router| self.end(router));
         self.beat();
         if let Err(error) = self.nft.remove_table(Family::Netdev, TABLE) {
             warn!(%error, "the announcer's table stays");
@@ -278,13 +317,15 @@ impl Worker {
 
     fn wait(&mut self, now: Duration) -> io::Result<()> {
         let bursts = self.bursts.iter().map(|(at, ..)| *at);
-        let next = bursts.fold(self.elector.next(now), Duration::min);
+        let routers = self.routers.iter().filter_map(|router| router.instance.machine.next());
+        let next = bursts.chain(routers).fold(self.elector.next(now), Duration::min);
         let milliseconds = next.saturating_sub(now).as_micros().div_ceil(1000).min(1000);
         let timeout = PollTimeout::from(milliseconds as u16);
-        let mut all = vec![self.woken.as_fd(), self.udp.as_fd()];
+        let mut all = vec![self.woken.as_fd(), self.udp.as_fd(), self.watch.as_fd()];
         for interface in &self.interfaces {
             all.extend([interface.arp.as_fd(), interface.solicitations.as_fd()]);
         }
+        all.extend(self.routers.iter().map(|router| router.instance.fd()));
         let mut all: Vec<PollFd<'_>> = all.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut all, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => Ok(()),
@@ -307,6 +348,7 @@ impl Worker {
                     if let Err(error) = self.open_interfaces(orders.interfaces) {
                         warn!(%error, "not all interfaces of the advertisements can be used");
                     }
+                    self.set_routers(orders.routers);
                     let now = self.now();
                     self.elector.set_plan(orders.plan, now);
                 }
@@ -336,6 +378,67 @@ impl Worker {
         }
         self.interfaces.extend(opened);
         Ok(())
+    }
+
+    /// Begins and ends virtual routers; one of which more than the addresses is another now begins anew.
+    fn set_routers(&mut self, orders: Vec<RouterConfig>) {
+        let order_of = |router: &Router| orders.iter().find(|order| order.is_same_router(&router.order));
+        let (stay, gone): (Vec<Router>, Vec<Router>) =
+            std::mem::take(&mut self.routers).into_iter().partition(|router| order_of(router).is_some());
+        self.routers = stay;
+        for router in &mut self.routers {
+            let order = orders.iter().find(|order| order.is_same_router(&router.order));
+            // Its addresses may be others: it keeps what it is.
+            if let Some(order) = order.filter(|order| order.addresses != router.order.addresses) {
+                router.instance.set_addresses(order.addresses.clone());
+                router.order = order.clone();
+            }
+        }
+        // Silent first, and then it says so.
+        self.decide();
+        gone.into_iter().for_each(|router| self.end(router));
+        for order in orders {
+            if self.routers.iter().any(|router| router.order.is_same_router(&order)) {
+                continue;
+            }
+            let mut config = order.clone();
+            if config.interface.is_empty() {
+                config.interface = self.interfaces.first().map(|own| own.name.clone()).unwrap_or_default();
+            }
+            match Instance::open(config) {
+                Ok(instance) => {
+                    let mut router = Router { order, instance, until: Duration::ZERO };
+                    let now = self.now();
+                    let actions = router.instance.want(true, now);
+                    router.act(actions, now);
+                    self.routers.push(router);
+                }
+                Err(error) => {
+                    warn!(%error, "a virtual router has no part here");
+                    (self.notice)(Notice::Refused(order.name, error.to_string()));
+                }
+            }
+        }
+    }
+
+    fn end(&self, mut router: Router) {
+        let actions = router.instance.want(false, self.now());
+        router.act(actions, self.now());
+    }
+
+    /// Hears and says what virtual routers do.
+    fn route(&mut self) {
+        let now = self.now();
+        let looked = self.watch.has_changed() && !self.routers.is_empty();
+        let links = looked.then(Links::current).and_then(Result::ok);
+        for router in &mut self.routers {
+            let mut actions = links.as_ref().map(|links| router.instance.look(links, now)).unwrap_or_default();
+            actions.extend(router.instance.hear(now));
+            actions.extend(router.instance.machine.tick(now));
+            if router.act(actions, now) {
+                self.bursts.push((now, 0, router.instance.config.addresses.iter().copied().collect()));
+            }
+        }
     }
 
     fn is_announced_on(&self, address: IpAddr, interface: &Interface) -> bool {
@@ -379,7 +482,11 @@ impl Worker {
     /// Takes and gives up addresses, and renews the right.
     fn decide(&mut self) {
         let now = self.now();
-        let speech = self.elector.speech(now);
+        let mut speech = self.elector.speech(now);
+        for router in self.routers.iter().filter(|router| router.is_active()) {
+            speech.addresses.extend(&router.instance.config.addresses);
+            speech.until = speech.until.min(router.until);
+        }
         let taken: BTreeSet<IpAddr> = speech.addresses.difference(&self.held).copied().collect();
         let lost: BTreeSet<IpAddr> = self.held.difference(&speech.addresses).copied().collect();
         if !lost.is_empty() {

@@ -19,5 +19,5 @@ pub use allocate::{Allocator, Given, Refusal};
 pub use elect::{Elector, HEARTBEAT, LEASE, Plan, Speech};
 pub use message::Heartbeat;
 pub use metrics::{BgpCounts, Counts, Metrics};
-pub use pool::{Advertisement, AdvertisementObject, Pool, PoolError, PoolObject};
+pub use pool::{Advertisement, AdvertisementObject, Pool, PoolError, PoolObject, VrrpGroup};
 pub use service::{CLASS, Request, Service};

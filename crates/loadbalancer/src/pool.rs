@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
+use api::duration::GoDuration;
 use api::object::Metadata;
 use api::selector::{LabelSelector, LabelSelectorSpec};
 use ipnet::IpNet;
@@ -18,6 +20,8 @@ pub enum PoolError {
     Range(String),
     #[error("{field}: {why}; correct the selector")]
     Selector { field: &'static str, why: String },
+    #[error("annotation {name} is {value:?}, which is not {expected}; correct it")]
+    Annotation { name: &'static str, value: String, expected: &'static str },
     #[error("it overlaps pool {0}; let them not share addresses")]
     Overlap(String),
 }
@@ -210,6 +214,39 @@ pub struct Advertisement {
     service_selectors: Vec<LabelSelector>,
     /// Names of interfaces; empty: those that hold the node's own addresses.
     pub interfaces: BTreeSet<String>,
+    /// The virtual router that decides who announces, instead of the nodes' vote.
+    pub vrrp: Option<VrrpGroup>,
+}
+
+/// A virtual router (RFC 9568) as annotations of an L2Advertisement say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VrrpGroup {
+    pub id: u8,
+    pub interval: Duration,
+}
+
+/// From 1 to 255.
+pub const VRRP_ID_ANNOTATION: &str = "fairlead.io/vrrp-id";
+/// Such as 100ms, which it is by default.
+pub const VRRP_INTERVAL_ANNOTATION: &str = "fairlead.io/vrrp-interval";
+const VRRP_INTERVAL: Duration = Duration::from_millis(100);
+
+fn vrrp(metadata: &Metadata) -> Result<Option<VrrpGroup>, PoolError> {
+    let Some(text) = metadata.annotations.get(VRRP_ID_ANNOTATION) else { return Ok(None) };
+    let wrong = |name, value: &String, expected| PoolError::Annotation { name, value: value.clone(), expected };
+    let id = text.parse().ok().filter(|id| *id != 0);
+    let id = id.ok_or_else(|| wrong(VRRP_ID_ANNOTATION, text, "a number from 1 to 255"))?;
+    let interval = match metadata.annotations.get(VRRP_INTERVAL_ANNOTATION) {
+        None => VRRP_INTERVAL,
+        Some(text) => {
+            let read = text.parse::<GoDuration>().ok().map(|read| read.0);
+            let fits =
+                |time: &Duration| (10..=40_950).contains(&time.as_millis()) && time.as_millis().is_multiple_of(10);
+            let expected = "from 10ms to 40.95s in steps of 10ms";
+            read.filter(fits).ok_or_else(|| wrong(VRRP_INTERVAL_ANNOTATION, text, expected))?
+        }
+    };
+    Ok(Some(VrrpGroup { id, interval }))
 }
 
 impl Advertisement {
@@ -223,6 +260,7 @@ impl Advertisement {
             node_selectors: selectors("spec.nodeSelectors", &spec.node_selectors)?,
             service_selectors: selectors("spec.serviceSelectors", &spec.service_selectors)?,
             interfaces: spec.interfaces.iter().cloned().collect(),
+            vrrp: vrrp(&object.metadata)?,
         })
     }
 

@@ -4,6 +4,7 @@
 mod dns;
 mod ingress;
 mod list;
+mod loadbalancer;
 mod memory;
 mod plot;
 mod pods;
@@ -37,6 +38,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "proxy", run: proxy::measure },
     Bench { name: "dns", run: dns::measure },
     Bench { name: "ingress", run: ingress::measure },
+    Bench { name: "loadbalancer", run: loadbalancer::measure },
 ];
 
 /// One line of the table.

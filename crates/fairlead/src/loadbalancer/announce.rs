@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::vrrp::Group;
 use super::{DRAINING, EXCLUDED, GATHER, NAMESPACE, TIE, key, serving_nodes};
 use crate::ingress::leader::{self, Terms};
 use crate::node_object;
@@ -66,6 +67,7 @@ pub async fn run(client: kube::Client, feed: ServiceFeed, node: Node, metrics: A
         recorder: Recorder::new(&client, "fairlead-layer2", &node.name),
         name: node.name,
         held: BTreeSet::new(),
+        split: BTreeSet::new(),
         metrics,
     };
     follower.run(&client, changes, &announcer, notices, tie_seen, token).await;
@@ -116,6 +118,8 @@ struct Follower {
     name: String,
     /// What the announcer says here.
     held: BTreeSet<IpAddr>,
+    /// Services that a virtual router cannot announce, as it was told.
+    split: BTreeSet<Key>,
     metrics: Arc<Metrics>,
 }
 
@@ -234,7 +238,7 @@ impl Follower {
         }
     }
 
-    fn orders(&self) -> Orders {
+    fn orders(&mut self) -> Orders {
         let nodes = self.nodes.iter().filter(|(_, node)| !node.labels.contains_key(EXCLUDED));
         let members: BTreeMap<String, IpAddr> =
             nodes.filter_map(|(name, node)| Some((name.clone(), node.address?))).collect();
@@ -253,6 +257,9 @@ impl Follower {
                 (pool, named.map(|one| (one, allowed(one))).collect())
             })
             .collect();
+        // By the id of the virtual router and the family of its addresses.
+        let mut groups: BTreeMap<(u8, bool), Group> = BTreeMap::new();
+        let mut split: BTreeSet<Key> = BTreeSet::new();
         let is_draining = |name: &String| self.nodes.get(name).is_some_and(|node| node.is_draining);
         let unlabelled = BTreeMap::new();
         let table = self.feed.table.read().unwrap_or_else(PoisonError::into_inner);
@@ -272,6 +279,20 @@ impl Follower {
                 if let Some(Some(others)) = plan.addresses.get(address) {
                     allowed.retain(|name| others.contains(name));
                 }
+                if let Some((router, by)) = of_service().find_map(|(one, names)| Some((one.vrrp?, names))) {
+                    if service.external_policy == TrafficPolicy::Local {
+                        split.insert(Key::new(&*service.namespace, &*service.name));
+                    } else if by.contains(&self.name) && !is_draining(&self.name) {
+                        let key = (router.id, address.is_ipv4());
+                        let group = groups.entry(key).or_insert_with(|| Group {
+                            router,
+                            nodes: by.iter().filter(|name| !is_draining(name)).cloned().collect(),
+                            addresses: BTreeSet::new(),
+                        });
+                        group.addresses.insert(*address);
+                    }
+                    continue;
+                }
                 // One that names no interface means all of the node's own.
                 if of_service().all(|(one, _)| !one.interfaces.is_empty()) {
                     let names = of_service().flat_map(|(one, _)| &one.interfaces).cloned();
@@ -280,7 +301,16 @@ impl Follower {
                 plan.addresses.insert(*address, (allowed.len() < members.len()).then_some(allowed));
             }
         }
-        Orders { plan, members, interfaces }
+        drop(table);
+        for key in split.difference(&self.split) {
+            let about = ObjectRef::new("v1", SERVICES.kind, &key.namespace, &key.name, "");
+            let message = "a virtual router moves all of its addresses at a time, and with externalTrafficPolicy Local each \
+                           goes its own way: use Cluster, or an L2Advertisement without fairlead.io/vrrp-id";
+            self.recorder.event(&about, EventKind::Warning, "AddressNotAnnounced", message.to_owned());
+        }
+        self.split = split;
+        let routers = groups.into_values().map(|group| group.router_of(&self.name)).collect();
+        Orders { plan, members, interfaces, routers }
     }
 
     /// What a scrape is told of what is announced here.
@@ -301,7 +331,7 @@ impl Follower {
         match notice {
             Notice::Took(addresses) => self.held.extend(addresses),
             Notice::Lost(addresses) => self.held.retain(|address| !addresses.contains(address)),
-            Notice::Conflict(..) => {}
+            Notice::Conflict(..) | Notice::Refused(..) => {}
         }
         self.count();
         let (addresses, kind, reason, message) = match notice {
@@ -310,6 +340,10 @@ impl Follower {
                 (addresses.clone(), EventKind::Normal, "nodeAssigned", message)
             }
             Notice::Lost(_) => return,
+            Notice::Refused(name, error) => {
+                warn!(name, error, "a virtual router has no part here");
+                return;
+            }
             Notice::Conflict(address, mac) => {
                 let message = format!(
                     "{mac} says that it has {address}, which node \"{}\" announces; find that host and take the address from it",

@@ -57,7 +57,7 @@ pub fn get(place: &Netns, address: IpAddr, patience: Duration) -> Option<String>
 }
 
 /// Who says on the nodes' network that it has the address, and when.
-fn capture(switch: &Netns, address: IpAddr, stop: &AtomicBool) -> Vec<(Instant, Mac)> {
+pub fn capture(switch: &Netns, address: IpAddr, stop: &AtomicBool) -> Vec<(Instant, Mac)> {
     let listen = || {
         let links = Links::current().expect("links can be read");
         let bridge = links.links().expect("listed").into_iter().find(|link| link.kind == "bridge").expect("a switch");

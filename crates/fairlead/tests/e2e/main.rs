@@ -21,6 +21,7 @@ mod standalone;
 mod uplink;
 mod variants;
 mod vip;
+mod vrrp;
 
 use cluster::{Cluster, Kubectl, kubectls};
 use script::Script;

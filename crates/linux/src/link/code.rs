@@ -5,6 +5,7 @@ pub const AF_BRIDGE: u8 = 7;
 pub const AF_INET6: u8 = 10;
 
 pub const IFF_UP: u32 = 1;
+pub const IFF_LOWER_UP: u32 = 0x1_0000;
 
 pub const IFLA_ADDRESS: u16 = 1;
 pub const IFLA_IFNAME: u16 = 3;

@@ -169,6 +169,7 @@ fn parse_link(payload: &[u8]) -> Option<Link> {
         mtu: 0,
         mac: None,
         is_up: flags & code::IFF_UP != 0,
+        has_carrier: flags & code::IFF_LOWER_UP != 0,
         bridge: None,
     };
     for (kind, value) in attributes(payload, LINK_PART) {

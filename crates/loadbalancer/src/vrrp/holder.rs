@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use linux::link::{Address, Item, Links};
+use linux::link::{Address, Item, LinkWatch, Links};
 use linux::packet::{PacketSocket, Protocol};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, info, warn};
@@ -68,6 +68,7 @@ impl Holder {
         let worker = Worker {
             origin: Instant::now(),
             links: Links::current()?,
+            watch: LinkWatch::open()?,
             held,
             commands: received,
             woken,
@@ -155,6 +156,7 @@ impl Held {
 struct Worker {
     origin: Instant,
     links: Links,
+    watch: LinkWatch,
     held: BTreeMap<String, Held>,
     commands: Receiver<Command>,
     woken: UnixStream,
@@ -173,10 +175,7 @@ impl Worker {
         }
         let names: Vec<String> = self.held.keys().cloned().collect();
         for name in &names {
-            self.drive(name, |held, now| match held.instance.config.waits {
-                true => Vec::new(),
-                false => held.instance.machine.start(now),
-            });
+            self.drive(name, |held, now| held.instance.want(!held.instance.config.waits, now));
         }
         loop {
             if let Err(error) = self.wait() {
@@ -185,6 +184,9 @@ impl Worker {
             }
             if !self.take_commands() {
                 break;
+            }
+            if self.watch.has_changed() {
+                self.look();
             }
             for name in &names {
                 self.drive(name, |held, now| held.instance.hear(now));
@@ -203,6 +205,7 @@ impl Worker {
         let left = next.map_or(RENEWAL, |next| next.saturating_sub(now)).min(RENEWAL);
         let timeout = PollTimeout::from(left.as_micros().div_ceil(1000) as u16);
         let mut all = vec![PollFd::new(self.woken.as_fd(), PollFlags::POLLIN)];
+        all.push(PollFd::new(self.watch.as_fd(), PollFlags::POLLIN));
         all.extend(self.held.values().map(|held| PollFd::new(held.instance.fd(), PollFlags::POLLIN)));
         match poll(&mut all, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => Ok(()),
@@ -217,19 +220,26 @@ impl Worker {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Priority(name, priority)) => self.drive(&name, |held, now| {
-                    let machine = &mut held.instance.machine;
-                    match priority {
-                        Some(priority) => {
-                            let mut actions = machine.set_priority(priority, now);
-                            actions.extend(machine.start(now));
-                            actions
-                        }
-                        None => machine.stop(),
-                    }
+                    let new = priority.map(|priority| held.instance.machine.set_priority(priority, now));
+                    let mut actions = new.unwrap_or_default();
+                    actions.extend(held.instance.want(priority.is_some(), now));
+                    actions
                 }),
                 Ok(Command::End) | Err(mpsc::TryRecvError::Disconnected) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
             }
+        }
+    }
+
+    /// Looks which cables are in.
+    fn look(&mut self) {
+        let names: Vec<String> = self.held.keys().cloned().collect();
+        let links = match Links::current() {
+            Ok(links) => links,
+            Err(error) => return warn!(%error, "interfaces cannot be looked at"),
+        };
+        for name in names {
+            self.drive(&name, |held, now| held.instance.look(&links, now));
         }
     }
 
@@ -246,6 +256,7 @@ impl Worker {
                     (held.burst, held.renewal) = (Some((now, 0)), Some(now + RENEWAL));
                     (self.notice)(Notice::Took(name.to_owned()));
                 }
+                Action::TellAgain => drop(held.burst.get_or_insert((now, 0))),
                 Action::GiveUp => {
                     info!(name, addresses = ?held.instance.config.addresses, "no longer held here");
                     give_back(&self.links, held);

@@ -13,6 +13,11 @@ use tracing::{debug, warn};
 use super::machine::{Action, Machine, Settings};
 use super::packet::{Advertisement, Checksum, GROUP_V4, GROUP_V6, HOPS, LONGEST_INTERVAL, PROTOCOL};
 
+/// So many addresses of IPv6 fit into a packet of 1500 bytes, and we name no more of IPv4.
+const MOST_NAMED: usize = 80;
+/// So many advertisements in a row that name other addresses are no change that is under way.
+const SUSPICIOUS: u32 = 20;
+
 #[derive(Debug, thiserror::Error)]
 pub enum VrrpError {
     #[error("virtual router {name}: {field} is {value}, which is not {expected}; correct it")]
@@ -78,6 +83,17 @@ impl RouterConfig {
         Ok(())
     }
 
+    /// Whether both are the same but for their addresses, of one family.
+    pub fn is_same_router(&self, other: &RouterConfig) -> bool {
+        let same = RouterConfig { addresses: other.addresses.clone(), ..self.clone() };
+        same == *other && self.is_v4() == other.is_v4()
+    }
+
+    /// The addresses that advertisements name: those that fit into a packet.
+    fn named(&self) -> &[IpAddr] {
+        &self.addresses[..self.addresses.len().min(MOST_NAMED)]
+    }
+
     fn is_v4(&self) -> bool {
         self.addresses.first().is_some_and(IpAddr::is_ipv4)
     }
@@ -91,8 +107,12 @@ pub struct Instance {
     primary: IpAddr,
     ear: Socket,
     mouth: Socket,
-    /// Another's list of addresses differs, which was said.
-    has_complained: bool,
+    /// It takes part as far as anybody here is concerned.
+    is_wanted: bool,
+    /// Something is at the other end of the cable.
+    has_carrier: bool,
+    /// Advertisements in a row that named other addresses than ours.
+    differing: u32,
 }
 
 impl Instance {
@@ -123,7 +143,43 @@ impl Instance {
         let ear = ear(&config, link.index).map_err(|error| failed("listen for advertisements", error))?;
         let mouth = mouth(&config, link.index, primary).map_err(|error| failed("prepare to advertise", error))?;
         let machine = Machine::new(config.settings, primary);
-        Ok(Instance { machine, mac, index: link.index, primary, ear, mouth, has_complained: false, config })
+        Ok(Instance {
+            machine,
+            mac,
+            index: link.index,
+            primary,
+            ear,
+            mouth,
+            is_wanted: false,
+            has_carrier: link.has_carrier,
+            differing: 0,
+            config,
+        })
+    }
+
+    /// Whether it is to take part.
+    pub fn want(&mut self, is_wanted: bool, now: Duration) -> Vec<Action> {
+        self.is_wanted = is_wanted;
+        self.settle(now)
+    }
+
+    /// Looks whether the cable is in: a host that nobody hears has no part, and tells where addresses are when it is heard again.
+    pub fn look(&mut self, links: &Links, now: Duration) -> Vec<Action> {
+        match links.link(&self.config.interface) {
+            Ok(link) => self.has_carrier = link.is_some_and(|link| link.has_carrier),
+            // It stays as it was known to be.
+            Err(error) => debug!(name = self.config.name, %error, "the interface cannot be looked at"),
+        }
+        self.settle(now)
+    }
+
+    fn settle(&mut self, now: Duration) -> Vec<Action> {
+        if self.is_wanted && self.has_carrier { self.machine.start(now) } else { self.machine.stop() }
+    }
+
+    /// Other addresses of the same family; the router goes on as it is.
+    pub fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
+        self.config.addresses = addresses;
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -158,10 +214,10 @@ impl Instance {
             }
             let heard = Advertisement::decode(payload, from, to).filter(|one| one.id == self.config.id);
             let Some(heard) = heard else { continue };
-            let differs = heard.addresses.iter().any(|one| !self.config.addresses.contains(one))
-                || heard.addresses.len() != self.config.addresses.len();
-            if differs && !self.has_complained {
-                self.has_complained = true;
+            let named = self.config.named();
+            let is_same = heard.addresses.len() == named.len() && heard.addresses.iter().all(|one| named.contains(one));
+            self.differing = if is_same { 0 } else { self.differing.saturating_add(1) };
+            if self.differing == SUSPICIOUS {
                 let (name, theirs) = (&self.config.name, &heard.addresses);
                 warn!(name, %from, ?theirs, "another router has this id and other addresses; see who that is");
             }
@@ -182,7 +238,7 @@ impl Instance {
 
     pub fn advertise(&self, priority: u8) {
         let Settings { interval, .. } = self.config.settings;
-        let addresses = self.config.addresses.clone();
+        let addresses = self.config.named().to_vec();
         let advertisement = Advertisement { id: self.config.id, priority, interval, addresses };
         let group = [self.group()];
         let to = if self.config.peers.is_empty() { &group[..] } else { &self.config.peers[..] };

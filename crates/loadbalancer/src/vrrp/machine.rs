@@ -26,6 +26,8 @@ pub enum Action {
     Take,
     /// They are not any more.
     GiveUp,
+    /// Somebody else took them for its own: everybody is to hear again where they are.
+    TellAgain,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,11 +165,12 @@ impl Machine {
                     self.state = State::Backup;
                     self.active_interval = interval;
                     self.timer = Some(now + self.down_interval());
-                    return vec![Action::GiveUp];
+                    // The other hears that somebody spoke beside it, and tells everybody again where the addresses are.
+                    return vec![Action::GiveUp, Action::Advertise(own)];
                 }
                 // So that the other hears at once that it is not needed.
                 self.timer = Some(now + self.settings.interval);
-                vec![Action::Advertise(own)]
+                vec![Action::Advertise(own), Action::TellAgain]
             }
         }
     }

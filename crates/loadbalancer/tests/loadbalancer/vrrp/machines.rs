@@ -72,6 +72,7 @@ impl Wire {
                         self.act(other, answer);
                     }
                 }
+                Action::TellAgain => self.history.push((self.now, place, true)),
                 Action::Advertise(_) => {}
             }
         }
@@ -173,8 +174,11 @@ fn a_partition_has_two_owners_and_heals_to_one() {
     wire.run(2000 * MS);
     assert_eq!(wire.owner(), [0, 1]);
     wire.cut.clear();
+    wire.history.clear();
     wire.run(500 * MS);
     assert_eq!(wire.owner(), [1]);
+    // The network believes the one who spoke last: that has to be who stays.
+    assert_eq!(wire.history.last().map(|(_, place, has)| (*place, *has)), Some((1, true)), "{:?}", wire.history);
 }
 
 #[test]

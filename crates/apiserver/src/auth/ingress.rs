@@ -44,7 +44,7 @@ const NAMING: [&str; 2] = ["nginx.ingress.kubernetes.io/auth-secret", "ingress.f
 
 fn ingress_names(ingress: &Value, secret: &str) -> bool {
     let annotations = ingress.pointer("/metadata/annotations");
-    let annotated = |key: &&str| annotations.and_then(|all| all.get(**key)).and_then(Value::as_str);
+    let annotated = |key: &&str| annotations.and_then(|all| all.get(*key)).and_then(Value::as_str);
     let named = NAMING.iter().filter_map(annotated).map(str::trim).any(|name| !name.is_empty() && name == secret);
     named || list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
 }

@@ -372,7 +372,7 @@ impl Gateways {
     }
 
     /// Only who holds the Lease has anything to say.
-    fn report(&self, parts: &Parts) -> Report {
+    fn report(&mut self, parts: &Parts) -> Report {
         if !*parts.leads.borrow() {
             return Report::default();
         }

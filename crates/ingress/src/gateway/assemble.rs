@@ -13,24 +13,21 @@ use tokio_rustls::rustls::server::{
 };
 use tokio_rustls::rustls::sign::CertifiedKey;
 
-use super::RouteType;
-use super::attach::{attach, means};
+use super::attach::means;
+use super::attached::Attached;
 use super::condition::Problem;
 use super::grants::{End, allows};
 use super::listeners::{Held, Owner, Speaks, World};
-use super::objects::{AnyRoute, GROUP, Gateway, ListenerSet, Reference};
-use super::ports::{Carries, PortKey, PortTable, StreamRoute, TlsTable, TlsWay, Transport};
-use super::rules::Translated;
+use super::objects::{GROUP, Gateway, ListenerSet, Reference};
+use super::ports::{Carries, PortKey, PortTable, TlsTable, TlsWay, Transport};
 use super::store::age;
 use super::verify::{AnyClient, CaState, Identity};
 use crate::compile::SecretState;
 use crate::crypto;
 use crate::host::HostPattern;
 use crate::hosts::HostMap;
-use crate::route::{Route, RouteName};
-use crate::table::{PathTable, RouteTable};
+use crate::table::RouteTable;
 use crate::tls;
-use crate::translate::Register;
 
 /// A Gateway, put together.
 pub struct Assembled {
@@ -39,14 +36,12 @@ pub struct Assembled {
     pub sets: Vec<Arc<ListenerSet>>,
     pub refused_sets: Vec<Arc<ListenerSet>>,
     pub not_accepted: Option<Problem>,
-    /// What became of each parentRef that means this Gateway or one of its ListenerSets.
-    pub parents: BTreeMap<(RouteType, Key), Vec<Parent>>,
+    pub attached: Attached,
     pub ports: BTreeMap<PortKey, Arc<PortTable>>,
     pub tls: TlsCache,
+    clients: BTreeMap<u16, Clients>,
+    identity: Option<Arc<Identity>>,
 }
-
-/// A parentRef, and why it leads nowhere if it does.
-pub type Parent = (Reference, Result<(), Problem>);
 
 /// TLS as it was set up, kept while nothing of it changes so that tickets stay good.
 #[derive(Default)]
@@ -144,32 +139,31 @@ pub fn authority(world: &World<'_>, from: &Owner, reference: &Reference) -> Resu
     }
 }
 
-/// Puts a Gateway together.
+/// Puts a Gateway together, without its routes; what was set up before for TLS is kept where it still fits.
 pub fn assemble(
     world: &World<'_>,
     authorities: &BTreeMap<Key, CaState>,
     gateway: &Gateway,
-    translated: &HashMap<(RouteType, Key), Arc<Translated>>,
-    register: &mut dyn Register,
-    cache: TlsCache,
+    mut cache: TlsCache,
 ) -> Assembled {
     let (sets, refused) = sets_of(world, gateway);
-    let listeners = world.listeners(gateway, &sets);
-    let mut out = Assembled {
+    let mut listeners = world.listeners(gateway, &sets);
+    let own = Owner { kind: "Gateway", key: gateway.metadata.key() };
+    let clients = clients(world, authorities, gateway, &own, &mut listeners);
+    let identity = identity(world, gateway, &own, &mut cache);
+    let owners = sets.iter().map(|set| Owner { kind: "ListenerSet", key: set.metadata.key() });
+    let owners: BTreeSet<Owner> = owners.chain([own]).collect();
+    Assembled {
+        attached: Attached::new(owners, listeners.len()),
         listeners,
         not_accepted: not_accepted(gateway),
         sets: sets.into_iter().cloned().collect(),
         refused_sets: refused.into_iter().cloned().collect(),
-        parents: BTreeMap::new(),
         ports: BTreeMap::new(),
-        tls: TlsCache::default(),
-    };
-    let mut builder = Builder { world, gateway, translated, register, out: &mut out, cache };
-    let clients = builder.clients(authorities);
-    let identity = builder.identity();
-    let attached = builder.attach_all();
-    builder.ports(attached, &clients, identity);
-    out
+        tls: cache,
+        clients,
+        identity,
+    }
 }
 
 fn not_accepted(gateway: &Gateway) -> Option<Problem> {
@@ -184,234 +178,115 @@ fn not_accepted(gateway: &Gateway) -> Option<Problem> {
     })
 }
 
-/// What came in at one listener.
-#[derive(Default)]
-struct Arrived {
-    /// By host: of which kind, as HTTPRoute and GRPCRoute do not share one, and the routes in their order.
-    http: BTreeMap<HostPattern, (RouteType, Vec<Arc<Route>>)>,
-    /// The oldest counts.
-    streams: BTreeMap<HostPattern, Arc<StreamRoute>>,
+/// Whom clients are taken for, by port. Listeners of a port whose authorities cannot be read serve nobody.
+fn clients(
+    world: &World<'_>,
+    authorities: &BTreeMap<Key, CaState>,
+    gateway: &Gateway,
+    own: &Owner,
+    listeners: &mut [Held],
+) -> BTreeMap<u16, Clients> {
+    let Some(frontend) = &gateway.spec.tls.frontend else { return BTreeMap::new() };
+    let mut all = BTreeMap::new();
+    for held in listeners.iter_mut().filter(|held| held.speaks == Some(Speaks::Https)) {
+        let of_port = frontend.per_port.iter().find(|one| one.port == held.spec.port);
+        let Some(validation) = &of_port.map_or(&frontend.default, |one| &one.tls).validation else { continue };
+        let (mut roots, mut problems, mut waits) = (Vec::new(), Vec::new(), false);
+        for reference in &validation.ca_certificate_refs {
+            let key = match authority(world, own, reference) {
+                Ok(key) => key,
+                Err(problem) => {
+                    problems.push(problem);
+                    continue;
+                }
+            };
+            let named = format!("ConfigMap {}/{}", key.namespace, key.name);
+            let wrong = |message: String| Problem::new("InvalidCACertificateRef", message);
+            match authorities.get(&key) {
+                Some(CaState::Good(held)) => roots.push(held.clone()),
+                Some(CaState::Missing) => problems.push(wrong(format!("there is no {named}"))),
+                Some(CaState::Broken(why)) => problems.push(wrong(format!("{named} {why}"))),
+                Some(CaState::Unknown) | None => waits = true,
+            }
+        }
+        held.unresolved.extend(problems);
+        held.waits |= waits;
+        if roots.is_empty() {
+            // Nobody could be let in; nobody is, rather than everybody.
+            if !waits {
+                let message = "no authority of spec.tls.frontend can be read, so no client can be verified";
+                held.not_accepted.push(Problem::new("NoValidCACertificate", message));
+            }
+            held.certificates.clear();
+            continue;
+        }
+        all.insert(held.spec.port, Clients { roots, takes_any: validation.mode == "AllowInsecureFallback" });
+    }
+    all
 }
 
-struct Builder<'a, 'b> {
-    world: &'a World<'b>,
-    gateway: &'a Gateway,
-    translated: &'a HashMap<(RouteType, Key), Arc<Translated>>,
-    register: &'a mut dyn Register,
-    out: &'a mut Assembled,
-    cache: TlsCache,
+fn identity(world: &World<'_>, gateway: &Gateway, own: &Owner, cache: &mut TlsCache) -> Option<Arc<Identity>> {
+    let reference = gateway.spec.tls.backend.client_certificate_ref.as_ref()?;
+    let key = world.secret(own, reference, "spec.tls.backend.clientCertificateRef").ok()?;
+    let SecretState::Good(certificate) = world.secrets.get(&key)? else { return None };
+    let before = cache.identity.take().filter(|held| Arc::ptr_eq(&held.key, certificate));
+    let identity = before.unwrap_or_else(|| Arc::new(Identity::new(certificate.clone())));
+    cache.identity = Some(identity.clone());
+    Some(identity)
 }
 
-impl Builder<'_, '_> {
-    fn own(&self) -> Owner {
-        Owner { kind: "Gateway", key: self.gateway.metadata.key() }
-    }
-
-    /// Whom clients are taken for, by port. Listeners of a port whose authorities cannot be read serve nobody.
-    fn clients(&mut self, authorities: &BTreeMap<Key, CaState>) -> BTreeMap<u16, Clients> {
-        let Some(frontend) = &self.gateway.spec.tls.frontend else { return BTreeMap::new() };
-        let own = self.own();
-        let mut all = BTreeMap::new();
-        for held in self.out.listeners.iter_mut().filter(|held| held.speaks == Some(Speaks::Https)) {
-            let of_port = frontend.per_port.iter().find(|one| one.port == held.spec.port);
-            let Some(validation) = &of_port.map_or(&frontend.default, |one| &one.tls).validation else { continue };
-            let (mut roots, mut problems, mut waits) = (Vec::new(), Vec::new(), false);
-            for reference in &validation.ca_certificate_refs {
-                let key = match authority(self.world, &own, reference) {
-                    Ok(key) => key,
-                    Err(problem) => {
-                        problems.push(problem);
-                        continue;
-                    }
-                };
-                let named = format!("ConfigMap {}/{}", key.namespace, key.name);
-                match authorities.get(&key) {
-                    Some(CaState::Good(held)) => roots.push(held.clone()),
-                    Some(CaState::Missing) => {
-                        problems.push(Problem::new("InvalidCACertificateRef", format!("there is no {named}")));
-                    }
-                    Some(CaState::Broken(why)) => {
-                        problems.push(Problem::new("InvalidCACertificateRef", format!("{named} {why}")));
-                    }
-                    Some(CaState::Unknown) | None => waits = true,
-                }
-            }
-            held.unresolved.extend(problems);
-            held.waits |= waits;
-            if roots.is_empty() {
-                // Nobody could be let in; nobody is, rather than everybody.
-                if !waits {
-                    let message = "no authority of spec.tls.frontend can be read, so no client can be verified";
-                    held.not_accepted.push(Problem::new("NoValidCACertificate", message));
-                }
-                held.certificates.clear();
-                continue;
-            }
-            all.insert(held.spec.port, Clients { roots, takes_any: validation.mode == "AllowInsecureFallback" });
-        }
-        all
-    }
-
-    fn identity(&mut self) -> Option<Arc<Identity>> {
-        let reference = self.gateway.spec.tls.backend.client_certificate_ref.as_ref()?;
-        let key = self.world.secret(&self.own(), reference, "spec.tls.backend.clientCertificateRef").ok()?;
-        let SecretState::Good(certificate) = self.world.secrets.get(&key)? else { return None };
-        let before = self.cache.identity.take().filter(|held| Arc::ptr_eq(&held.key, certificate));
-        let identity = before.unwrap_or_else(|| Arc::new(Identity::new(certificate.clone())));
-        self.out.tls.identity = Some(identity.clone());
-        Some(identity)
-    }
-
-    fn attach_all(&mut self) -> Vec<Arrived> {
-        let mut arrived: Vec<Arrived> = self.out.listeners.iter().map(|_| Arrived::default()).collect();
-        let owners: BTreeSet<Owner> = [self.own()]
-            .into_iter()
-            .chain(self.out.sets.iter().map(|set| Owner { kind: "ListenerSet", key: set.metadata.key() }))
-            .collect();
-        let is_ours = |parent: &Reference, namespace: &str| {
-            owners.iter().any(|owner| means(parent, namespace, owner.kind, &owner.key))
-        };
-        let mut routes: Vec<(RouteType, &Arc<AnyRoute>)> = self
-            .world
-            .objects
-            .routes
-            .iter()
-            .filter(|(_, route)| {
-                let namespace = &route.metadata.namespace;
-                route.metadata.deletion_timestamp.is_none()
-                    && route.spec.parent_refs.iter().any(|parent| is_ours(parent, namespace))
-            })
-            .map(|((kind, _), route)| (*kind, route))
-            .collect();
-        routes.sort_by(|a, b| age(&a.1.metadata).cmp(&age(&b.1.metadata)));
-        for (kind, route) in routes {
-            let place = (kind, route.metadata.key());
-            let Some(translated) = self.translated.get(&place) else { continue };
-            let mut counted = BTreeSet::new();
-            let mut results = Vec::new();
-            for parent in route.spec.parent_refs.iter().filter(|parent| is_ours(parent, &route.metadata.namespace)) {
-                let result = match &translated.not_accepted {
-                    Some(problem) => Err(problem.clone()),
-                    None => self.attach_one(kind, route, translated, parent, &mut arrived, &mut counted),
-                };
-                results.push((parent.clone(), result));
-            }
-            for at in counted {
-                self.out.listeners[at].attached += 1;
-            }
-            self.out.parents.insert(place, results);
-        }
-        arrived
-    }
-
-    fn attach_one(
-        &mut self,
-        kind: RouteType,
-        route: &AnyRoute,
-        translated: &Translated,
-        parent: &Reference,
-        arrived: &mut [Arrived],
-        counted: &mut BTreeSet<usize>,
-    ) -> Result<(), Problem> {
-        let met = attach(self.world, kind, route, parent, &self.out.listeners)?;
-        let mut is_in = false;
-        for (at, hosts) in met {
-            // Another parentRef has brought it here already.
-            let is_new = !counted.contains(&at);
-            for host in hosts {
-                if matches!(kind, RouteType::Http | RouteType::Grpc) {
-                    let held = arrived[at].http.entry(host).or_insert_with(|| (kind, Vec::new()));
-                    if held.0 != kind {
-                        continue;
-                    }
-                    if is_new {
-                        held.1.extend(translated.routes.iter().cloned());
-                    }
-                } else if let Some(backends) = &translated.backends {
-                    let name = RouteName {
-                        kind: kind.kind(),
-                        namespace: route.metadata.namespace.as_str().into(),
-                        name: route.metadata.name.as_str().into(),
-                        host: route.spec.hostnames.join(",").into(),
-                        path: "".into(),
-                    };
-                    let counts = self.register.counts(&name);
-                    let made = StreamRoute { name, backends: backends.clone(), counts };
-                    arrived[at].streams.entry(host).or_insert_with(|| Arc::new(made));
-                }
-                is_in = true;
-                counted.insert(at);
-            }
-        }
-        match is_in {
-            true => Ok(()),
-            false => {
-                let other = if kind == RouteType::Http { "GRPCRoute" } else { "HTTPRoute" };
-                let message = format!("its hosts belong to an older {other} of the same listener");
-                Err(Problem::new("HostnameConflict", message))
-            }
-        }
-    }
-
-    fn ports(&mut self, arrived: Vec<Arrived>, clients: &BTreeMap<u16, Clients>, identity: Option<Arc<Identity>>) {
+impl Assembled {
+    /// Makes of the listeners and of what is attached to them what the ports do.
+    pub fn make_ports(&mut self, gateway: &Key) {
         let mut by_port: BTreeMap<(u16, Transport), Vec<usize>> = BTreeMap::new();
-        if self.out.not_accepted.is_none() {
-            for (at, held) in self.out.listeners.iter().enumerate().filter(|(_, held)| held.serves()) {
-                let transport = if held.speaks == Some(Speaks::Udp) { Transport::Udp } else { Transport::Tcp };
-                by_port.entry((held.spec.port, transport)).or_default().push(at);
+        if self.not_accepted.is_none() {
+            for (at, held) in self.listeners.iter().enumerate().filter(|(_, held)| held.serves()) {
+                by_port.entry((held.spec.port, held.transport())).or_default().push(at);
             }
         }
+        self.ports.clear();
+        self.tls.ports.retain(|port, _| by_port.contains_key(&(*port, Transport::Tcp)));
         for ((port, transport), listeners) in by_port {
-            let first = self.out.listeners[listeners[0]].speaks;
-            let stream = || listeners.iter().find_map(|at| arrived[*at].streams.values().next().cloned());
+            let first = self.listeners[listeners[0]].speaks;
+            let stream = || listeners.iter().find_map(|at| self.attached.streams[*at].values().next().cloned());
             let carries = match first {
-                Some(Speaks::Http) => Carries::Http(self.hosts(&listeners, &arrived)),
+                Some(Speaks::Http) => Carries::Http(self.hosts(&listeners)),
                 Some(Speaks::Tcp) => Carries::Tcp(stream()),
                 Some(Speaks::Udp) => Carries::Udp(stream()),
-                _ => match self.tls(port, &listeners, &arrived, clients.get(&port)) {
+                _ => match self.tls(port, &listeners) {
                     Ok(table) => Carries::Tls(table),
                     Err(problem) => {
-                        listeners.iter().for_each(|at| self.out.listeners[*at].not_accepted.push(problem.clone()));
+                        listeners.iter().for_each(|at| self.listeners[*at].not_accepted.push(problem.clone()));
                         continue;
                     }
                 },
             };
-            let key = PortKey { gateway: self.gateway.metadata.key(), port, transport };
-            let table = PortTable { number: port, identity: identity.clone(), carries };
-            self.out.ports.insert(key, Arc::new(table));
+            let key = PortKey { gateway: gateway.clone(), port, transport };
+            let table = PortTable { number: port, identity: self.identity.clone(), carries };
+            self.ports.insert(key, Arc::new(table));
         }
     }
 
     /// The routes of listeners that speak HTTP, by the listener's host.
-    fn hosts(&self, listeners: &[usize], arrived: &[Arrived]) -> HostMap<Arc<RouteTable>> {
+    fn hosts(&self, listeners: &[usize]) -> HostMap<Arc<RouteTable>> {
         let mut map = HostMap::default();
         for at in listeners {
-            let mut table = RouteTable::default();
-            for (host, (_, routes)) in &arrived[*at].http {
-                table.set(host, Some(Arc::new(PathTable::new(routes.clone()))));
-            }
-            map.insert(&self.out.listeners[*at].host, Arc::new(table));
+            map.insert(&self.listeners[*at].host, self.attached.tables[*at].clone());
         }
         map
     }
 
-    fn tls(
-        &mut self,
-        port: u16,
-        listeners: &[usize],
-        arrived: &[Arrived],
-        clients: Option<&Clients>,
-    ) -> Result<TlsTable, Problem> {
+    fn tls(&mut self, port: u16, listeners: &[usize]) -> Result<TlsTable, Problem> {
         let mut ways = HostMap::default();
-        let mut inputs = TlsInputs { certificates: Vec::new(), clients: clients.cloned() };
+        let mut inputs = TlsInputs { certificates: Vec::new(), clients: self.clients.get(&port).cloned() };
         let mut https = Vec::new();
         for at in listeners {
-            let held = &self.out.listeners[*at];
+            let held = &self.listeners[*at];
             if held.speaks == Some(Speaks::Https) {
                 ways.insert(&held.host, TlsWay::Https);
                 https.push(*at);
             }
-            for (host, route) in &arrived[*at].streams {
+            for (host, route) in &self.attached.streams[*at] {
                 let ends = held.speaks == Some(Speaks::TlsTerminate);
                 let way = if ends { TlsWay::Terminate(route.clone()) } else { TlsWay::Passthrough(route.clone()) };
                 ways.insert(host, way);
@@ -420,13 +295,19 @@ impl Builder<'_, '_> {
                 inputs.certificates.push((held.host.clone(), held.certificates.clone()));
             }
         }
-        let configs = match self.cache.ports.remove(&port) {
+        let configs = match self.tls.ports.remove(&port) {
             Some((before, configs)) if before.is_same(&inputs) => configs,
             _ => [server(&inputs, &[b"h2", b"http/1.1"])?, server(&inputs, &[])?],
         };
-        self.out.tls.ports.insert(port, (inputs, configs.clone()));
+        self.tls.ports.insert(port, (inputs, configs.clone()));
         let [https_config, stream_config] = configs;
-        Ok(TlsTable { https_config, stream_config, ways, http: self.hosts(&https, arrived) })
+        Ok(TlsTable { https_config, stream_config, ways, http: self.hosts(&https) })
+    }
+
+    /// Ports that clients are to reach, whether or not all of them do something yet.
+    pub fn wanted_ports(&self) -> BTreeSet<(u16, Transport)> {
+        let good = self.listeners.iter().filter(|held| held.conflict.is_none() && held.not_accepted.is_empty());
+        good.map(|held| (held.spec.port, held.transport())).collect()
     }
 }
 
@@ -447,15 +328,4 @@ fn server(inputs: &TlsInputs, protocols: &[&[u8]]) -> Result<Arc<ServerConfig>, 
         }
     };
     tls::server(Arc::new(PortResolver(certificates)), clients, protocols).map_err(|error| wrong(error.to_string()))
-}
-
-impl Assembled {
-    /// Ports that clients are to reach, whether or not all of them do something yet.
-    pub fn wanted_ports(&self) -> BTreeSet<(u16, Transport)> {
-        let good = self.listeners.iter().filter(|held| held.conflict.is_none() && held.not_accepted.is_empty());
-        good.map(|held| {
-            (held.spec.port, if held.speaks == Some(Speaks::Udp) { Transport::Udp } else { Transport::Tcp })
-        })
-        .collect()
-    }
 }

@@ -3,6 +3,7 @@
 use api::object::Key;
 
 use super::RouteType;
+use super::attached::Spot;
 use super::condition::Problem;
 use super::listeners::{Held, World};
 use super::objects::{AnyRoute, GROUP, Reference};
@@ -23,7 +24,7 @@ pub fn attach(
     route: &AnyRoute,
     parent: &Reference,
     listeners: &[Held],
-) -> Result<Vec<(usize, Vec<HostPattern>)>, Problem> {
+) -> Result<Vec<Spot>, Problem> {
     let namespace = &route.metadata.namespace;
     let named: Vec<usize> = (0..listeners.len())
         .filter(|at| {
@@ -55,15 +56,12 @@ pub fn attach(
         return Err(Problem::new("NotAllowedByListeners", message));
     }
     let hosts = hosts(kind, route)?;
-    let met: Vec<(usize, Vec<HostPattern>)> = allowed
+    let mut met: Vec<Spot> = allowed
         .into_iter()
-        .filter_map(|at| {
-            let mut met: Vec<HostPattern> = hosts.iter().filter_map(|host| host.meet(&listeners[at].host)).collect();
-            met.sort();
-            met.dedup();
-            (!met.is_empty()).then_some((at, met))
-        })
+        .flat_map(|at| hosts.iter().filter_map(move |host| Some((at, host.meet(&listeners[at].host)?))))
         .collect();
+    met.sort();
+    met.dedup();
     if met.is_empty() {
         let message = "none of spec.hostnames is one of a listener's".to_owned();
         return Err(Problem::new("NoMatchingListenerHostname", message));

@@ -8,12 +8,14 @@ use services::{ServiceKind, ServiceTable};
 
 use super::RouteType;
 use super::assemble::{Assembled, assemble, authority, sets_of};
+use super::attached::Place;
 use super::backends::Lookup;
+use super::condition::Condition;
 use super::listeners::{Owner, World};
 use super::objects::{Gateway, Reference};
 use super::ports::{PortKey, PortTable, Transport};
 use super::rules::{Translated, translate};
-use super::status::{self, StatusOf, Statuses};
+use super::status::{Known, StatusOf};
 use super::store::{GatewayObject, ObjectKind, Objects};
 use super::trust::{HeldTls, trust};
 use super::verify::CaState;
@@ -54,8 +56,14 @@ pub struct GatewayCompiler {
     shapes: HashMap<Key, Shape>,
     assembled: BTreeMap<Key, Assembled>,
     backend_tls: HashMap<Key, HeldTls>,
-    statuses: Statuses,
+    /// What is to be said of policies.
+    policy_conditions: BTreeMap<Key, Vec<Condition>>,
+    /// Something that any route may depend on has changed.
     dirty: bool,
+    /// Routes that changed, if nothing else did.
+    changed: BTreeSet<Place>,
+    /// Objects whose status may not be what it should be.
+    untold: BTreeSet<(ObjectKind, Key)>,
     wanted_secrets: BTreeSet<Key>,
     wanted_authorities: BTreeSet<Key>,
 }
@@ -86,8 +94,10 @@ impl GatewayCompiler {
             shapes: HashMap::new(),
             assembled: BTreeMap::new(),
             backend_tls: HashMap::new(),
-            statuses: Statuses::default(),
+            policy_conditions: BTreeMap::new(),
             dirty: false,
+            changed: BTreeSet::new(),
+            untold: BTreeSet::new(),
             wanted_secrets: BTreeSet::new(),
             wanted_authorities: BTreeSet::new(),
         }
@@ -95,12 +105,15 @@ impl GatewayCompiler {
 
     pub fn set(&mut self, object: GatewayObject) {
         let (kind, key) = (object.kind(), object.metadata().key());
+        // Somebody may have written a status, too.
+        self.untold.insert((kind, key.clone()));
         if self.objects.set(object) {
             self.changed(kind, &key);
         }
     }
 
     pub fn remove(&mut self, kind: ObjectKind, key: &Key) {
+        self.untold.remove(&(kind, key.clone()));
         if self.objects.remove(kind, key) {
             self.changed(kind, key);
         }
@@ -116,12 +129,21 @@ impl GatewayCompiler {
     }
 
     fn changed(&mut self, kind: ObjectKind, key: &Key) {
+        if let ObjectKind::Route(route) = kind {
+            let place = (route, key.clone());
+            self.translated.remove(&place);
+            self.changed.insert(place);
+            return;
+        }
         self.dirty = true;
         match kind {
-            ObjectKind::Route(route) => drop(self.translated.remove(&(route, key.clone()))),
             // Rules of any route may refer through it.
             ObjectKind::Grant | ObjectKind::Policy => self.translated.clear(),
-            ObjectKind::Class | ObjectKind::Gateway | ObjectKind::ListenerSet | ObjectKind::Namespace => {}
+            ObjectKind::Route(_)
+            | ObjectKind::Class
+            | ObjectKind::Gateway
+            | ObjectKind::ListenerSet
+            | ObjectKind::Namespace => {}
         }
     }
 
@@ -142,12 +164,16 @@ impl GatewayCompiler {
 
     /// Where the Service in front of a Gateway is reached; `None`: there is none.
     pub fn set_addresses(&mut self, gateway: &Key, addresses: Option<Vec<LoadBalancerIngress>>) {
-        let is_new = self.addresses.get(gateway) != addresses.as_ref();
+        if self.addresses.get(gateway) == addresses.as_ref() {
+            return;
+        }
         match addresses {
             Some(addresses) => drop(self.addresses.insert(gateway.clone(), addresses)),
             None => drop(self.addresses.remove(gateway)),
         }
-        self.dirty |= is_new;
+        self.untold.insert((ObjectKind::Gateway, gateway.clone()));
+        let sets = self.assembled.get(gateway).into_iter().flat_map(|held| &held.sets);
+        self.untold.extend(sets.map(|set| (ObjectKind::ListenerSet, set.metadata.key())));
     }
 
     /// Follows a change of a Service: what routes lead to is another, and they may lead somewhere now, or no more.
@@ -161,9 +187,14 @@ impl GatewayCompiler {
             return;
         }
         self.shapes.insert(key.clone(), shape);
-        let before = self.translated.len();
-        self.translated.retain(|_, held| !held.asked.contains(&key));
-        self.dirty |= self.translated.len() != before;
+        let changed = &mut self.changed;
+        self.translated.retain(|place, held| {
+            let stays = !held.asked.contains(&key);
+            if !stays {
+                changed.insert(place.clone());
+            }
+            stays
+        });
     }
 
     pub fn all_services_changed(&mut self) {
@@ -185,79 +216,111 @@ impl GatewayCompiler {
             || self.authorities.values().any(|state| matches!(state, CaState::Unknown))
     }
 
-    /// What the objects come to, if anything changed since the last call.
+    /// What the objects come to, if anything changed since the last call. A change of routes costs what it changes; one of
+    /// anything else costs everything.
     pub fn compile(&mut self) -> Option<Outcome> {
-        if !std::mem::take(&mut self.dirty) {
+        let (is_all, changed) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.changed));
+        if !is_all && changed.is_empty() {
             return None;
         }
-        self.look_up_references();
+        if is_all {
+            self.look_up_references();
+        }
+        self.translate(is_all, &changed);
+        match is_all {
+            true => self.assemble_all(),
+            false => self.attach(&changed),
+        }
+        self.untold.extend(self.objects.policies.keys().map(|key| (ObjectKind::Policy, key.clone())));
+        let mut outcome = Outcome::default();
+        for (key, one) in &self.assembled {
+            outcome.ports.extend(one.ports.iter().map(|(key, table)| (key.clone(), table.clone())));
+            let Some(gateway) = self.objects.gateways.get(key).filter(|_| one.not_accepted.is_none()) else { continue };
+            let addresses = gateway.spec.addresses.iter().map(|held| held.value.clone());
+            outcome.gateways.push(WantedGateway {
+                gateway: gateway.clone(),
+                ports: one.wanted_ports(),
+                addresses: addresses.filter(|value| !value.is_empty()).collect(),
+            });
+        }
+        self.registry.tidy(self.objects.routes.len());
+        Some(outcome)
+    }
+
+    /// Translates the routes that are not translated yet.
+    fn translate(&mut self, is_all: bool, changed: &BTreeSet<Place>) {
         let services = self.services.clone();
         let table = services.read().unwrap_or_else(PoisonError::into_inner);
-        let mut policies = BTreeMap::new();
-        let trust = trust(&self.objects, &self.authorities, &mut self.backend_tls, &mut policies);
-        for ((kind, key), route) in &self.objects.routes {
-            let place = (*kind, key.clone());
-            if !self.translated.contains_key(&place) {
-                let mut registering = Registering { registry: &mut self.registry, table: &table };
-                let mut lookup = Lookup {
-                    kind: *kind,
-                    namespace: &route.metadata.namespace,
-                    objects: &self.objects,
-                    services: &table,
-                    trust: &trust,
-                    register: &mut registering,
-                    asked: BTreeSet::new(),
-                    problems: Vec::new(),
-                };
-                let translated = translate(route, &mut lookup);
-                self.translated.insert(place, Arc::new(translated));
-            }
+        self.policy_conditions.clear();
+        let trust = trust(&self.objects, &self.authorities, &mut self.backend_tls, &mut self.policy_conditions);
+        let places: Vec<&Place> = if is_all { self.objects.routes.keys().collect() } else { changed.iter().collect() };
+        for place in places {
+            let Some(route) = self.objects.routes.get(place).filter(|_| !self.translated.contains_key(place)) else {
+                continue;
+            };
+            let mut registering = Registering { registry: &mut self.registry, table: &table };
+            let mut lookup = Lookup {
+                kind: place.0,
+                namespace: &route.metadata.namespace,
+                objects: &self.objects,
+                services: &table,
+                trust: &trust,
+                register: &mut registering,
+                asked: BTreeSet::new(),
+                problems: Vec::new(),
+            };
+            let translated = translate(route, &mut lookup);
+            self.translated.insert(place.clone(), Arc::new(translated));
         }
+    }
+
+    fn assemble_all(&mut self) {
         let world = World { objects: &self.objects, secrets: &self.secrets };
-        let (mut outcome, mut assembled) = (Outcome::default(), BTreeMap::new());
-        let ours: Vec<(&Key, &Arc<Gateway>)> = self
-            .objects
-            .gateways
-            .iter()
-            .filter(|(_, gateway)| self.is_ours(gateway) && gateway.metadata.deletion_timestamp.is_none())
-            .collect();
-        let mut registering = Registering { registry: &mut self.registry, table: &table };
-        for (key, gateway) in ours {
-            let mut before = self.assembled.remove(key);
-            let one = assemble(
-                &world,
-                &self.authorities,
-                gateway,
-                &self.translated,
-                &mut registering,
-                before.as_mut().map(|held| std::mem::take(&mut held.tls)).unwrap_or_default(),
-            );
-            outcome.ports.extend(one.ports.iter().map(|(key, table)| (key.clone(), table.clone())));
-            if one.not_accepted.is_none() {
-                outcome.gateways.push(WantedGateway {
-                    gateway: gateway.clone(),
-                    ports: one.wanted_ports(),
-                    addresses: gateway
-                        .spec
-                        .addresses
-                        .iter()
-                        .map(|held| held.value.clone())
-                        .filter(|v| !v.is_empty())
-                        .collect(),
-                });
+        let mut before = std::mem::take(&mut self.assembled);
+        for (key, gateway) in &self.objects.gateways {
+            if !self.is_ours(gateway) || gateway.metadata.deletion_timestamp.is_some() {
+                continue;
             }
-            assembled.insert(key.clone(), one);
+            let cache = before.remove(key).map(|held| held.tls).unwrap_or_default();
+            let mut one = assemble(&world, &self.authorities, gateway, cache);
+            let (mut touched, mut places) = (BTreeSet::new(), BTreeSet::new());
+            for (place, route) in &self.objects.routes {
+                let translated = self.translated.get(place).map(|held| (&**route, &**held));
+                if one.attached.put(&world, &one.listeners, place, translated, &mut touched) {
+                    places.insert(place.clone());
+                }
+            }
+            one.attached.settle(&touched, &self.translated, &places);
+            one.make_ports(key);
+            self.assembled.insert(key.clone(), one);
         }
-        self.assembled = assembled;
-        self.statuses = status::of_all(&status::Known {
-            controller: &self.controller,
-            objects: &self.objects,
-            assembled: &self.assembled,
-            translated: &self.translated,
-            addresses: &self.addresses,
-            policies: &policies,
-        });
-        Some(outcome)
+        self.untold.extend(self.objects.routes.keys().map(|(kind, key)| (ObjectKind::Route(*kind), key.clone())));
+        self.untold.extend(self.objects.gateways.keys().map(|key| (ObjectKind::Gateway, key.clone())));
+        self.untold.extend(self.objects.classes.keys().map(|key| (ObjectKind::Class, key.clone())));
+        self.untold.extend(self.objects.sets.keys().map(|key| (ObjectKind::ListenerSet, key.clone())));
+    }
+
+    /// Attaches routes anew to the listeners as they are.
+    fn attach(&mut self, changed: &BTreeSet<Place>) {
+        let world = World { objects: &self.objects, secrets: &self.secrets };
+        for (key, one) in &mut self.assembled {
+            let (mut touched, mut places) = (BTreeSet::new(), BTreeSet::new());
+            for place in changed {
+                let route = self.objects.routes.get(place).zip(self.translated.get(place));
+                let route = route.map(|(route, translated)| (&**route, &**translated));
+                if one.attached.put(&world, &one.listeners, place, route, &mut touched) {
+                    places.insert(place.clone());
+                }
+            }
+            if places.is_empty() {
+                continue;
+            }
+            let concerned = one.attached.settle(&touched, &self.translated, &places);
+            one.make_ports(key);
+            self.untold.extend(concerned.into_iter().map(|(kind, key)| (ObjectKind::Route(kind), key)));
+            self.untold.insert((ObjectKind::Gateway, key.clone()));
+            self.untold.extend(one.sets.iter().map(|set| (ObjectKind::ListenerSet, set.metadata.key())));
+        }
     }
 
     /// A class of this controller; whether it is accepted is another matter.
@@ -265,9 +328,26 @@ impl GatewayCompiler {
         self.objects.is_of(gateway, &self.controller)
     }
 
-    /// Statuses that are not what they should be, each with the body of a patch. `now` is the time of what has changed.
-    pub fn unwritten(&self, now: &str) -> Vec<StatusOf> {
-        self.statuses.unwritten(&self.objects, &self.controller, now)
+    /// Statuses that are not what they should be, each with the body of a patch. `now` is the time of what has changed. They
+    /// are told of again until the objects have them.
+    pub fn unwritten(&mut self, now: &str) -> Vec<StatusOf> {
+        let known = Known {
+            controller: &self.controller,
+            objects: &self.objects,
+            assembled: &self.assembled,
+            translated: &self.translated,
+            addresses: &self.addresses,
+            policies: &self.policy_conditions,
+        };
+        let mut out = Vec::new();
+        self.untold.retain(|(kind, key)| match known.unwritten(*kind, key, now) {
+            Some(status) => {
+                out.push(status);
+                true
+            }
+            None => false,
+        });
+        out
     }
 
     pub fn upstreams(&self) -> impl Iterator<Item = Arc<Upstream>> + '_ {

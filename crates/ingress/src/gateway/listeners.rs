@@ -11,6 +11,7 @@ use super::RouteType;
 use super::condition::Problem;
 use super::grants::{End, allows};
 use super::objects::{FromNamespaces, GROUP, Gateway, Listener, ListenerSet, Reference};
+use super::ports::Transport;
 use super::store::Objects;
 use crate::compile::SecretState;
 use crate::host::HostPattern;
@@ -77,10 +78,13 @@ pub struct Held {
     pub certificates: Vec<Arc<CertifiedKey>>,
     /// A Secret has not been looked at yet.
     pub waits: bool,
-    pub attached: i32,
 }
 
 impl Held {
+    pub fn transport(&self) -> Transport {
+        if self.speaks == Some(Speaks::Udp) { Transport::Udp } else { Transport::Tcp }
+    }
+
     /// Whether anything comes in here at all.
     pub fn serves(&self) -> bool {
         let has_certificates = !self.speaks.is_some_and(Speaks::ends_tls) || !self.certificates.is_empty();
@@ -154,7 +158,6 @@ impl World<'_> {
             unresolved: Vec::new(),
             certificates: Vec::new(),
             waits: false,
-            attached: 0,
         };
         match speaks(spec) {
             Ok(speaks) => held.speaks = Some(speaks),

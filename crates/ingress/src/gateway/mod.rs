@@ -4,6 +4,7 @@
 
 mod assemble;
 mod attach;
+mod attached;
 mod backends;
 mod compiler;
 mod condition;

@@ -14,11 +14,11 @@ use super::condition::Problem;
 use super::objects::{
     AnyRoute, CorsFilter, GrpcMethod, HeaderModifier, MethodMatch, PathModifier, RouteFilter, RouteMatch, RouteRule,
 };
+use super::ports::StreamRoute;
 use crate::cors::Cors;
 use crate::policy::{BackendProtocol, Policy};
 use crate::route::{
-    Action, Backends, Filter, HeaderChanges, Matches, Mirror, PathMatch, PathRewrite, Redirect, Route, RouteName,
-    ValueMatch,
+    Action, Filter, HeaderChanges, Matches, Mirror, PathMatch, PathRewrite, Redirect, Route, RouteName, ValueMatch,
 };
 
 /// A route, translated.
@@ -27,7 +27,7 @@ pub struct Translated {
     /// Of HTTP, in the order of rules and matches.
     pub routes: Vec<Arc<Route>>,
     /// Of everything else.
-    pub backends: Option<Backends>,
+    pub stream: Option<Arc<StreamRoute>>,
     /// Why nothing of it counts.
     pub not_accepted: Option<Problem>,
     /// Rules that do not count, while others do.
@@ -43,7 +43,7 @@ const PATTERN_LIMIT: usize = 1 << 20;
 /// Translates a route. A rule that asks for what there is not answers 500.
 pub fn translate(route: &AnyRoute, lookup: &mut Lookup<'_>) -> Translated {
     let (mut routes, mut wrong) = (Vec::new(), Vec::new());
-    let mut backends = None;
+    let mut stream = None;
     for (at, rule) in route.spec.rules.iter().enumerate() {
         let place = format!("spec.rules[{at}]");
         match lookup.kind {
@@ -59,9 +59,12 @@ pub fn translate(route: &AnyRoute, lookup: &mut Lookup<'_>) -> Translated {
             }
             // Only the first rule of these counts, as the API allows only one.
             RouteType::Tls | RouteType::Tcp | RouteType::Udp => {
-                if backends.is_none() {
+                if stream.is_none() {
                     let filters = rule.backend_refs.iter().map(|_| Vec::new()).collect();
-                    backends = Some(lookup.backends(&rule.backend_refs, filters));
+                    let backends = lookup.backends(&rule.backend_refs, filters);
+                    let name = name_of(route, lookup.kind, "");
+                    let counts = lookup.register.counts(&name);
+                    stream = Some(Arc::new(StreamRoute { name, backends, counts }));
                 }
             }
         }
@@ -71,11 +74,21 @@ pub fn translate(route: &AnyRoute, lookup: &mut Lookup<'_>) -> Translated {
     let (not_accepted, partly) = if is_all { (first, None) } else { (None, first) };
     Translated {
         routes,
-        backends,
+        stream,
         not_accepted,
         partly,
         unresolved: std::mem::take(&mut lookup.problems),
         asked: std::mem::take(&mut lookup.asked),
+    }
+}
+
+fn name_of(route: &AnyRoute, kind: RouteType, path: &str) -> RouteName {
+    RouteName {
+        kind: kind.kind(),
+        namespace: route.metadata.namespace.as_str().into(),
+        name: route.metadata.name.as_str().into(),
+        host: route.spec.hostnames.join(",").into(),
+        path: path.into(),
     }
 }
 
@@ -129,16 +142,8 @@ impl Writer<'_, '_> {
         filters: &[Filter],
         policy: &Arc<Policy>,
     ) -> Vec<Arc<Route>> {
-        let metadata = &self.route.metadata;
-        let host: Arc<str> = self.route.spec.hostnames.join(",").into();
         let made = matches.into_iter().map(|(text, path, matches)| {
-            let name = RouteName {
-                kind: self.lookup.kind.kind(),
-                namespace: metadata.namespace.as_str().into(),
-                name: metadata.name.as_str().into(),
-                host: host.clone(),
-                path: text.into(),
-            };
+            let name = name_of(self.route, self.lookup.kind, &text);
             Arc::new(Route {
                 counts: self.lookup.register.counts(&name),
                 name,

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use api::object::{Key, Metadata};
 use serde_json::{Value, json};
 
-use super::RouteType;
 use super::assemble::Assembled;
+use super::attached::Place;
 use super::condition::{Condition, Problem, unless};
-use super::listeners::{Held, Owner};
-use super::objects::{GROUP, Gateway, GatewayClass, Reference};
+use super::listeners::Held;
+use super::objects::{AnyRoute, BackendTlsPolicy, GROUP, Gateway, GatewayClass, ListenerSet, Reference};
 use super::rules::Translated;
 use super::store::{ObjectKind, Objects};
 use crate::objects::LoadBalancerIngress;
@@ -74,97 +74,119 @@ pub struct Known<'a> {
     pub controller: &'a str,
     pub objects: &'a Objects,
     pub assembled: &'a BTreeMap<Key, Assembled>,
-    pub translated: &'a HashMap<(RouteType, Key), Arc<Translated>>,
+    pub translated: &'a HashMap<Place, Arc<Translated>>,
     pub addresses: &'a BTreeMap<Key, Vec<LoadBalancerIngress>>,
     pub policies: &'a BTreeMap<Key, Vec<Condition>>,
 }
 
-/// The status of every object that has one of ours: for routes and policies a list of our entries, for others all of it.
-#[derive(Default)]
-pub struct Statuses(BTreeMap<(ObjectKind, Key), Value>);
-
-/// Says what is to be said of everything.
-pub fn of_all(known: &Known<'_>) -> Statuses {
-    let mut all = BTreeMap::new();
-    for (key, class) in known.objects.classes.iter().filter(|(_, class)| class.spec.controller_name == known.controller)
-    {
-        all.insert((ObjectKind::Class, key.clone()), of_class(class));
+impl Known<'_> {
+    /// The status of an object if it is not what it should be, as a patch.
+    pub fn unwritten(&self, kind: ObjectKind, key: &Key, now: &str) -> Option<StatusOf> {
+        let place = |metadata: &Metadata, status: Value| {
+            let patch = json!({"metadata": {"resourceVersion": metadata.resource_version}, "status": status});
+            Some(StatusOf { kind, key: key.clone(), uid: metadata.uid.clone(), patch })
+        };
+        match kind {
+            ObjectKind::Class => {
+                let held = self.objects.classes.get(key)?;
+                let wanted = (held.spec.controller_name == self.controller).then(|| of_class(held))?;
+                place(&held.metadata, whole(&held.status, &wanted, now)?)
+            }
+            ObjectKind::Gateway => {
+                let held = self.objects.gateways.get(key)?;
+                let wanted = of_gateway(held, self.assembled.get(key)?, self.addresses.get(key));
+                place(&held.metadata, whole(&held.status, &wanted, now)?)
+            }
+            ObjectKind::ListenerSet => {
+                let held = self.objects.sets.get(key)?;
+                place(&held.metadata, whole(&held.status, &self.of_set(key)?, now)?)
+            }
+            ObjectKind::Route(route) => {
+                let held = self.objects.routes.get(&(route, key.clone()))?;
+                let wanted = self.of_route(&(route, key.clone()), held)?;
+                let parents = entries(&held.status.parents, wanted, "parentRef", self.controller, now)?;
+                place(&held.metadata, json!({"parents": parents}))
+            }
+            ObjectKind::Policy => {
+                let held = self.objects.policies.get(key)?;
+                let wanted = self.of_policy(key, held)?;
+                let ancestors = entries(&held.status.ancestors, wanted, "ancestorRef", self.controller, now)?;
+                place(&held.metadata, json!({"ancestors": ancestors}))
+            }
+            ObjectKind::Grant | ObjectKind::Namespace => None,
+        }
     }
-    for (key, assembled) in known.assembled {
-        let Some(gateway) = known.objects.gateways.get(key) else { continue };
-        all.insert((ObjectKind::Gateway, key.clone()), of_gateway(gateway, assembled, known.addresses.get(key)));
-        let is_programmed =
-            assembled.not_accepted.is_none() && known.addresses.get(key).is_some_and(|held| !held.is_empty());
-        for set in &assembled.sets {
-            let owner = Owner { kind: "ListenerSet", key: set.metadata.key() };
+
+    fn of_set(&self, key: &Key) -> Option<Value> {
+        let is = |set: &&Arc<ListenerSet>| set.metadata.namespace == key.namespace && set.metadata.name == key.name;
+        for (gateway, assembled) in self.assembled {
+            if let Some(set) = assembled.refused_sets.iter().find(is) {
+                let message = "the Gateway's spec.allowedListeners does not have this namespace in it";
+                let generation = set.metadata.generation;
+                let conditions =
+                    ["Accepted", "Programmed"].map(|kind| Condition::no(kind, "NotAllowed", message).json(generation));
+                return Some(json!({"conditions": conditions, "listeners": []}));
+            }
+            let Some(set) = assembled.sets.iter().find(is) else { continue };
             let generation = set.metadata.generation;
-            let own: Vec<&Held> = assembled.listeners.iter().filter(|held| held.owner == owner).collect();
-            let listeners: Vec<Value> = own.iter().map(|held| of_listener(held, generation)).collect();
-            let serves = own.iter().any(|held| held.serves());
+            let is_reached = assembled.not_accepted.is_none()
+                && self.addresses.get(gateway).is_some_and(|addresses| !addresses.is_empty());
+            let own = |held: &Held| held.owner.kind == "ListenerSet" && held.owner.key == *key;
+            let listeners: Vec<Value> = (0..assembled.listeners.len())
+                .filter(|at| own(&assembled.listeners[*at]))
+                .map(|at| of_listener(assembled, at, generation))
+                .collect();
+            let serves = assembled.listeners.iter().any(|held| own(held) && held.serves());
             let accepted = match serves {
                 true => Condition::yes("Accepted", "Accepted"),
                 false => Condition::no("Accepted", "ListenersNotValid", "none of its listeners is served"),
             };
-            let programmed = match serves && is_programmed {
+            let programmed = match serves && is_reached {
                 true => Condition::yes("Programmed", "Programmed"),
                 false => {
-                    Condition::no("Programmed", "Pending", "its Gateway is not reached yet, or no listener is served")
+                    let message = "its Gateway is not reached yet, or no listener is served";
+                    Condition::no("Programmed", "Pending", message)
                 }
             };
-            let status =
-                json!({"conditions": [accepted.json(generation), programmed.json(generation)], "listeners": listeners});
-            all.insert((ObjectKind::ListenerSet, owner.key), status);
+            let conditions = [accepted.json(generation), programmed.json(generation)];
+            return Some(json!({"conditions": conditions, "listeners": listeners}));
         }
-        for set in &assembled.refused_sets {
-            let generation = set.metadata.generation;
-            let message = "the Gateway's spec.allowedListeners does not have this namespace in it";
-            let conditions =
-                ["Accepted", "Programmed"].map(|kind| Condition::no(kind, "NotAllowed", message).json(generation));
-            all.insert(
-                (ObjectKind::ListenerSet, set.metadata.key()),
-                json!({"conditions": conditions, "listeners": []}),
-            );
-        }
+        None
     }
-    for ((kind, key), route) in &known.objects.routes {
-        let place = (*kind, key.clone());
-        let Some(translated) = known.translated.get(&place) else { continue };
-        let results = known.assembled.values().filter_map(|one| one.parents.get(&place)).flatten();
+
+    /// Our entries, in the order of the route's parentRefs.
+    fn of_route(&self, place: &Place, route: &AnyRoute) -> Option<Vec<Value>> {
+        let translated = self.translated.get(place)?;
+        let results = self.assembled.values().flat_map(|one| one.attached.results(place));
         let mut parents: Vec<(usize, Value)> = results
             .map(|(reference, result)| {
-                let conditions = route_conditions(translated, result, route.metadata.generation);
+                let conditions = route_conditions(translated, &result, route.metadata.generation);
                 let at = route.spec.parent_refs.iter().position(|held| held == reference).unwrap_or_default();
-                (at, json!({"parentRef": parent_json(reference), "controllerName": known.controller, "conditions": conditions}))
+                let entry = json!({"parentRef": parent_json(reference), "controllerName": self.controller, "conditions": conditions});
+                (at, entry)
             })
             .collect();
         parents.sort_by_key(|(at, _)| *at);
-        let parents: Vec<Value> = parents.into_iter().map(|(_, value)| value).collect();
-        all.insert((ObjectKind::Route(*kind), key.clone()), json!(parents));
+        Some(parents.into_iter().map(|(_, value)| value).collect())
     }
-    for (key, conditions) in known.policies {
-        let Some(policy) = known.objects.policies.get(key) else { continue };
+
+    /// An entry for each Gateway that uses a Service of the policy.
+    fn of_policy(&self, key: &Key, policy: &BackendTlsPolicy) -> Option<Vec<Value>> {
+        let conditions = self.policies.get(key)?;
         let conditions: Vec<Value> = conditions.iter().map(|one| one.json(policy.metadata.generation)).collect();
-        let targets: Vec<Key> =
-            policy.spec.target_refs.iter().map(|one| Key::new(key.namespace.clone(), one.name.clone())).collect();
-        let through = |assembled: &Assembled| {
-            assembled
-                .parents
-                .keys()
-                .filter_map(|place| known.translated.get(place))
-                .any(|held| targets.iter().any(|target| held.asked.contains(target)))
+        let targets = policy.spec.target_refs.iter().map(|one| Key::new(key.namespace.clone(), one.name.clone()));
+        let targets: Vec<Key> = targets.collect();
+        let uses = |place: &Place| {
+            self.translated.get(place).is_some_and(|held| targets.iter().any(|target| held.asked.contains(target)))
         };
-        let ancestors: Vec<Value> = known
-            .assembled
-            .iter()
-            .filter(|(_, assembled)| through(assembled))
-            .map(|(gateway, _)| {
-                json!({"ancestorRef": {"group": GROUP, "kind": "Gateway", "namespace": gateway.namespace, "name": gateway.name},
-                    "controllerName": known.controller, "conditions": conditions})
-            })
-            .collect();
-        all.insert((ObjectKind::Policy, key.clone()), json!(ancestors));
+        let through = self.assembled.iter().filter(|(_, assembled)| assembled.attached.places().any(uses));
+        let entry = |(gateway, _): (&Key, _)| {
+            let reference =
+                json!({"group": GROUP, "kind": "Gateway", "namespace": gateway.namespace, "name": gateway.name});
+            json!({"ancestorRef": reference, "controllerName": self.controller, "conditions": conditions})
+        };
+        Some(through.map(entry).collect())
     }
-    Statuses(all)
 }
 
 fn of_class(class: &GatewayClass) -> Value {
@@ -222,7 +244,10 @@ fn of_gateway(gateway: &Gateway, assembled: &Assembled, addresses: Option<&Vec<L
             false => json!({"type": "IPAddress", "value": one.ip}),
         })
         .collect();
-    let listeners: Vec<Value> = own.iter().map(|held| of_listener(held, generation)).collect();
+    let listeners: Vec<Value> = (0..assembled.listeners.len())
+        .filter(|at| assembled.listeners[*at].owner.kind == "Gateway")
+        .map(|at| of_listener(assembled, at, generation))
+        .collect();
     let mut status = json!({
         "conditions": [accepted.json(generation), programmed.json(generation)], "addresses": addresses, "listeners": listeners,
     });
@@ -239,7 +264,8 @@ fn of_gateway(gateway: &Gateway, assembled: &Assembled, addresses: Option<&Vec<L
     status
 }
 
-fn of_listener(held: &Held, generation: i64) -> Value {
+fn of_listener(assembled: &Assembled, at: usize, generation: i64) -> Value {
+    let (held, attached) = (&assembled.listeners[at], assembled.attached.count_at(at));
     let kinds: Vec<Value> = held.kinds.iter().map(|kind| json!({"group": GROUP, "kind": kind.kind()})).collect();
     let conflicts: Vec<Problem> = held.conflict.iter().cloned().collect();
     let conflicted = match &held.conflict {
@@ -261,7 +287,7 @@ fn of_listener(held: &Held, generation: i64) -> Value {
         programmed,
     ];
     let conditions: Vec<Value> = conditions.iter().map(|one| one.json(generation)).collect();
-    json!({"name": held.spec.name, "supportedKinds": kinds, "attachedRoutes": held.attached, "conditions": conditions})
+    json!({"name": held.spec.name, "supportedKinds": kinds, "attachedRoutes": attached, "conditions": conditions})
 }
 
 fn route_conditions(translated: &Translated, result: &Result<(), Problem>, generation: i64) -> Vec<Value> {
@@ -296,46 +322,6 @@ fn parent_json(reference: &Reference) -> Value {
     out
 }
 
-impl Statuses {
-    /// Those that differ from what the objects say, as patches.
-    pub fn unwritten(&self, objects: &Objects, controller: &str, now: &str) -> Vec<StatusOf> {
-        self.0
-            .iter()
-            .filter_map(|((kind, key), wanted)| {
-                let place = |metadata: &Metadata, status: Value| {
-                    let patch = json!({"metadata": {"resourceVersion": metadata.resource_version}, "status": status});
-                    Some(StatusOf { kind: *kind, key: key.clone(), uid: metadata.uid.clone(), patch })
-                };
-                match kind {
-                    ObjectKind::Class => {
-                        let held = objects.classes.get(key)?;
-                        place(&held.metadata, whole(&held.status, wanted, now)?)
-                    }
-                    ObjectKind::Gateway => {
-                        let held = objects.gateways.get(key)?;
-                        place(&held.metadata, whole(&held.status, wanted, now)?)
-                    }
-                    ObjectKind::ListenerSet => {
-                        let held = objects.sets.get(key)?;
-                        place(&held.metadata, whole(&held.status, wanted, now)?)
-                    }
-                    ObjectKind::Route(route) => {
-                        let held = objects.routes.get(&(*route, key.clone()))?;
-                        let parents = entries(&held.status.parents, wanted, "parentRef", controller, now)?;
-                        place(&held.metadata, json!({"parents": parents}))
-                    }
-                    ObjectKind::Policy => {
-                        let held = objects.policies.get(key)?;
-                        let ancestors = entries(&held.status.ancestors, wanted, "ancestorRef", controller, now)?;
-                        place(&held.metadata, json!({"ancestors": ancestors}))
-                    }
-                    ObjectKind::Grant | ObjectKind::Namespace => None,
-                }
-            })
-            .collect()
-    }
-}
-
 /// The status as it should be, with the times of what stays; `None`: it is so already.
 fn whole(held: &Value, wanted: &Value, now: &str) -> Option<Value> {
     let mut status = wanted.clone();
@@ -361,9 +347,8 @@ fn is_empty(value: &Value) -> bool {
 }
 
 /// A list with our entries as they should be and everybody else's as they are; `None`: it is so already.
-fn entries(held: &[Value], wanted: &Value, reference: &str, controller: &str, now: &str) -> Option<Vec<Value>> {
+fn entries(held: &[Value], mut ours: Vec<Value>, reference: &str, controller: &str, now: &str) -> Option<Vec<Value>> {
     let is_ours = |entry: &&Value| entry.get("controllerName").and_then(Value::as_str) == Some(controller);
-    let mut ours = wanted.as_array()?.clone();
     for entry in &mut ours {
         let before = held.iter().filter(is_ours).find(|one| one.get(reference) == entry.get(reference));
         timed(&mut entry["conditions"], before.and_then(|one| one.get("conditions")), now);

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::shared::Shared;
+use crate::gateway::{PortTable, StreamRoute};
 use crate::route::{Route, RouteName};
-use crate::upstream::Endpoint;
+use crate::upstream::{Endpoint, Upstream};
 
 /// The Prometheus text format.
 pub fn text(shared: &Shared) -> String {
@@ -23,19 +24,20 @@ fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Resul
 
 fn labels(name: &RouteName) -> String {
     let clean = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " ");
-    format!(
-        "namespace=\"{}\",ingress=\"{}\",host=\"{}\",path=\"{}\"",
-        name.namespace,
-        name.name,
-        name.host,
-        clean(&name.path)
-    )
+    let owner = match name.kind {
+        "Ingress" => format!("ingress=\"{}\"", name.name),
+        kind => format!("kind=\"{kind}\",route=\"{}\"", name.name),
+    };
+    format!("namespace=\"{}\",{owner},host=\"{}\",path=\"{}\"", name.namespace, name.host, clean(&name.path))
 }
 
 fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
     let table = shared.routes.load();
+    // One port of a Gateway may be open at several addresses; it is one to its routes.
+    let ports: Vec<Arc<PortTable>> = shared.ports.borrow().values().map(|port| port.load()).collect();
+    let all: Vec<&Arc<Route>> = table.routes().chain(ports.iter().flat_map(|port| port.routes())).collect();
     let mut routes: BTreeMap<&RouteName, &Arc<Route>> = BTreeMap::new();
-    for route in table.routes().filter(|route| route.counts.total() > 0) {
+    for route in all.iter().filter(|route| route.counts.total() > 0) {
         routes.insert(&route.name, route);
     }
     let name = "fairlead_ingress_requests_total";
@@ -70,7 +72,12 @@ fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
             writeln!(out, "{name}{{{}}} {}", labels(route), counter.load(Ordering::Relaxed))?;
         }
     }
-    write_endpoints(out, &table)?;
+    let streams: BTreeMap<RouteName, Arc<StreamRoute>> =
+        ports.iter().flat_map(|port| port.streams()).map(|route| (route.name.clone(), route)).collect();
+    write_streams(out, &streams)?;
+    let of_routes = all.iter().flat_map(|route| route.upstreams());
+    let of_streams = streams.values().flat_map(|route| route.backends.list()).map(|backend| &backend.upstream);
+    write_endpoints(out, of_routes.chain(of_streams))?;
     let single = [
         ("fairlead_ingress_connections", "gauge", "Client connections.", shared.open.load(Ordering::Relaxed) as u64),
         (
@@ -105,9 +112,24 @@ fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
     Ok(())
 }
 
-fn write_endpoints(out: &mut String, table: &crate::table::RouteTable) -> std::fmt::Result {
+fn write_streams(out: &mut String, streams: &BTreeMap<RouteName, Arc<StreamRoute>>) -> std::fmt::Result {
+    let names = [
+        ("fairlead_ingress_stream_received_bytes_total", "Bytes from clients of TLSRoutes, TCPRoutes and UDPRoutes."),
+        ("fairlead_ingress_stream_sent_bytes_total", "Bytes to clients of TLSRoutes, TCPRoutes and UDPRoutes."),
+    ];
+    for (at, (name, help)) in names.into_iter().enumerate() {
+        head(out, name, "counter", help)?;
+        for (route, held) in streams {
+            let counter = if at == 0 { &held.counts.received } else { &held.counts.sent };
+            writeln!(out, "{name}{{{}}} {}", labels(route), counter.load(Ordering::Relaxed))?;
+        }
+    }
+    Ok(())
+}
+
+fn write_endpoints<'a>(out: &mut String, upstreams: impl Iterator<Item = &'a Arc<Upstream>>) -> std::fmt::Result {
     let mut endpoints: BTreeMap<String, (String, Arc<Endpoint>)> = BTreeMap::new();
-    for upstream in table.routes().flat_map(|route| route.upstreams()) {
+    for upstream in upstreams {
         for endpoint in &upstream.targets().endpoints {
             if endpoint.requests.load(Ordering::Relaxed) > 0 {
                 let key = &upstream.key;

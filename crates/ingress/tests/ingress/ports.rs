@@ -36,6 +36,7 @@ struct World {
     table: Arc<RwLock<ServiceTable>>,
     tables: HashMap<PortKey, Arc<Swap<PortTable>>>,
     opener: PortOpener,
+    metrics: Box<dyn Fn() -> String + Send + Sync>,
     address: IpAddr,
     token: CancellationToken,
     running: JoinHandle<()>,
@@ -60,13 +61,15 @@ impl World {
         let certificates = Arc::new(Swap::new(Certificates::new(fallback().expect("a certificate"))));
         let proxy = Proxy::bind(config, Arc::default(), certificates, None).expect("loopback");
         let (opener, token) = (proxy.port_opener(), CancellationToken::new());
+        let metrics = Box::new(proxy.metrics());
         let end = token.clone();
         let running = tokio::spawn(async move { proxy.run(end).await.expect("threads") });
         let table: Arc<RwLock<ServiceTable>> = Arc::default();
         let compiler = GatewayCompiler::new(CONTROLLER, table.clone());
         let dir = std::env::temp_dir().join(format!("fairlead-gateway-{address}"));
         std::fs::create_dir_all(&dir).expect("a directory");
-        let mut world = World { compiler, table, tables: HashMap::new(), opener, address, token, running, dir };
+        let mut world =
+            World { compiler, table, tables: HashMap::new(), opener, metrics, address, token, running, dir };
         world.apply(&["GatewayClass fairlead {controllerName: fairlead.io/gateway-controller}"]);
         world.apply(lines);
         world
@@ -244,6 +247,8 @@ async fn a_gateway_port_opens_carries_requests_and_closes() {
     let seen = world.curl("http://shop.example/a").await;
     assert!(seen.contains(" 200 ") && seen.ends_with("one"), "{seen}");
     assert!(one.last().contains("\"x-forwarded-port\": \"80\""), "{}", one.last());
+    let told = "fairlead_ingress_requests_total{namespace=\"edge\",kind=\"HTTPRoute\",route=\"r\",host=\"\",path=\"/\",status=\"2xx\"} 1\n";
+    assert!((world.metrics)().contains(told), "{}", (world.metrics)());
     // A change of a route needs no new connection.
     let mut stream = world.connect(80).await;
     let ask = b"GET / HTTP/1.1\r\nhost: shop.example\r\n\r\n";
@@ -421,6 +426,19 @@ async fn connections_and_datagrams_reach_an_endpoint() {
     .await
     .expect("an answer");
     assert_eq!(&answer[..count], b"HELLO");
+    // A connection is counted when both of its ends are over, which the client does not wait for.
+    let told = |route: &str, name: &str| {
+        let metrics = (world.metrics)();
+        let (name, route) = (format!("fairlead_ingress_stream_{name}_bytes_total"), format!("route=\"{route}\""));
+        let line = metrics.lines().find(|line| line.starts_with(&name) && line.contains(&route));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).is_some_and(|count| count > 0)
+    };
+    let counted = timeout(PATIENCE, async {
+        while !(told("t", "received") && told("u", "sent")) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    counted.await.expect("the bytes are counted");
     server.abort();
     datagrams.abort();
     world.end().await;

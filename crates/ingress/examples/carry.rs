@@ -1,8 +1,7 @@
 //! The proxy with routes of its own, for `cargo xtask bench ingress`: `carry ENDPOINT ROUTES WORKERS` prints its ports for
-//! HTTP and HTTPS, and ends when its standard input does.
+//! HTTP and HTTPS, and ends when its standard input does. Each line of that is a host, which gets a route then.
 
 use std::error::Error;
-use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, RwLock};
 
@@ -41,14 +40,26 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut config = ProxyConfig::new(vec![any], vec![any]);
     config.workers = workers;
     let routes = Arc::new(Swap::new(compiler.routes().unwrap_or_default()));
+    let live = routes.clone();
     let certificates = Arc::new(Swap::new(ingress::Certificates::new(certificate)));
     let proxy = Proxy::bind(config, routes, certificates, None)?;
     println!("{} {}", proxy.http()[0].port(), proxy.https()[0].port());
     let token = CancellationToken::new();
     let end = token.clone();
     std::thread::spawn(move || {
-        // Whatever is read or not: the one who started us has gone.
-        std::io::stdin().read_to_end(&mut Vec::new()).ok();
+        // Whatever is read or not: at the end the one who started us has gone.
+        for host in std::io::stdin().lines().map_while(Result::ok) {
+            let ingress = json!({"metadata": {"namespace": "bench", "name": host,
+                "annotations": {"ingress.fairlead.io/temporal-redirect": "/there"}}, "spec": {"ingressClassName": "fairlead",
+                "rules": [{"host": host, "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}]}});
+            match serde_json::from_value(ingress) {
+                Ok(ingress) => compiler.set_ingress(ingress),
+                Err(error) => eprintln!("{host}: {error}"),
+            }
+            if let Some(routes) = compiler.routes() {
+                live.store(Arc::new(routes));
+            }
+        }
         end.cancel();
     });
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(proxy.run(token))?;

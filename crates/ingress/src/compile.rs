@@ -7,6 +7,7 @@ use api::object::Key;
 use services::ServiceTable;
 use tokio_rustls::rustls::sign::CertifiedKey;
 
+use crate::basic::Users;
 use crate::certificates::{Certificates, read_tls};
 use crate::class::Classes;
 use crate::host::HostPattern;
@@ -26,15 +27,26 @@ pub enum SecretState {
     /// Says what is wrong.
     Broken(String),
     Good(Arc<CertifiedKey>),
+    /// Names and passwords.
+    Users(Arc<Users>),
 }
 
 impl SecretState {
     /// From its `data`; `None`: there is no such Secret.
     pub fn of(data: Option<&HashMap<String, String>>) -> Self {
-        match data.map(read_tls) {
-            None => SecretState::Missing,
-            Some(Ok(certificate)) => SecretState::Good(certificate),
-            Some(Err(problem)) => SecretState::Broken(problem),
+        let Some(data) = data else { return SecretState::Missing };
+        let is_tls = data.is_empty() || data.contains_key("tls.crt") || data.contains_key("tls.key");
+        let read = match is_tls {
+            true => read_tls(data).map(SecretState::Good),
+            false => Users::read(data).map(SecretState::Users),
+        };
+        read.unwrap_or_else(SecretState::Broken)
+    }
+
+    fn users(&self) -> Option<Arc<Users>> {
+        match self {
+            SecretState::Users(users) => Some(users.clone()),
+            _ => None,
         }
     }
 }
@@ -125,6 +137,7 @@ impl Compiler {
     }
 
     pub fn set_secret(&mut self, key: &Key, state: SecretState) {
+        self.registry.set_users(key, state.users());
         if let Some(held) = self.secrets.get_mut(key) {
             *held = state;
             self.dirty_certificates = true;
@@ -167,6 +180,11 @@ impl Compiler {
         let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
         let translated = translate(&ingress, &mut Registering { registry: &mut self.registry, table: &table });
         drop(table);
+        if let Some(name) = &translated.users {
+            let secret = Key::new(key.namespace.clone(), name.to_string());
+            let users = self.secrets.get(&secret).and_then(SecretState::users);
+            self.registry.set_users(&secret, users);
+        }
         self.touch(key, &translated, true);
         self.ours.insert(key.clone(), Held { ingress, translated });
     }
@@ -185,8 +203,9 @@ impl Compiler {
             }
         }
         self.dirty_defaults |= translated.default.is_some();
-        self.dirty_certificates |= !translated.certificates.is_empty();
-        self.dirty_secrets |= !translated.certificates.is_empty();
+        let has_secrets = !translated.certificates.is_empty() || translated.users.is_some();
+        self.dirty_certificates |= has_secrets;
+        self.dirty_secrets |= has_secrets;
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -246,7 +265,8 @@ impl Compiler {
         let mut wanted = BTreeSet::new();
         for (key, held) in &self.ours {
             let of_ingress = held.translated.certificates.iter();
-            wanted.extend(of_ingress.map(|one| Key::new(key.namespace.clone(), one.secret.to_string())));
+            let names = of_ingress.map(|one| &one.secret).chain(&held.translated.users);
+            wanted.extend(names.map(|name| Key::new(key.namespace.clone(), name.to_string())));
         }
         self.secrets.retain(|key, _| wanted.contains(key));
         for key in &wanted {
@@ -277,6 +297,22 @@ impl Compiler {
         held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
         let mut has_default = false;
         for (key, one) in held {
+            if let Some(name) = &one.translated.users {
+                let secret = Key::new(key.namespace.clone(), name.to_string());
+                let problem = match self.secrets.get(&secret) {
+                    Some(SecretState::Missing) => Some(("SecretNotFound", "is not there".to_owned())),
+                    Some(SecretState::Broken(problem)) => Some(("UsersNotValid", problem.clone())),
+                    Some(SecretState::Good(_)) => Some(("UsersNotValid", "holds a certificate".to_owned())),
+                    Some(SecretState::Users(_) | SecretState::Unknown) | None => None,
+                };
+                if let Some((reason, problem)) = problem {
+                    let message = format!(
+                        "Secret {}/{} of auth-secret {problem}; requests get 503",
+                        secret.namespace, secret.name
+                    );
+                    faults.push((key.clone(), Fault { reason, message }));
+                }
+            }
             for wanted in &one.translated.certificates {
                 let secret = Key::new(key.namespace.clone(), wanted.secret.to_string());
                 let named = format!("Secret {}/{}", secret.namespace, secret.name);
@@ -305,6 +341,10 @@ impl Compiler {
                             format!("{named} {problem}; {} gets the fallback certificate", wanted.host),
                         );
                     }
+                    Some(SecretState::Users(_)) => fault(
+                        "CertificateNotValid",
+                        format!("{named} has no tls.crt; {} gets the fallback certificate", wanted.host),
+                    ),
                     Some(SecretState::Unknown) | None => {}
                 }
             }

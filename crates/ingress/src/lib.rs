@@ -4,6 +4,7 @@
 //! [`Certificates`] by name. The proxy reads both through a [`Swap`].
 
 mod annotations;
+mod basic;
 mod certificates;
 mod class;
 mod compile;
@@ -19,6 +20,7 @@ mod objects;
 mod policy;
 mod proxy;
 mod registry;
+mod rewrites;
 mod route;
 mod sticky;
 mod swap;
@@ -27,6 +29,7 @@ mod tls;
 mod translate;
 mod upstream;
 
+pub use basic::{Basic, Users};
 pub use certificates::{Certificates, Resolver, fallback, read_tls};
 pub use class::{CLASS, CONTROLLER, Classes};
 pub use compile::{Compiler, SecretState};
@@ -39,6 +42,7 @@ pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
+pub use rewrites::{CookieChanges, Replacement};
 pub use route::{
     Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
     ValueMatch, WeightedBackend, cookie,

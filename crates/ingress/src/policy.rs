@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::basic::Basic;
 use crate::limits::RateLimits;
 use crate::sticky::{Affinity, HashBy};
 
@@ -83,6 +84,8 @@ pub struct Policy {
     pub affinity: Option<Arc<Affinity>>,
     pub hash_by: Option<HashBy>,
     pub limits: Option<Arc<RateLimits>>,
+    /// Whom clients must be.
+    pub basic: Option<Arc<Basic>>,
 }
 
 impl Default for Policy {
@@ -109,6 +112,7 @@ impl Default for Policy {
             affinity: None,
             hash_by: None,
             limits: None,
+            basic: None,
         }
     }
 }

@@ -4,10 +4,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
+use api::object::Key;
 use services::ServiceTable;
 
+use crate::basic::Users;
 use crate::counts::RouteCounts;
 use crate::route::RouteName;
+use crate::swap::Swap;
 use crate::translate::Register;
 use crate::upstream::{Upstream, UpstreamKey, Upstreams};
 
@@ -15,6 +18,7 @@ use crate::upstream::{Upstream, UpstreamKey, Upstreams};
 pub struct Registry {
     upstreams: Upstreams,
     counts: HashMap<RouteName, Weak<RouteCounts>>,
+    users: HashMap<Key, Weak<Swap<Option<Arc<Users>>>>>,
 }
 
 impl Registry {
@@ -30,11 +34,19 @@ impl Registry {
         self.upstreams.iter()
     }
 
+    /// Says who the users of a Secret are now, to the routes that ask for them.
+    pub fn set_users(&mut self, secret: &Key, users: Option<Arc<Users>>) {
+        if let Some(held) = self.users.get(secret).and_then(Weak::upgrade) {
+            held.store(Arc::new(users));
+        }
+    }
+
     /// Forgets counts that nobody holds any more, when there are many beside those of `held` objects.
     pub fn tidy(&mut self, held: usize) {
         if self.counts.len() > 2 * held.max(512) {
             self.counts.retain(|_, held| held.strong_count() > 0);
         }
+        self.users.retain(|_, held| held.strong_count() > 0);
     }
 }
 
@@ -55,6 +67,15 @@ impl Register for Registering<'_> {
         }
         let made = Arc::default();
         self.registry.counts.insert(name.clone(), Arc::downgrade(&made));
+        made
+    }
+
+    fn users(&mut self, secret: &Key) -> Arc<Swap<Option<Arc<Users>>>> {
+        if let Some(held) = self.registry.users.get(secret).and_then(Weak::upgrade) {
+            return held;
+        }
+        let made = Arc::default();
+        self.registry.users.insert(secret.clone(), Arc::downgrade(&made));
         made
     }
 }

@@ -9,6 +9,7 @@ use crate::cors::Cors;
 use crate::counts::RouteCounts;
 use crate::gateway::BackendTls;
 use crate::policy::Policy;
+use crate::rewrites::{CookieChanges, Replacement};
 use crate::upstream::Upstream;
 
 /// A path as a rule wants it.
@@ -232,6 +233,9 @@ pub enum Filter {
     RewritePath(PathRewrite),
     RewriteHost(HeaderValue),
     Cors(Arc<Cors>),
+    /// Where redirects of endpoints lead.
+    Redirects(Replacement),
+    Cookies(CookieChanges),
     Mirror(Arc<Mirror>),
 }
 

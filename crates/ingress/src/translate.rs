@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use api::object::Key;
 use http::StatusCode;
 use regex::RegexBuilder;
 
 use crate::annotations::Settings;
+use crate::basic::{Basic, Users};
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
 use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
+use crate::swap::Swap;
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
 
 /// What is wrong, for an event beside the Ingress.
@@ -23,6 +26,8 @@ pub struct Fault {
 pub trait Register {
     fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream>;
     fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
+    /// The users of a Secret, as they are at any time.
+    fn users(&mut self, secret: &Key) -> Arc<Swap<Option<Arc<Users>>>>;
 }
 
 /// A certificate that an Ingress wants shown for a host.
@@ -39,6 +44,8 @@ pub struct Translated {
     /// `spec.defaultBackend`.
     pub default: Option<Arc<Route>>,
     pub certificates: Vec<WantedCertificate>,
+    /// The Secret of who may come.
+    pub users: Option<Arc<str>>,
     pub faults: BTreeSet<Fault>,
 }
 
@@ -46,6 +53,8 @@ pub struct Translated {
 pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
     let mut out = Translated::default();
     let settings = Settings::read(&ingress.metadata.annotations, &mut out.faults);
+    out.users =
+        settings.basic.as_ref().map(|(secret, _)| Arc::from(&**secret)).filter(|name: &Arc<str>| !name.is_empty());
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
     let mut writer = Writer { ingress, settings: &settings, register, faults: BTreeSet::new() };
@@ -274,6 +283,10 @@ impl Writer<'_> {
             }),
             None => action,
         };
+        let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
+            let secret = Key::new(self.ingress.metadata.namespace.clone(), secret.to_string());
+            Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
+        });
         Arc::new(Route {
             counts: self.register.counts(&name),
             name,
@@ -281,7 +294,7 @@ impl Writer<'_> {
             matches: Matches::default(),
             action,
             filters: self.settings.filters.clone(),
-            policy: self.settings.policy(is_tls),
+            policy: self.settings.policy(is_tls, basic),
             canary: self.settings.canary.clone(),
         })
     }

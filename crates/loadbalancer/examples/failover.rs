@@ -36,7 +36,7 @@ const CLIENT: &str = "client";
 /// Between advertisements, ours and keepalived's.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Nothing is to move for so long before a host is cut off.
-const REST: Duration = Duration::from_millis(1500);
+const REST: Duration = Duration::from_millis(1000);
 const MANY: u32 = 10_000;
 
 fn vip() -> IpAddr {
@@ -85,8 +85,10 @@ impl Scene {
         let healed = Instant::now();
         // It may come back to where it was.
         until("all rests", || {
-            let at = last().map_or(healed, |(at, _)| at.max(healed));
-            at.elapsed() > REST
+            let said = self.said.lock().expect("held briefly");
+            let now = said.last().map(|(_, mac)| *mac);
+            let since = said.iter().rev().take_while(|(_, mac)| Some(*mac) == now).last();
+            since.map_or(healed, |(at, _)| (*at).max(healed)).elapsed() > REST
         });
         gone
     }

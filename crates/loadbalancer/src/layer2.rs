@@ -4,6 +4,10 @@
 //! Its right to speak is an element with a timeout in an nftables set, which a chain on the way out of the interface asks for
 //! each packet of ours. A thread that was stopped after it decided to speak and goes on later says nothing.
 
+mod interface;
+mod routers;
+mod speak;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -14,17 +18,15 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use linux::link::{LinkWatch, Links, Mac};
-use linux::nft::{Chain, DataType, Datum, Family, Key, Nft, Op, Rule, Set, Socket, Statement, Transaction, Value};
-use linux::packet::{PacketSocket, Protocol};
+use linux::link::{LinkWatch, Links};
+use linux::nft::{DataType, Datum, Family, Key, Nft, Op, Set, Socket, Transaction};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, info, warn};
 
-use crate::metrics::Layer2Counts;
-use crate::packets::{Arp, advertisement, gratuitous, parse_solicitation};
-use crate::vrrp::instance::{Instance, RouterConfig};
-use crate::vrrp::machine::{Action, State};
+use crate::vrrp::instance::RouterConfig;
 use crate::{Elector, Heartbeat, Metrics, Plan};
+use interface::Interface;
+use routers::Router;
 
 /// UDP, between the nodes' own addresses.
 pub const PORT: u16 = 10263;
@@ -32,9 +34,6 @@ const TABLE: &str = "fairlead-layer2";
 const RIGHT: &str = "right";
 /// On all that the announcer sends, and on nothing else: `LB2`.
 const MARK: u32 = 0x004c_4232;
-/// A new owner says so more than once, as packets may be lost: after so long each.
-const BURST: [Duration; 4] =
-    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 /// Another host that says it has our address is contradicted so often at most.
 const DEFENCE: Duration = Duration::from_secs(1);
 
@@ -149,15 +148,6 @@ impl Drop for Announcer {
     }
 }
 
-struct Interface {
-    name: String,
-    /// It holds an address of the node.
-    is_own: bool,
-    mac: Mac,
-    arp: PacketSocket,
-    solicitations: PacketSocket,
-}
-
 struct Worker {
     origin: Instant,
     elector: Elector,
@@ -179,55 +169,6 @@ struct Worker {
     /// When which addresses are told of again, and how often that was done.
     bursts: Vec<(Duration, usize, BTreeSet<IpAddr>)>,
     defended: BTreeMap<IpAddr, Duration>,
-}
-
-/// A virtual router, and until when others wait for it to speak.
-struct Router {
-    /// As it was ordered.
-    order: RouterConfig,
-    instance: Instance,
-    until: Duration,
-}
-
-impl Router {
-    /// Does what its machine says; whether everybody is to hear again where its addresses are.
-    fn act(&mut self, actions: Vec<Action>, now: Duration) -> bool {
-        for action in &actions {
-            if let Action::Advertise(priority) = action {
-                self.instance.advertise(*priority);
-                // Those that hear it wait for three of its intervals at least (RFC 9568, section 6.1).
-                self.until = now + self.order.settings.interval * 3;
-            }
-        }
-        actions.contains(&Action::TellAgain)
-    }
-
-    fn is_active(&self) -> bool {
-        self.instance.machine.state() == State::Active
-    }
-}
-
-impl Interface {
-    /// What is heard and said on a link, and in the transaction the rule that asks for the right to say it. `None`: there is no
-    /// such link, or it has no hardware address.
-    fn open(links: &Links, name: &str, is_own: bool, rules: &mut Transaction) -> Result<Option<Interface>, Error> {
-        let Some(link) = links.link(name)? else { return Ok(None) };
-        let Some(mac) = link.mac else { return Ok(None) };
-        let open =
-            |protocol| PacketSocket::open(link.index, protocol, MARK).map_err(|e| Error::Packets(name.to_owned(), e));
-        let (arp, solicitations) = (open(Protocol::Arp)?, open(Protocol::NeighbourSolicitation)?);
-        let chain = format!("egress-{}", link.index);
-        rules.push(Op::AddChain(Chain::egress(&chain, name)));
-        rules.push(Op::AddRule {
-            chain: chain.into(),
-            rule: Rule::new([
-                Statement::Equal(Value::PacketMark, Datum::Mark(MARK)),
-                Statement::not_in([Value::PacketMark], RIGHT),
-                Statement::drop(),
-            ]),
-        });
-        Ok(Some(Interface { name: name.to_owned(), is_own, mac, arp, solicitations }))
-    }
 }
 
 impl Worker {
@@ -380,71 +321,6 @@ impl Worker {
         Ok(())
     }
 
-    /// Begins and ends virtual routers; one of which more than the addresses is another now begins anew.
-    fn set_routers(&mut self, orders: Vec<RouterConfig>) {
-        let order_of = |router: &Router| orders.iter().find(|order| order.is_same_router(&router.order));
-        let (stay, gone): (Vec<Router>, Vec<Router>) =
-            std::mem::take(&mut self.routers).into_iter().partition(|router| order_of(router).is_some());
-        self.routers = stay;
-        for router in &mut self.routers {
-            let order = orders.iter().find(|order| order.is_same_router(&router.order));
-            // Its addresses may be others: it keeps what it is.
-            if let Some(order) = order.filter(|order| order.addresses != router.order.addresses) {
-                router.instance.set_addresses(order.addresses.clone());
-                router.order = order.clone();
-            }
-        }
-        // Silent first, and then it says so.
-        self.decide();
-        gone.into_iter().for_each(|router| self.end(router));
-        for order in orders {
-            if self.routers.iter().any(|router| router.order.is_same_router(&order)) {
-                continue;
-            }
-            let mut config = order.clone();
-            if config.interface.is_empty() {
-                config.interface = self.interfaces.first().map(|own| own.name.clone()).unwrap_or_default();
-            }
-            match Instance::open(config) {
-                Ok(instance) => {
-                    let mut router = Router { order, instance, until: Duration::ZERO };
-                    let now = self.now();
-                    let actions = router.instance.want(true, now);
-                    router.act(actions, now);
-                    self.routers.push(router);
-                }
-                Err(error) => {
-                    warn!(%error, "a virtual router has no part here");
-                    (self.notice)(Notice::Refused(order.name, error.to_string()));
-                }
-            }
-        }
-    }
-
-    fn end(&self, mut router: Router) {
-        let actions = router.instance.want(false, self.now());
-        router.act(actions, self.now());
-    }
-
-    /// Hears and says what virtual routers do.
-    fn route(&mut self) {
-        let now = self.now();
-        let looked = self.watch.has_changed() && !self.routers.is_empty();
-        let links = looked.then(Links::current).and_then(Result::ok);
-        for router in &mut self.routers {
-            let mut actions = links.as_ref().map(|links| router.instance.look(links, now)).unwrap_or_default();
-            actions.extend(router.instance.hear(now));
-            actions.extend(router.instance.machine.tick(now));
-            if router.act(actions, now) {
-                self.bursts.push((now, 0, router.instance.config.addresses.iter().copied().collect()));
-            }
-        }
-    }
-
-    fn is_announced_on(&self, address: IpAddr, interface: &Interface) -> bool {
-        self.only.get(&address).map_or(interface.is_own, |names| names.contains(&interface.name))
-    }
-
     /// Takes the others' heartbeats, from their own addresses only.
     fn hear(&mut self) {
         let mut buffer = [0; 2048];
@@ -521,99 +397,6 @@ impl Worker {
             Ok(()) => self.right = until,
             // Without it the kernel drops what we say: silence is safe, and the next heartbeat tries again.
             Err(error) => warn!(%error, "the right to announce is not renewed"),
-        }
-    }
-
-    fn may_speak(&self, address: IpAddr) -> bool {
-        self.held.contains(&address) && self.now() < self.right
-    }
-
-    fn answer(&mut self) {
-        let mut buffer = [0; 2048];
-        let mut conflicts = Vec::new();
-        for interface in &self.interfaces {
-            while let Ok(Some((length, from))) = interface.arp.receive(&mut buffer) {
-                let Some(arp) = Arp::parse(&buffer[..length]) else { continue };
-                let (mac, sender) = arp.sender;
-                if self.held.contains(&IpAddr::V4(sender)) && self.interfaces.iter().all(|own| own.mac != mac) {
-                    conflicts.push((IpAddr::V4(sender), mac));
-                }
-                let asked = IpAddr::V4(arp.target.1);
-                if arp.is_request && arp.target.1 != sender && self.is_asked(asked, interface) {
-                    let answer = Arp { is_request: false, sender: (interface.mac, arp.target.1), target: arp.sender };
-                    if self.say(&interface.arp, &answer.encode(), from) {
-                        self.count(asked, |counts| counts.responses += 1);
-                    }
-                }
-            }
-            while let Ok(Some((length, from))) = interface.solicitations.receive(&mut buffer) {
-                let Some((who, address)) = parse_solicitation(&buffer[..length]) else { continue };
-                if self.is_asked(address.into(), interface) {
-                    // Who asks as `::` wants the address for itself: all are told that it is taken.
-                    let (to, mac) = match who.is_unspecified() {
-                        true => (None, crate::packets::ALL_NODES),
-                        false => (Some(who), from),
-                    };
-                    if self.say(&interface.solicitations, &advertisement(address, interface.mac, to), mac) {
-                        self.count(address.into(), |counts| counts.responses += 1);
-                    }
-                }
-            }
-        }
-        let now = self.now();
-        for (address, mac) in conflicts {
-            if self.defended.get(&address).is_none_or(|at| *at + DEFENCE <= now) {
-                self.defended.insert(address, now);
-                warn!(%address, %mac, "another host says that it has this address");
-                self.bursts.push((now, BURST.len() - 1, BTreeSet::from([address])));
-                (self.notice)(Notice::Conflict(address, mac.to_string()));
-            }
-        }
-    }
-
-    /// A request that reached us for an address of ours, which is counted; whether it is answered.
-    fn is_asked(&self, address: IpAddr, interface: &Interface) -> bool {
-        let is_asked = self.may_speak(address) && self.is_announced_on(address, interface);
-        if is_asked {
-            self.count(address, |counts| counts.requests += 1);
-        }
-        is_asked
-    }
-
-    fn count(&self, address: IpAddr, change: impl FnOnce(&mut Layer2Counts)) {
-        change(self.metrics.write().layer2.entry(address).or_default());
-    }
-
-    /// Whether it was said.
-    fn say(&self, socket: &PacketSocket, packet: &[u8], to: Mac) -> bool {
-        match socket.send(packet, to) {
-            Ok(()) => true,
-            Err(error) => {
-                debug!(%error, "not said");
-                false
-            }
-        }
-    }
-
-    /// Tells everybody of the addresses that are new here.
-    fn burst(&mut self) {
-        let now = self.now();
-        let (due, later) = std::mem::take(&mut self.bursts).into_iter().partition(|(at, ..)| *at <= now);
-        self.bursts = later;
-        let due: Vec<(Duration, usize, BTreeSet<IpAddr>)> = due;
-        for (at, round, addresses) in due {
-            for address in addresses.iter().filter(|address| self.may_speak(**address)) {
-                for interface in self.interfaces.iter().filter(|one| self.is_announced_on(*address, one)) {
-                    let (packet, to) = gratuitous(*address, interface.mac);
-                    let socket = if address.is_ipv4() { &interface.arp } else { &interface.solicitations };
-                    if self.say(socket, &packet, to) {
-                        self.count(*address, |counts| counts.gratuitous += 1);
-                    }
-                }
-            }
-            if let (Some(before), Some(after)) = (BURST.get(round), BURST.get(round + 1)) {
-                self.bursts.push((at + (*after - *before), round + 1, addresses));
-            }
         }
     }
 }

@@ -1,8 +1,13 @@
 //! ARP (RFC 826, RFC 5227) and neighbour discovery (RFC 4861), from the network header on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use linux::link::Mac;
+
+/// A new owner says so more than once, as packets may be lost: after so long each.
+pub const BURST: [Duration; 4] =
+    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 
 pub const BROADCAST: Mac = Mac([0xff; 6]);
 /// Where `ff02::1`, all nodes of a link, is sent to.

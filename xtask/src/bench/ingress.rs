@@ -2,7 +2,7 @@
 //! turns. Processor time is read from the kernel before and after, so that what client and back end cost is not in it.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,9 +17,10 @@ use crate::{deps, shell};
 const PACKAGES: [&str; 4] = ["nginx-light", "haproxy", "wrk", "nghttp2-client"];
 const PATIENCE: Duration = Duration::from_secs(20);
 const CLIENTS: &str = "32";
-const SECONDS: &str = "3";
+const SECONDS: &str = "2";
 const MANY_ROUTES: u32 = 10_000;
 const MANY_CLIENTS: usize = 1_000;
+const CHANGES: u32 = 51;
 
 /// A proxy with its ports; ended when dropped.
 struct Running {
@@ -50,37 +51,55 @@ impl Running {
     }
 }
 
+/// Who asks, and over which connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Client {
+    /// 32 connections that stay.
+    Kept,
+    /// The same, a connection each; over TLS it brings the ticket of the one before.
+    Each,
+    /// One connection after the other, each with a full handshake.
+    Full,
+    /// 8 connections with 4 requests at once.
+    Http2,
+}
+
 /// What is asked, and by which client.
 #[derive(Clone, Copy, Debug)]
 struct Cell {
     name: &'static str,
     path: &'static str,
     is_tls: bool,
-    is_kept: bool,
-    is_http2: bool,
+    client: Client,
     /// Against nginx's processor time for a request.
     wanted: f64,
 }
 
-const fn cell(
-    name: &'static str,
-    path: &'static str,
-    is_tls: bool,
-    is_kept: bool,
-    is_http2: bool,
-    wanted: f64,
-) -> Cell {
-    Cell { name, path, is_tls, is_kept, is_http2, wanted }
+const fn cell(name: &'static str, path: &'static str, is_tls: bool, client: Client, wanted: f64) -> Cell {
+    Cell { name, path, is_tls, client, wanted }
 }
 
-const CELLS: [Cell; 6] = [
-    cell("1 KB", "/1k", false, true, false, 1.0),
-    cell("1 KB, a connection each", "/1k", false, false, false, 1.25),
-    cell("100 KB", "/100k", false, true, false, 1.25),
-    cell("1 KB over TLS", "/1k", true, true, false, 1.25),
-    cell("TLS handshakes", "/1k", true, false, false, 1.0),
-    cell("1 KB over TLS and HTTP/2", "/1k", true, true, true, 1.25),
+const CELLS: [Cell; 9] = [
+    cell("1 KB", "/1k", false, Client::Kept, 1.0),
+    cell("1 KB, a connection each", "/1k", false, Client::Each, 1.25),
+    cell("100 KB", "/100k", false, Client::Kept, 1.25),
+    cell("1 KB over TLS", "/1k", true, Client::Kept, 1.25),
+    cell("100 KB over TLS", "/100k", true, Client::Kept, 1.25),
+    cell("TLS handshakes, full", "/1k", true, Client::Full, 1.0),
+    cell("TLS handshakes, resumed", "/1k", true, Client::Each, 1.0),
+    cell("1 KB over TLS and HTTP/2", "/1k", true, Client::Http2, 1.25),
+    cell("100 KB over TLS and HTTP/2", "/100k", true, Client::Http2, 1.25),
 ];
+
+/// What one round of a cell came to.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// Microseconds of processor time for a request.
+    cpu: f64,
+    per_second: f64,
+    /// Milliseconds, where the client tells.
+    p99: Option<f64>,
+}
 
 pub fn measure() -> Result<Vec<Row>> {
     deps::ensure(&PACKAGES)?;
@@ -106,25 +125,34 @@ pub fn measure() -> Result<Vec<Row>> {
 }
 
 fn compare(proxies: &[Running], cell: Cell) -> Result<Vec<Row>> {
-    let mut samples: Vec<(Vec<f64>, Vec<f64>)> = proxies.iter().map(|_| Default::default()).collect();
+    let mut samples: Vec<Vec<Sample>> = proxies.iter().map(|_| Vec::new()).collect();
     for round in 0..=ROUNDS {
-        for (proxy, (cpu, rate)) in proxies.iter().zip(&mut samples) {
-            let (each, per_second) = load(proxy, cell).with_context(|| format!("{}: {}", proxy.name, cell.name))?;
+        for (proxy, samples) in proxies.iter().zip(&mut samples) {
+            let sample = load(proxy, cell).with_context(|| format!("{}: {}", proxy.name, cell.name))?;
             // The first round is for caches and idle connections.
             if round > 0 {
-                cpu.push(each);
-                rate.push(per_second);
+                samples.push(sample);
             }
         }
     }
-    let middle: Vec<(f64, f64)> = samples.into_iter().map(|(cpu, rate)| (median(cpu), median(rate))).collect();
-    let nginx = middle[1].0;
-    let row = |(proxy, (cpu, rate)): (&Running, &(f64, f64))| Row {
+    let middle = |samples: &[Sample]| {
+        let of = |what: fn(&Sample) -> f64| median(samples.iter().map(what).collect());
+        let p99: Option<Vec<f64>> = samples.iter().map(|sample| sample.p99).collect();
+        (of(|sample| sample.cpu), of(|sample| sample.per_second), p99.map(median))
+    };
+    let middle: Vec<_> = samples.iter().map(|samples| middle(samples)).collect();
+    let (nginx, _, nginx_p99) = middle[1];
+    let row = |(proxy, (cpu, rate, p99)): (&Running, &(f64, f64, Option<f64>))| Row {
         what: format!("ingress, {}: {}", proxy.name, cell.name),
-        measured: format!("{cpu:.1} µs, {rate:.0}/s"),
+        measured: match p99 {
+            Some(p99) => format!("{cpu:.1} µs, {rate:.0}/s, p99 {p99:.2} ms"),
+            None => format!("{cpu:.1} µs, {rate:.0}/s"),
+        },
         wanted: match proxy.name {
             "fairlead" => {
-                format!("at most {:.1} µs ({:.2} of nginx's; {:.2})", nginx * cell.wanted, cell.wanted, cpu / nginx)
+                let most = nginx * cell.wanted;
+                let late = nginx_p99.map(|p99| format!(", p99 {p99:.2} ms")).unwrap_or_default();
+                format!("at most {most:.1} µs ({:.2} of nginx's; {:.2}){late}", cell.wanted, cpu / nginx)
             }
             _ => String::new(),
         },
@@ -132,27 +160,55 @@ fn compare(proxies: &[Running], cell: Cell) -> Result<Vec<Row>> {
     Ok(proxies.iter().zip(&middle).map(row).collect())
 }
 
-/// Microseconds of processor time for a request, and requests a second.
-fn load(proxy: &Running, cell: Cell) -> Result<(f64, f64)> {
+fn load(proxy: &Running, cell: Cell) -> Result<Sample> {
     let (scheme, port) = if cell.is_tls { ("https", proxy.https) } else { ("http", proxy.http) };
     let url = format!("{scheme}://127.0.0.1:{port}{}", cell.path);
     let before = proxy.cpu()?;
     let begun = Instant::now();
-    let done = if cell.is_http2 { h2load(&url)? } else { wrk(&url, cell.is_kept)? };
+    let (done, p99) = match cell.client {
+        Client::Kept => wrk(&url, true)?,
+        Client::Each => wrk(&url, false)?,
+        Client::Full => (handshakes(port, cell.path)?, None),
+        Client::Http2 => (h2load(&url)?, None),
+    };
     let took = begun.elapsed().as_secs_f64();
     ensure!(done > 100.0, "{done} requests were answered");
-    Ok(((proxy.cpu()? - before) / done * 1e6, done / took))
+    Ok(Sample { cpu: (proxy.cpu()? - before) / done * 1e6, per_second: done / took, p99 })
 }
 
-fn wrk(url: &str, is_kept: bool) -> Result<f64> {
+/// Requests that were answered, and after how many milliseconds 99 % of them were.
+fn wrk(url: &str, is_kept: bool) -> Result<(f64, Option<f64>)> {
     let mut command = Command::new("wrk");
-    command.args(["-t1", "-c", CLIENTS, "-d", SECONDS]);
+    command.args(["-t1", "--latency", "-c", CLIENTS, "-d", SECONDS]);
     if !is_kept {
         command.args(["-H", "Connection: close"]);
     }
     let text = shell::output(command.arg(url))?;
     ensure!(!text.contains("Non-2xx"), "{text}");
     let line = text.lines().find(|line| line.contains("requests in")).with_context(|| text.clone())?;
+    let p99 = text.lines().find_map(|line| line.trim().strip_prefix("99%")).and_then(|time| milliseconds(time.trim()));
+    Ok((line.split_whitespace().next().context("a number")?.parse()?, p99))
+}
+
+/// As wrk writes times: `930.00us`, `1.25ms`, `1.02s`.
+fn milliseconds(time: &str) -> Option<f64> {
+    let (number, unit) = time.split_at(time.find(|c: char| c.is_ascii_alphabetic())?);
+    let factor = match unit {
+        "us" => 1e-3,
+        "ms" => 1.0,
+        "s" => 1e3,
+        _ => return None,
+    };
+    Some(number.parse::<f64>().ok()? * factor)
+}
+
+/// Full handshakes of TLS 1.3 with a request each, one after the other.
+fn handshakes(port: u16, path: &str) -> Result<f64> {
+    let mut command = Command::new("openssl");
+    command.args(["s_time", "-new", "-time", SECONDS, "-www", path, "-connect"]).arg(format!("127.0.0.1:{port}"));
+    let text = shell::output(&mut command)?;
+    // 1222 connections in 3 real seconds, 1238 bytes read per connection
+    let line = text.lines().find(|line| line.contains("real seconds")).with_context(|| text.clone())?;
     Ok(line.split_whitespace().next().context("a number")?.parse()?)
 }
 
@@ -168,19 +224,20 @@ fn h2load(url: &str) -> Result<f64> {
 
 /// One route and ten thousand, and what these and a thousand clients take of memory.
 fn routes(back: u16) -> Result<Vec<Row>> {
-    let (one, many) = (ours(back, 1)?, ours(back, MANY_ROUTES)?);
+    let (one, mut many) = (ours(back, 1)?, ours(back, MANY_ROUTES)?);
     let mut ratios = Vec::new();
     for round in 0..=ROUNDS {
         let (few, lots) = (load(&one, CELLS[0])?, load(&many, CELLS[0])?);
         if round > 0 {
-            ratios.push(few.0 / lots.0);
+            ratios.push(few.cpu / lots.cpu);
         }
     }
+    let live = live(&mut many)?;
     let clients: Vec<TcpStream> = (0..MANY_CLIENTS)
         .map(|_| {
             let mut stream = TcpStream::connect(("127.0.0.1", many.http))?;
-            std::io::Write::write_all(&mut stream, b"GET /1k HTTP/1.1\r\nHost: bench\r\n\r\n")?;
-            std::io::Read::read_exact(&mut stream, &mut [0; 1024])?;
+            stream.write_all(b"GET /1k HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+            stream.read_exact(&mut [0; 1024])?;
             Ok(stream)
         })
         .collect::<Result<_>>()?;
@@ -193,11 +250,53 @@ fn routes(back: u16) -> Result<Vec<Row>> {
             wanted: "at least 0.97".to_owned(),
         },
         Row {
+            what: format!("ingress: a new route beside {MANY_ROUTES}, live after"),
+            measured: format!("{live:.1} ms"),
+            wanted: "under 5 ms".to_owned(),
+        },
+        Row {
             what: format!("ingress: memory, {MANY_ROUTES} routes, {MANY_CLIENTS} clients"),
             measured: format!("{memory:.0} MB"),
             wanted: "under 40 MB".to_owned(),
         },
     ])
+}
+
+/// Milliseconds from the order of a route, in the compiler's process, to the first answer for its host; the median of many.
+fn live(proxy: &mut Running) -> Result<f64> {
+    let mut stream = TcpStream::connect(("127.0.0.1", proxy.http))?;
+    // The kernel would keep a second small piece back until the first is acknowledged.
+    stream.set_nodelay(true)?;
+    let mut ask = |host: &str| -> Result<bool> {
+        stream.write_all(format!("GET /1k HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes())?;
+        let mut reader = BufReader::new(&stream);
+        let (mut status, mut length) = (String::new(), 0);
+        reader.read_line(&mut status)?;
+        for line in reader.by_ref().lines() {
+            let line = line?.to_ascii_lowercase();
+            if let Some(value) = line.strip_prefix("content-length:") {
+                length = value.trim().parse()?;
+            }
+            if line.is_empty() {
+                break;
+            }
+        }
+        std::io::copy(&mut reader.take(length), &mut std::io::sink())?;
+        Ok(status.contains(" 302 "))
+    };
+    let mut took = Vec::new();
+    for number in 0..CHANGES {
+        let host = format!("new{number}.example");
+        ensure!(!ask(&host)?, "{host} has its route before it was ordered");
+        let begun = Instant::now();
+        let order = proxy.child.stdin.as_mut().context("standard input is a pipe")?;
+        order.write_all(format!("{host}\n").as_bytes())?;
+        while !ask(&host)? {
+            ensure!(begun.elapsed() < PATIENCE, "{host} has no route");
+        }
+        took.push(begun.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(median(took))
 }
 
 fn ours(back: u16, routes: u32) -> Result<Running> {
@@ -229,7 +328,7 @@ fn nginx(dir: &Path, name: &'static str, port: u16, to: Option<(u16, u16)>) -> R
         Some((back, https)) => format!(
             "upstream u {{ server 127.0.0.1:{back}; keepalive 128; keepalive_requests 100000000; }}\n\
              server {{ listen 127.0.0.1:{port} reuseport; listen 127.0.0.1:{https} reuseport ssl http2;\n\
-             ssl_certificate {home}/crt; ssl_certificate_key {home}/key; ssl_session_cache off;\n\
+             ssl_certificate {home}/crt; ssl_certificate_key {home}/key; ssl_session_cache off;\n             ssl_protocols TLSv1.2 TLSv1.3;\n\
              location / {{ proxy_pass http://u; proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host $host;\n\
              proxy_set_header X-Forwarded-For $remote_addr; proxy_set_header X-Real-IP $remote_addr; proxy_set_header X-Forwarded-Host $host;\n\
              proxy_set_header X-Forwarded-Port $server_port; proxy_set_header X-Forwarded-Proto $scheme; proxy_set_header X-Request-ID $request_id; }} }}"
@@ -251,7 +350,7 @@ fn haproxy(dir: &Path, back: u16) -> Result<Running> {
     let (port, https, home) = (free_port()?, free_port()?, dir.display());
     let config = format!(
         "global\n  nbthread 1\n  maxconn 8192\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 600s\n  timeout server 600s\n  http-reuse always\n\
-         frontend f\n  bind 127.0.0.1:{port}\n  bind 127.0.0.1:{https} ssl crt {home}/pem alpn h2,http/1.1 no-tls-tickets\n\
+         frontend f\n  bind 127.0.0.1:{port}\n  bind 127.0.0.1:{https} ssl crt {home}/pem alpn h2,http/1.1\n\
          \x20 http-request set-header X-Forwarded-For %[src]\n  http-request set-header X-Real-IP %[src]\n\
          \x20 http-request set-header X-Forwarded-Host %[req.hdr(host)]\n  http-request set-header X-Forwarded-Port %[dst_port]\n\
          \x20 http-request set-header X-Forwarded-Proto http\n  http-request set-header X-Request-ID %[rand]\n\

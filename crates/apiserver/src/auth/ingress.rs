@@ -39,8 +39,14 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
     (!known).then(|| "no Ingress and no Gateway names this object".to_owned())
 }
 
+/// Annotations whose value is a Secret's name.
+const NAMING: [&str; 2] = ["nginx.ingress.kubernetes.io/auth-secret", "ingress.fairlead.io/auth-secret"];
+
 fn ingress_names(ingress: &Value, secret: &str) -> bool {
-    list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
+    let annotations = ingress.pointer("/metadata/annotations");
+    let annotated = |key: &&str| annotations.and_then(|all| all.get(*key)).and_then(Value::as_str);
+    let named = NAMING.iter().filter_map(annotated).map(str::trim).any(|name| !name.is_empty() && name == secret);
+    named || list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
 }
 
 fn list<'a>(object: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> {
@@ -84,6 +90,8 @@ mod tests {
     fn a_secret_is_named_by_its_whole_name() {
         let ingress = json!({"spec": {"tls": [{"hosts": ["a.example"]}, {"secretName": "shop"}]}});
         assert!(ingress_names(&ingress, "shop"));
+        let doors = json!({"metadata": {"annotations": {"nginx.ingress.kubernetes.io/auth-secret": " who", "x/auth-secret": "other"}}});
+        assert!(ingress_names(&doors, "who") && !ingress_names(&doors, "other") && !ingress_names(&doors, ""));
         assert!(!ingress_names(&ingress, "sho") && !ingress_names(&ingress, "") && !ingress_names(&json!({}), "shop"));
     }
 

@@ -93,11 +93,13 @@ fn a_virtual_router_announces_and_keepalived_follows_it() {
     expect(cluster, "kubectl delete service local");
 
     // The owner dies, and its kernel with it: its cable is pulled.
-    until("the router knows the owner", || {
+    // Of two nodes the second has the greater priority in router 51; whoever was first gives way to it.
+    let first = "node-2".to_owned();
+    until("the greater one has it", || {
         get(&outside, address, Duration::from_secs(1));
-        owner().is_some()
+        owner().as_ref() == Some(&first)
     });
-    let first = owner().expect("an owner");
+    let settled = Instant::now();
     let cut = |name: &str| {
         let link = link_of(name).name;
         expect(cluster, &format!("nsenter --net={} -- ip link set dev {link} down", lab.netns(name).display()));
@@ -112,9 +114,11 @@ fn a_virtual_router_announces_and_keepalived_follows_it() {
     stop.store(true, Ordering::Relaxed);
     let said = listener.join().expect("the capture ends");
     let known = |mac: Mac| macs.iter().find(|(_, known)| *known == mac).map(|(name, _)| name.clone());
-    let mut turns: Vec<Option<String>> = said.iter().map(|(_, mac)| known(*mac)).collect();
+    let mut turns: Vec<Option<String>> =
+        said.iter().filter(|(at, _)| *at > settled).map(|(_, mac)| known(*mac)).collect();
     turns.dedup();
-    assert_eq!(turns, [Some(first), Some(second.clone())], "one owner at a time: {said:?}");
+    // The first may have had nothing to say since.
+    assert!(turns.ends_with(&[Some(second.clone())]) && turns.len() <= 2, "one owner at a time: {turns:?}, {said:?}");
 
     // keepalived, beside the nodes, comes last: it has the address when no node is left.
     let device = expect(

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
+use crate::basic::Basic;
 use crate::policy::Policy;
 use crate::route::{Canary, Filter};
 use crate::translate::Fault;
@@ -31,6 +32,8 @@ pub struct Settings {
     pub from_to_www: bool,
     /// Instead of the backend.
     pub redirect: Option<(StatusCode, Box<str>)>,
+    /// The Secret of who may come, and the realm that they are told.
+    pub basic: Option<(Box<str>, Box<str>)>,
     policy: Policy,
     /// `Some`: whether plain requests are sent to HTTPS; `None`: where the host has a certificate.
     https_only: Option<bool>,
@@ -42,8 +45,8 @@ impl Settings {
     }
 
     /// The policy of a path of a host that has TLS, or has not.
-    pub fn policy(&self, is_tls: bool) -> Arc<Policy> {
-        let policy = Policy { https_only: self.https_only.unwrap_or(is_tls), ..self.policy.clone() };
+    pub fn policy(&self, is_tls: bool, basic: Option<Arc<Basic>>) -> Arc<Policy> {
+        let policy = Policy { https_only: self.https_only.unwrap_or(is_tls), basic, ..self.policy.clone() };
         if policy == *Policy::shared() { Policy::shared() } else { Arc::new(policy) }
     }
 }

@@ -12,6 +12,7 @@ use super::{NGINX, OURS, Settings};
 use crate::cors::Cors;
 use crate::limits::RateLimits;
 use crate::policy::{BackendProtocol, Balance};
+use crate::rewrites::{CookieChanges, Replacement};
 use crate::route::{Canary, Filter, HeaderChanges, PathRewrite, ValueMatch};
 use crate::sticky::{Affinity, HashBy};
 use crate::translate::Fault;
@@ -49,6 +50,16 @@ const READERS: &[(&str, Reader)] = &[
         draft.settings.filters.push(Filter::RewriteHost(host));
         Ok(())
     }),
+    ("proxy-redirect-from", |draft, text| match text {
+        "default" => Err("is not supported: what it stands for is no part of a URL here; write the URL".to_owned()),
+        text => {
+            draft.redirect_from = (text != "off").then(|| text.into());
+            Ok(())
+        }
+    }),
+    ("proxy-redirect-to", |draft, text| header(text).map(|_| draft.redirect_to = Some(text.into()))),
+    ("proxy-cookie-domain", |draft, text| replacement(text).map(|found| draft.cookies.domain = found)),
+    ("proxy-cookie-path", |draft, text| replacement(text).map(|found| draft.cookies.path = found)),
     ("server-alias", server_alias),
     ("app-root", |draft, text| {
         let root = location(text)?;
@@ -110,6 +121,32 @@ const READERS: &[(&str, Reader)] = &[
     ("limit-connections", |draft, text| number(text).map(|count| draft.limits.at_once = count)),
     ("limit-burst-multiplier", |draft, text| number(text).map(|burst| draft.limits.burst = burst)),
     ("limit-whitelist", |draft, text| ranges(text).map(|all| draft.limits.exempt = all)),
+    ("auth-type", |draft, text| match text {
+        "basic" => {
+            draft.has_basic = true;
+            Ok(())
+        }
+        _ => Err("is not supported; write basic".to_owned()),
+    }),
+    ("auth-secret", |draft, text| match api::names::dns_subdomain(text).is_empty() {
+        true => {
+            draft.auth_secret = Some(text.into());
+            Ok(())
+        }
+        false => Err("is no Secret's name; write one of the Ingress's own namespace".to_owned()),
+    }),
+    // What there is in the Secret says it.
+    ("auth-secret-type", |_, text| match text {
+        "auth-file" | "auth-map" => Ok(()),
+        _ => Err("is neither auth-file nor auth-map".to_owned()),
+    }),
+    ("auth-realm", |draft, text| match header(text) {
+        Ok(_) if !text.contains(['"', '\\']) => {
+            draft.realm = text.into();
+            Ok(())
+        }
+        _ => Err("cannot stand in quotation marks in a header".to_owned()),
+    }),
     ("canary", |draft, text| flag(text).map(|on| draft.is_canary = on)),
     ("canary-weight", |draft, text| number(text).map(|weight| draft.canary.weight = weight)),
     ("canary-weight-total", |draft, text| number(text).map(|total| draft.canary.total = total.max(1))),
@@ -145,6 +182,12 @@ pub struct Draft {
     temporal_code: Option<StatusCode>,
     has_cors: bool,
     cors: Cors,
+    redirect_from: Option<Box<str>>,
+    redirect_to: Option<Box<str>>,
+    cookies: CookieChanges,
+    has_basic: bool,
+    auth_secret: Option<Box<str>>,
+    realm: Box<str>,
     has_affinity: bool,
     affinity: Affinity,
     limits: RateLimits,
@@ -171,6 +214,10 @@ pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>
             faults.insert(Fault { reason: "AnnotationNotValid", message });
         }
     }
+    if draft.has_basic != draft.auth_secret.is_some() {
+        let message = "annotation auth-type basic and annotation auth-secret stand together; requests are refused until both are there";
+        faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
+    }
     finish(draft)
 }
 
@@ -184,6 +231,16 @@ fn finish(draft: Draft) -> Settings {
     };
     if draft.has_cors {
         settings.filters.push(Filter::Cors(Arc::new(draft.cors)));
+    }
+    if let (Some(from), Some(to)) = (draft.redirect_from, draft.redirect_to) {
+        settings.filters.push(Filter::Redirects(Replacement { from, to }));
+    }
+    if draft.cookies != CookieChanges::default() {
+        settings.filters.push(Filter::Cookies(draft.cookies));
+    }
+    // One of the two without the other lets nobody in: whoever wrote it wanted a door.
+    if draft.has_basic || draft.auth_secret.is_some() {
+        settings.basic = Some((draft.auth_secret.unwrap_or_default(), draft.realm));
     }
     if draft.has_affinity {
         settings.policy.affinity = Some(Arc::new(draft.affinity));
@@ -212,6 +269,19 @@ fn cookie_part(text: &str) -> Result<Box<str>, String> {
     match !text.is_empty() && text.chars().all(plain) {
         true => Ok(text.into()),
         false => Err("cannot stand in a cookie".to_owned()),
+    }
+}
+
+/// `off`, or a text and what stands in its place.
+fn replacement(text: &str) -> Result<Option<Replacement>, String> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    match words[..] {
+        ["off"] => Ok(None),
+        [from, _] if from.starts_with('~') => Err("is a pattern, which is not supported; write plain texts".to_owned()),
+        [from, to] if HeaderValue::from_str(to).is_ok() && !to.contains(';') => {
+            Ok(Some(Replacement { from: from.into(), to: to.into() }))
+        }
+        _ => Err("is neither off nor two words: what stands there, and what is to stand there".to_owned()),
     }
 }
 

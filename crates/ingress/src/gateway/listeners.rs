@@ -219,6 +219,9 @@ impl World<'_> {
                 Some(SecretState::Missing) => {
                     problems.push(Problem::new("InvalidCertificateRef", format!("{place}: there is no {named}")));
                 }
+                Some(SecretState::Users(_)) => {
+                    problems.push(Problem::new("InvalidCertificateRef", format!("{place}: {named} has no tls.crt")));
+                }
                 Some(SecretState::Broken(problem)) => {
                     problems.push(Problem::new("InvalidCertificateRef", format!("{place}: {named} {problem}")));
                 }

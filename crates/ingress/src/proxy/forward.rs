@@ -111,8 +111,11 @@ pub async fn forward(
             let patience = route.policy.read_timeout;
             let (mut parts, body) = response.into_parts();
             for filter in &route.filters {
-                if let Filter::ResponseHeaders(changes) = filter {
-                    changes.apply(&mut parts.headers);
+                match filter {
+                    Filter::ResponseHeaders(changes) => changes.apply(&mut parts.headers),
+                    Filter::Redirects(replacement) => replacement.redirects(&mut parts.headers),
+                    Filter::Cookies(changes) => changes.apply(&mut parts.headers),
+                    _ => {}
                 }
             }
             if let Some((cors, origin)) = cors {
@@ -299,7 +302,11 @@ fn with_query(path: &str, query: Option<&str>) -> Option<PathAndQuery> {
 fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
     match filter {
         Filter::RequestHeaders(changes) => changes.apply(&mut head.headers),
-        Filter::ResponseHeaders(_) | Filter::Cors(_) | Filter::Mirror(_) => {}
+        Filter::ResponseHeaders(_)
+        | Filter::Redirects(_)
+        | Filter::Cookies(_)
+        | Filter::Cors(_)
+        | Filter::Mirror(_) => {}
         Filter::RewriteHost(host) => drop(head.headers.insert(HOST, host.clone())),
         Filter::RewritePath(rewrite) => {
             let held = arrival.path.as_deref().unwrap_or(head.uri.path());

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use http::header::{CONTENT_LENGTH, HOST, LOCATION};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, LOCATION, WWW_AUTHENTICATE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -49,7 +49,11 @@ pub async fn handle(
             return Ok(response);
         }
     };
-    let response = match decide(&worker, &client, &mut arrival, &request) {
+    let decided = match decide(&worker, &client, &mut arrival, &request) {
+        None => admit(&arrival, &request).await,
+        answered => answered,
+    };
+    let response = match decided {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
             worker.tell(line, &response, Some(&arrival.route), started);
@@ -155,6 +159,20 @@ fn decide(
         return Some(answer(StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than allowed here\n"));
     }
     None
+}
+
+/// The answer for who has not said who it is.
+async fn admit(arrival: &Arrival, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
+    let basic = arrival.route.policy.basic.clone()?;
+    let Some(users) = Option::clone(&basic.users.load()) else {
+        return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
+    };
+    if users.admit(request.headers().get(AUTHORIZATION)).await {
+        return None;
+    }
+    let mut response = answer(StatusCode::UNAUTHORIZED, "say who you are\n");
+    response.headers_mut().insert(WWW_AUTHENTICATE, basic.challenge());
+    Some(response)
 }
 
 /// In lower case, without its port, as it was when the route was found.

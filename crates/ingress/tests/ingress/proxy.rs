@@ -15,9 +15,9 @@ use tokio::time::timeout;
 
 use crate::world::{Backend, PATIENCE, World, ingress, text};
 
-const NGINX: &str = "nginx.ingress.kubernetes.io";
+pub const NGINX: &str = "nginx.ingress.kubernetes.io";
 
-async fn one() -> (World, Backend) {
+pub async fn one() -> (World, Backend) {
     let backend = Backend::named("hello").await;
     let mut world = World::start(&[&ingress("")], |_| {}).await;
     world.serve("web", &[backend.address]);

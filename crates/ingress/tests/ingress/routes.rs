@@ -11,7 +11,9 @@ use api::object::Key;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
-use ingress::{Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Route, RouteTable, SecretState, fallback};
+use ingress::{
+    Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Policy, Route, RouteTable, SecretState, fallback,
+};
 use serde_json::{Value, json};
 use services::ServiceTable;
 
@@ -22,6 +24,8 @@ pub const FILES: &[(&str, &str)] = &[
     ("backends.txt", include_str!("cases/backends.txt")),
     ("tls.txt", include_str!("cases/tls.txt")),
     ("nginx.txt", include_str!("cases/nginx.txt")),
+    ("annotations.txt", include_str!("cases/annotations.txt")),
+    ("together.txt", include_str!("cases/together.txt")),
 ];
 
 /// The titles of a file's cases, without the first, which is about all.
@@ -107,6 +111,8 @@ pub fn secret(names: &str) -> (SecretState, Vec<u8>) {
         ("tls.key".to_owned(), BASE64.encode(key.serialize_pem())),
     ]);
     match names {
+        "users" => data = HashMap::from([("auth".to_owned(), BASE64.encode("ann:{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="))]),
+        "bad-users" => data = HashMap::from([("auth".to_owned(), BASE64.encode("ann:secret"))]),
         "no-key" => drop(data.remove("tls.key")),
         "other-key" => drop(data.insert("tls.key".to_owned(), BASE64.encode(other.serialize_pem()))),
         "no-pem" => drop(data.insert("tls.crt".to_owned(), BASE64.encode("hello"))),
@@ -222,6 +228,7 @@ pub fn say(route: &Route) -> String {
             Filter::RewriteHost(host) => text.push_str(&format!(" host {host:?}")),
             Filter::Cors(cors) => text.push_str(&format!(" cors {}", cors.origins.join(","))),
             Filter::RequestHeaders(changes) => text.push_str(&format!(" {:?}", changes.set)),
+            Filter::Redirects(one) => text.push_str(&format!(" redirects {} -> {}", one.from, one.to)),
             Filter::Mirror(mirror) => {
                 text.push_str(&format!(" mirror {} {}/{}", mirror.upstream.key, mirror.part, mirror.whole));
             }
@@ -240,6 +247,42 @@ pub fn say(route: &Route) -> String {
     if route.policy.https_only {
         text.push_str(" https");
     }
+    if route.name.kind == "Ingress" {
+        text.push_str(&treatment(&route.policy));
+    }
+    text
+}
+
+/// What a policy says that the default does not.
+fn treatment(policy: &Policy) -> String {
+    let (usual, mut text) = (Policy::default(), String::new());
+    let mut tell = |is_other: bool, what: String| {
+        if is_other {
+            text.push(' ');
+            text.push_str(&what);
+        }
+    };
+    tell(policy.connect_timeout != usual.connect_timeout, format!("connect {:?}", policy.connect_timeout));
+    tell(policy.read_timeout != usual.read_timeout, format!("read {:?}", policy.read_timeout));
+    tell(policy.send_timeout != usual.send_timeout, format!("send {:?}", policy.send_timeout));
+    tell(policy.body_limit != usual.body_limit, format!("body {}", policy.body_limit));
+    tell(policy.balance != usual.balance, format!("{:?}", policy.balance));
+    tell(policy.protocol != usual.protocol, format!("{:?}", policy.protocol));
+    tell(policy.allow != usual.allow, format!("allow {:?}", policy.allow));
+    tell(policy.deny != usual.deny, format!("deny {:?}", policy.deny));
+    if let Some(basic) = &policy.basic {
+        let who = if basic.users.load().is_some() { "known" } else { "nobody" };
+        tell(true, format!("basic {:?} {} {who}", basic.realm, basic.secret.name));
+    }
+    let (retry, usual) = (&policy.retry, &usual.retry);
+    tell(retry.tries != usual.tries, format!("tries {}", retry.tries));
+    tell(retry.within != usual.within, format!("within {:?}", retry.within.unwrap_or_default()));
+    let statuses: Vec<u16> = (400..600).filter(|status| retry.on_status.contains(*status)).collect();
+    let when = [("error", retry.on_error), ("timeout", retry.on_timeout), ("any", retry.non_idempotent)];
+    let when: Vec<&str> = when.iter().filter(|(_, is_set)| *is_set).map(|(name, _)| *name).collect();
+    let is_other = (retry.on_error, retry.on_timeout, retry.non_idempotent, retry.on_status)
+        != (usual.on_error, usual.on_timeout, usual.non_idempotent, usual.on_status);
+    tell(is_other, format!("again on {when:?} {statuses:?}"));
     text
 }
 

@@ -19,14 +19,11 @@ use tracing::{debug, info, warn};
 
 use super::instance::{Instance, RouterConfig, VrrpError};
 use super::machine::{Action, State};
-use crate::packets::gratuitous;
+use crate::packets::{BURST, gratuitous};
 
 /// For how long an address is lent, in seconds, and how often the loan is renewed.
 const LOAN: u32 = 3;
 const RENEWAL: Duration = Duration::from_secs(1);
-/// A new owner says so more than once, as packets may be lost: after so long each.
-const BURST: [Duration; 4] =
-    [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2)];
 
 /// What became of a virtual router, by its name.
 #[derive(Clone, Debug, PartialEq, Eq)]

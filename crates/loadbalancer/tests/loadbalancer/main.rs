@@ -2,6 +2,7 @@
 
 mod allocate;
 mod bgp;
+mod cases;
 mod elect;
 mod net;
 mod random;

@@ -4,7 +4,7 @@ use crate::auth::authenticate::{ForeignCertificate, PeerCertificate, authenticat
 use crate::auth::impersonate::impersonate;
 use crate::auth::rbac::{Attributes, Rbac};
 use crate::auth::token::TokenKey;
-use crate::auth::{Identity, forbidden, ingress, node};
+use crate::auth::{Identity, forbidden, named, node};
 use crate::body::{self, Body, BoxError};
 use crate::cache::WatchCache;
 use crate::catalog::{Catalog, builtin};
@@ -223,7 +223,7 @@ impl ApiServer {
         if !registry.rbac.allows(registry, who, &asked) {
             return Err(forbidden(who, &asked));
         }
-        match node::refuses(registry, who, &asked).or_else(|| ingress::refuses(registry, who, &asked)) {
+        match node::refuses(registry, who, &asked).or_else(|| named::refuses(registry, who, &asked)) {
             Some(why) => {
                 let mut status = forbidden(who, &asked);
                 status.message = format!("{}: {why}", status.message);

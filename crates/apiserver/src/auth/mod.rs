@@ -3,7 +3,7 @@
 pub mod authenticate;
 pub mod escalation;
 pub mod impersonate;
-pub mod ingress;
+pub mod named;
 pub mod node;
 pub mod rbac;
 pub mod token;

@@ -1,5 +1,5 @@
-//! Which Secrets and ConfigMaps the Ingress proxies of a cluster may read: those that an Ingress or a Gateway names, each by its
-//! name. Every node that runs a proxy has its identity, so that RBAC alone would open all of them to any of them.
+//! Which Secrets and ConfigMaps the proxies and announcers of nodes may read: those that an Ingress, a Gateway or a BGPPeer names,
+//! each by its name. Every such node has their identities, so that RBAC alone would open all of them to any of them.
 
 use super::Identity;
 use super::rbac::Attributes;
@@ -8,11 +8,12 @@ use api::Resource;
 use api::kinds;
 use serde_json::Value;
 
-const ACCOUNT: &str = "system:serviceaccount:kube-system:fairlead-ingress";
+const INGRESS: &str = "system:serviceaccount:kube-system:fairlead-ingress";
+const ANNOUNCER: &str = "system:serviceaccount:kube-system:fairlead-layer2";
 
-/// Why a proxy may not do what RBAC would let it, if so.
+/// Why a node's component may not do what RBAC would let it, if so.
 pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Option<String> {
-    if who.user != ACCOUNT || !asked.group.is_empty() {
+    if !matches!(who.user.as_str(), INGRESS | ANNOUNCER) || !asked.group.is_empty() {
         return None;
     }
     let any = |kind: &Resource, namespace: &str, names: &dyn Fn(&Value) -> bool| {
@@ -21,6 +22,7 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
     };
     let (namespace, name) = (asked.namespace.as_str(), asked.name.as_str());
     let is_named = match asked.plural.as_str() {
+        "secrets" if who.user == ANNOUNCER => any(&kinds::BGP_PEERS, "", &|one| password(one, namespace, name)),
         "secrets" => {
             any(&kinds::INGRESSES, namespace, &|one| ingress_names(one, name))
                 || any(&kinds::GATEWAYS, "", &|one| refers(one, "/spec/listeners", namespace, name))
@@ -36,7 +38,7 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
         _ => return None,
     };
     let known = !namespace.is_empty() && !name.is_empty() && is_named;
-    (!known).then(|| "no Ingress and no Gateway names this object".to_owned())
+    (!known).then(|| "no Ingress, Gateway or BGPPeer names this object".to_owned())
 }
 
 /// Annotations whose value is a Secret's name.
@@ -74,6 +76,13 @@ fn client_certificate(gateway: &Value, namespace: &str, name: &str) -> bool {
     reference.is_some_and(|one| leads(gateway, one, namespace, name))
 }
 
+fn password(peer: &Value, namespace: &str, name: &str) -> bool {
+    let Some(reference) = peer.pointer("/spec/passwordSecret") else { return false };
+    let own = peer.pointer("/metadata/namespace");
+    let of = reference.get("namespace").filter(|held| held.as_str() != Some("")).or(own);
+    of.and_then(Value::as_str) == Some(namespace) && is(reference, name)
+}
+
 fn authorities(gateway: &Value, namespace: &str, name: &str) -> bool {
     let of_all = list(gateway, "/spec/tls/frontend/default/validation/caCertificateRefs");
     let of_ports =
@@ -108,5 +117,14 @@ mod tests {
         assert!(client_certificate(&gateway, "edge", "me") && !client_certificate(&gateway, "shop", "me"));
         assert!(authorities(&gateway, "edge", "ca") && authorities(&gateway, "shop", "ca2"));
         assert!(!authorities(&gateway, "edge", "ca2"));
+    }
+    #[test]
+    fn a_peer_names_the_secret_of_its_password() {
+        let peer = |reference: Value| json!({"metadata": {"namespace": "lb"}, "spec": {"passwordSecret": reference}});
+        assert!(password(&peer(json!({"name": "p"})), "lb", "p"));
+        assert!(password(&peer(json!({"name": "p", "namespace": ""})), "lb", "p"));
+        assert!(password(&peer(json!({"name": "p", "namespace": "x"})), "x", "p"));
+        assert!(!password(&peer(json!({"name": "p", "namespace": "x"})), "lb", "p"));
+        assert!(!password(&peer(json!({"name": "p"})), "lb", "q") && !password(&json!({}), "lb", "p"));
     }
 }

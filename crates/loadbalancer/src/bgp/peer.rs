@@ -18,6 +18,8 @@ use crate::pool::selectors;
 const PORT: u16 = 179;
 const HOLD_TIME: Duration = Duration::from_secs(90);
 const CONNECT_RETRY: Duration = Duration::from_secs(5);
+/// Nothing is repeated more often.
+const SHORTEST: Duration = Duration::from_secs(1);
 /// How long a peer keeps routes of a node that starts again, if it is asked to.
 const RESTART_TIME: Duration = Duration::from_secs(120);
 /// The annotation of a BGPPeer that opens the connection itself, while this side waits.
@@ -59,9 +61,10 @@ pub struct PeerSpec {
     pub interface: String,
     pub source_address: String,
     pub peer_port: Option<u16>,
-    pub hold_time: Option<GoDuration>,
-    pub keepalive_time: Option<GoDuration>,
-    pub connect_time: Option<GoDuration>,
+    /// Durations as Go writes them, such as 90s.
+    pub hold_time: Option<String>,
+    pub keepalive_time: Option<String>,
+    pub connect_time: Option<String>,
     #[serde(rename = "routerID")]
     pub router_id: String,
     pub node_selectors: Vec<LabelSelectorSpec>,
@@ -116,6 +119,11 @@ fn address<T: std::str::FromStr>(field: &'static str, text: &str) -> Result<Opti
     text.parse().map(Some).map_err(wrong)
 }
 
+fn duration(field: &'static str, text: Option<&str>) -> Result<Option<Duration>, PeerError> {
+    let wrong = |text: &str| PeerError::Field { field, value: text.to_owned(), expected: "a duration such as 90s" };
+    text.map(|text| text.parse::<GoDuration>().map(|time| time.0).map_err(|_| wrong(text))).transpose()
+}
+
 impl Peer {
     /// # Errors
     /// Names the field that cannot be meant or is not supported.
@@ -138,8 +146,9 @@ impl Peer {
             let expected = "an AS number from 1 to 4294967295";
             return Err(PeerError::Field { field: "myASN", value: "0".into(), expected });
         }
-        let seconds = |time: Option<GoDuration>| time.map(|time| time.0);
-        let hold_time = seconds(spec.hold_time).unwrap_or(HOLD_TIME);
+        let hold_time = duration("holdTime", spec.hold_time.as_deref())?.unwrap_or(HOLD_TIME);
+        let keepalive = duration("keepaliveTime", spec.keepalive_time.as_deref())?;
+        let connect_retry = duration("connectTime", spec.connect_time.as_deref())?.unwrap_or(CONNECT_RETRY);
         if !hold_time.is_zero() && !(3..=65535).contains(&hold_time.as_secs()) {
             let value = GoDuration(hold_time).to_string();
             return Err(PeerError::Field { field: "holdTime", value, expected: "0 or from 3s to 65535s" });
@@ -179,8 +188,8 @@ impl Peer {
             peer_as,
             router_id: address("routerID", &spec.router_id)?,
             hold_time,
-            keepalive: seconds(spec.keepalive_time),
-            connect_retry: seconds(spec.connect_time).unwrap_or(CONNECT_RETRY).max(Duration::from_secs(1)),
+            keepalive: keepalive.map(|time| time.max(SHORTEST)),
+            connect_retry: connect_retry.max(SHORTEST),
             families,
             restart_time: spec.enable_graceful_restart.then_some(RESTART_TIME),
         })
@@ -252,11 +261,21 @@ impl ProfileObject {
         if self.spec.echo_mode {
             return Err(PeerError::Unsupported("echoMode"));
         }
-        let interval = |given: Option<u32>| Duration::from_millis(u64::from(given.unwrap_or(300)));
+        let interval = |field, given: Option<u32>| match given.unwrap_or(300) {
+            milliseconds @ 10..=60_000 => Ok(Duration::from_millis(u64::from(milliseconds))),
+            other => {
+                Err(PeerError::Field { field, value: other.to_string(), expected: "from 10 to 60000 milliseconds" })
+            }
+        };
+        let multiplier = self.spec.detect_multiplier.unwrap_or(3);
+        if multiplier < 2 {
+            let (field, value) = ("detectMultiplier", multiplier.to_string());
+            return Err(PeerError::Field { field, value, expected: "from 2 to 255" });
+        }
         Ok(Timing {
-            transmit: interval(self.spec.transmit_interval),
-            receive: interval(self.spec.receive_interval),
-            multiplier: self.spec.detect_multiplier.unwrap_or(3),
+            transmit: interval("transmitInterval", self.spec.transmit_interval)?,
+            receive: interval("receiveInterval", self.spec.receive_interval)?,
+            multiplier,
             is_passive: self.spec.passive_mode,
             least_hops: self.spec.minimum_ttl.unwrap_or(254),
             is_multihop,

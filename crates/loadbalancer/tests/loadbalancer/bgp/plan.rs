@@ -103,6 +103,9 @@ fn what_cannot_be_meant_is_named() {
         ("myASN", json!(0), "spec.myASN"),
         ("dynamicASN", json!("internal"), "exactly one"),
         ("holdTime", json!("2s"), "spec.holdTime"),
+        ("holdTime", json!("soon"), "spec.holdTime is \"soon\""),
+        ("keepaliveTime", json!("-1s"), "spec.keepaliveTime"),
+        ("connectTime", json!("5"), "spec.connectTime"),
         ("routerID", json!("2001:db8::1"), "spec.routerID"),
         ("vrf", json!("red"), "spec.vrf is not supported"),
         ("interface", json!("eth0"), "spec.interface is not supported"),
@@ -116,6 +119,21 @@ fn what_cannot_be_meant_is_named() {
     }
     let object: PeerObject = serde_json::from_value(json!({"spec": good})).expect("an object");
     assert!(Peer::new(&object).is_ok());
+    for (spec, part) in [
+        (json!({"transmitInterval": 0}), "spec.transmitInterval is \"0\""),
+        (json!({"receiveInterval": 60001}), "spec.receiveInterval"),
+        (json!({"detectMultiplier": 1}), "spec.detectMultiplier"),
+    ] {
+        let object: ProfileObject = serde_json::from_value(json!({"spec": spec})).expect("an object");
+        let error = object.timing(false).expect_err("not to be meant").to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    // What would be said without a pause is said once a second.
+    let mut spec = good.clone();
+    spec["keepaliveTime"] = json!("0s");
+    let object: PeerObject = serde_json::from_value(json!({"spec": spec})).expect("an object");
+    let settings = Peer::new(&object).expect("a peer").settings("node", &[]);
+    assert_eq!(settings.keepalive.map(|time| time.as_secs()), Some(1));
     let echo: ProfileObject = serde_json::from_value(json!({"spec": {"echoMode": true}})).expect("an object");
     assert!(echo.timing(false).is_err());
     let slow: ProfileObject = serde_json::from_value(json!({"spec": {"transmitInterval": 50}})).expect("an object");

@@ -79,7 +79,10 @@ impl Namespace {
     }
 
     pub fn ip(&self, arguments: &str) {
-        self.command("ip", arguments);
+        // An IPv6 address is nobody's to bind until the kernel has looked for others that have it: even on lo, where it does not
+        // look, that is a moment later.
+        let looks = arguments.starts_with("addr add ") && arguments.contains(':') && !arguments.contains("nodad");
+        self.command("ip", &format!("{arguments}{}", if looks { " nodad" } else { "" }));
     }
 
     pub fn sysctl(&self, name: &str, value: &str) {

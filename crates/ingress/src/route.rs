@@ -173,6 +173,13 @@ impl Backends {
         Backends::new(vec![WeightedBackend { weight: 1, upstream, filters: Vec::new(), tls: None, refusal: None }])
     }
 
+    /// One, that is spoken to over TLS if so.
+    pub fn over(upstream: Arc<Upstream>, tls: Option<Arc<BackendTls>>) -> Self {
+        let mut all = Backends::one(upstream);
+        all.list.iter_mut().for_each(|one| one.tls.clone_from(&tls));
+        all
+    }
+
     pub fn list(&self) -> &[WeightedBackend] {
         &self.list
     }

@@ -261,7 +261,7 @@ impl Writer<'_> {
             service: service.name.as_str().into(),
             port,
         };
-        Some(Action::Forward(Backends::one(self.register.upstream(&key))))
+        Some(Action::Forward(Backends::over(self.register.upstream(&key), self.settings.backend_tls.clone())))
     }
 
     fn finish(&mut self, host: &HostPattern, text: &str, path: PathMatch, action: Action, is_tls: bool) -> Arc<Route> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use http::StatusCode;
 
 use crate::basic::Basic;
+use crate::gateway::BackendTls;
 use crate::policy::Policy;
 use crate::route::{Canary, Filter};
 use crate::translate::Fault;
@@ -34,6 +35,8 @@ pub struct Settings {
     pub redirect: Option<(StatusCode, Box<str>)>,
     /// The Secret of who may come, and the realm that they are told.
     pub basic: Option<(Box<str>, Box<str>)>,
+    /// How endpoints are spoken to, if over TLS.
+    pub backend_tls: Option<Arc<BackendTls>>,
     policy: Policy,
     /// `Some`: whether plain requests are sent to HTTPS; `None`: where the host has a certificate.
     https_only: Option<bool>,

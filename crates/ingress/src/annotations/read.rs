@@ -7,9 +7,12 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
 use regex::Regex;
+use rustls_pki_types::ServerName;
 
 use super::{NGINX, OURS, Settings};
 use crate::cors::Cors;
+use crate::crypto;
+use crate::gateway::BackendTls;
 use crate::limits::RateLimits;
 use crate::policy::{BackendProtocol, Balance};
 use crate::rewrites::{CookieChanges, Replacement};
@@ -41,6 +44,19 @@ const READERS: &[(&str, Reader)] = &[
         Ok(())
     }),
     ("backend-protocol", backend_protocol),
+    ("proxy-ssl-verify", ssl_verify),
+    ("proxy-ssl-name", |draft, text| {
+        let name = ServerName::try_from(text.to_owned()).map_err(|_| "is no DNS name".to_owned())?;
+        draft.tls_name = Some(name);
+        Ok(())
+    }),
+    ("proxy-ssl-server-name", |draft, text| match text {
+        "on" | "off" => {
+            draft.names_tls = text == "on";
+            Ok(())
+        }
+        _ => Err("is neither on nor off".to_owned()),
+    }),
     ("load-balance", load_balance),
     ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
     ("allowlist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
@@ -185,6 +201,9 @@ pub struct Draft {
     redirect_from: Option<Box<str>>,
     redirect_to: Option<Box<str>>,
     cookies: CookieChanges,
+    is_tls: bool,
+    tls_name: Option<ServerName<'static>>,
+    names_tls: bool,
     has_basic: bool,
     auth_secret: Option<Box<str>>,
     realm: Box<str>,
@@ -237,6 +256,10 @@ fn finish(draft: Draft) -> Settings {
     }
     if draft.cookies != CookieChanges::default() {
         settings.filters.push(Filter::Cookies(draft.cookies));
+    }
+    if draft.is_tls {
+        let name = draft.tls_name.filter(|_| draft.names_tls);
+        settings.backend_tls = Some(Arc::new(BackendTls::unverified(name, crypto::provider())));
     }
     // One of the two without the other lets nobody in: whoever wrote it wanted a door.
     if draft.has_basic || draft.auth_secret.is_some() {
@@ -399,9 +422,25 @@ fn backend_protocol(draft: &mut Draft, text: &str) -> Result<(), String> {
     draft.settings.policy.protocol = match text.to_ascii_uppercase().as_str() {
         "HTTP" | "AUTO_HTTP" => BackendProtocol::Http1,
         "GRPC" | "H2C" => BackendProtocol::H2c,
-        _ => return Err("is not supported; write HTTP or GRPC".to_owned()),
+        "HTTPS" => {
+            draft.is_tls = true;
+            BackendProtocol::Http1
+        }
+        "GRPCS" => {
+            draft.is_tls = true;
+            BackendProtocol::H2c
+        }
+        _ => return Err("is not supported; write HTTP, HTTPS, GRPC or GRPCS".to_owned()),
     };
     Ok(())
+}
+
+/// As in ingress-nginx endpoints are taken for whom they say they are, unless somebody asks for more; here nobody can.
+fn ssl_verify(_: &mut Draft, text: &str) -> Result<(), String> {
+    match text {
+        "off" => Ok(()),
+        _ => Err("is not supported; a BackendTLSPolicy of a Gateway verifies endpoints".to_owned()),
+    }
 }
 
 fn load_balance(draft: &mut Draft, text: &str) -> Result<(), String> {

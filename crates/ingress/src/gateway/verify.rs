@@ -63,6 +63,7 @@ pub struct BackendTls {
     pub id: u64,
     /// What the handshake asks for (SNI).
     pub name: ServerName<'static>,
+    tells_name: bool,
     verifier: Arc<EndpointVerifier>,
     provider: Arc<CryptoProvider>,
     /// By the identity that we show, 0 if we show none, and whether HTTP/2 will be spoken.
@@ -97,8 +98,16 @@ impl BackendTls {
         names: Vec<Name>,
         provider: Arc<CryptoProvider>,
     ) -> Self {
-        let verifier = Arc::new(EndpointVerifier { roots, names, provider: provider.clone() });
-        BackendTls { id: next_id(), name, verifier, provider, configs: Mutex::default() }
+        let verifier = Arc::new(EndpointVerifier { trusts: Some((roots, names)), provider: provider.clone() });
+        BackendTls { id: next_id(), name, tells_name: true, verifier, provider, configs: Mutex::default() }
+    }
+
+    /// Endpoints are who they say they are. Without a name the handshake asks for none.
+    pub fn unverified(name: Option<ServerName<'static>>, provider: Arc<CryptoProvider>) -> Self {
+        let verifier = Arc::new(EndpointVerifier { trusts: None, provider: provider.clone() });
+        let tells_name = name.is_some();
+        let name = name.unwrap_or(ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()));
+        BackendTls { id: next_id(), name, tells_name, verifier, provider, configs: Mutex::default() }
     }
 
     /// # Errors
@@ -120,6 +129,7 @@ impl BackendTls {
             }
             None => builder.with_no_client_auth(),
         };
+        config.enable_sni = self.tells_name;
         config.alpn_protocols = vec![if is_http2 { b"h2".to_vec() } else { b"http/1.1".to_vec() }];
         let config = Arc::new(config);
         configs.insert(id, config.clone());
@@ -129,8 +139,8 @@ impl BackendTls {
 
 #[derive(Debug)]
 struct EndpointVerifier {
-    roots: Arc<RootCertStore>,
-    names: Vec<Name>,
+    /// Authorities and names; `None`: anybody.
+    trusts: Option<(Arc<RootCertStore>, Vec<Name>)>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -143,10 +153,11 @@ impl ServerCertVerifier for EndpointVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        let Some((roots, names)) = &self.trusts else { return Ok(ServerCertVerified::assertion()) };
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, intermediates, now, algorithms)?;
-        let is_named = self.names.iter().any(|name| match name {
+        verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, algorithms)?;
+        let is_named = names.iter().any(|name| match name {
             Name::Host(name) => verify_server_name(&certificate, name).is_ok(),
             Name::Uri(uri) => has_uri(end_entity, uri),
         });

@@ -620,3 +620,20 @@ async fn who_we_are_is_shown_to_endpoints_that_ask() {
     server.abort();
     world.end().await;
 }
+
+/// By annotation: over TLS, and with no question who it is.
+#[tokio::test]
+async fn an_ingress_speaks_to_endpoints_over_tls() {
+    let (endpoint, _task) = tls_echo(&Authority::new().sign(&["anybody"])).await;
+    let annotated = crate::world::ingress("nginx.ingress.kubernetes.io/backend-protocol: HTTPS");
+    let mut world = crate::world::World::start(&[&annotated], |_| {}).await;
+    world.serve("web", &[endpoint]);
+    let seen = world.curl("http://shop.example/").await;
+    assert!(seen.ends_with("secret"), "{seen}");
+    // To who speaks no TLS nothing is said in the clear.
+    let plain = Backend::named("plain").await;
+    world.serve("web", &[plain.address]);
+    let seen = world.curl("http://shop.example/").await;
+    assert!(seen.contains(" 502 ") && plain.count() == 0, "{seen}");
+    world.end().await;
+}

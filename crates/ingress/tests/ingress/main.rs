@@ -5,6 +5,7 @@ mod floods;
 mod gateway;
 mod ports;
 mod proxy;
+mod rollouts;
 mod routes;
 mod rows;
 mod world;

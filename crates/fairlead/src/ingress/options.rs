@@ -23,6 +23,10 @@ pub struct IngressOptions {
     /// Proxies in front, whose X-Forwarded-* headers are believed; those of others are replaced.
     #[arg(long, value_name = "RANGE", value_delimiter = ',')]
     pub ingress_trusted_proxy: Vec<IpNet>,
+    /// Load balancers in front that begin each connection by the PROXY protocol (version 1 or 2) with who their client is. What
+    /// comes from them without it is refused.
+    #[arg(long, value_name = "RANGE", value_delimiter = ',')]
+    pub ingress_proxy_protocol: Vec<IpNet>,
     /// Threads that carry requests; one for each processor unless set.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub ingress_workers: Option<u16>,
@@ -37,6 +41,7 @@ impl IngressOptions {
             Log::Json => LogFormat::Json,
         };
         config.trusted.clone_from(&self.ingress_trusted_proxy);
+        config.announcers.clone_from(&self.ingress_proxy_protocol);
         config.workers = self.ingress_workers.map_or(config.workers, usize::from);
     }
 
@@ -44,6 +49,7 @@ impl IngressOptions {
     pub fn flags(&self) -> Vec<String> {
         let mut flags = vec![format!("--ingress-log={:?}", self.ingress_log).to_ascii_lowercase()];
         flags.extend(self.ingress_trusted_proxy.iter().map(|range| format!("--ingress-trusted-proxy={range}")));
+        flags.extend(self.ingress_proxy_protocol.iter().map(|range| format!("--ingress-proxy-protocol={range}")));
         flags.extend(self.ingress_workers.map(|count| format!("--ingress-workers={count}")));
         flags
     }
@@ -67,6 +73,7 @@ mod tests {
             "fairlead",
             "--ingress-log=json",
             "--ingress-trusted-proxy=10.0.0.0/8,192.0.2.0/24",
+            "--ingress-proxy-protocol=192.0.2.0/24",
             "--ingress-workers=3",
         ];
         let options = Line::try_parse_from(given).expect("good flags").options;

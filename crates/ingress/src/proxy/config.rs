@@ -18,6 +18,8 @@ pub struct ProxyConfig {
     pub log: LogFormat,
     /// Whose X-Forwarded-* headers are believed and added to; everybody else's are replaced.
     pub trusted: Vec<IpNet>,
+    /// Load balancers that say by the PROXY protocol who their client is, and must.
+    pub announcers: Vec<IpNet>,
     /// How long requests under way may take to end when the proxy is told to.
     pub drain: Duration,
 }
@@ -32,6 +34,7 @@ impl ProxyConfig {
             limits: Limits::default(),
             log: LogFormat::Off,
             trusted: Vec::new(),
+            announcers: Vec::new(),
             drain: Duration::from_secs(4),
         }
     }

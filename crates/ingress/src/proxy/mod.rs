@@ -1,5 +1,6 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod announced;
 mod attempt;
 mod balance;
 mod body;

@@ -16,6 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
+use super::announced;
 use super::datagrams;
 use super::entrance::Entrance;
 use super::handle::handle;
@@ -285,8 +286,8 @@ async fn serve(
     worker: Arc<Worker>,
     server: Arc<auto::Builder<TokioExecutor>>,
     entrance: Entrance,
-    stream: TcpStream,
-    peer: SocketAddr,
+    mut stream: TcpStream,
+    mut peer: SocketAddr,
     token: CancellationToken,
 ) {
     if stream.set_nodelay(true).is_err() {
@@ -294,6 +295,17 @@ async fn serve(
         return;
     }
     let Ok(local) = stream.local_addr() else { return };
+    let config = &worker.shared.config;
+    if config.announcers.iter().any(|range| range.contains(&peer.ip().to_canonical())) {
+        match timeout(config.limits.head_timeout, announced::read(&mut stream)).await {
+            Ok(Ok(said)) => peer = said.unwrap_or(peer),
+            // Nobody knows who asks: nobody is served.
+            Ok(Err(_)) | Err(_) => {
+                worker.shared.refused.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
     let table = match &entrance {
         Entrance::Ingress { .. } => None,
         Entrance::Gateway(port) => Some(port.load()),

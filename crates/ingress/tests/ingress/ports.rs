@@ -637,3 +637,31 @@ async fn an_ingress_speaks_to_endpoints_over_tls() {
     assert!(seen.contains(" 502 ") && plain.count() == 0, "{seen}");
     world.end().await;
 }
+
+/// By the PROXY protocol, of which curl speaks version 1.
+#[tokio::test]
+async fn clients_behind_a_load_balancer_are_who_it_says() {
+    let backend = Backend::named("hello").await;
+    let denied = crate::world::ingress("nginx.ingress.kubernetes.io/denylist-source-range: 203.0.113.66/32");
+    let range = "127.0.0.0/8".parse().expect("a range");
+    let mut world = crate::world::World::start(&[&denied], |config| config.announcers = vec![range]).await;
+    world.serve("web", &[backend.address]);
+    for (scheme, flags) in
+        [("http", "--haproxy-protocol"), ("https", "--haproxy-protocol"), ("https", "--haproxy-protocol --http2")]
+    {
+        let seen = world.curl(&format!("{flags} {scheme}://shop.example/")).await;
+        assert!(seen.ends_with("hello"), "{seen}");
+    }
+    let line = |client: &str| {
+        format!(
+            "PROXY TCP4 {client} 192.0.2.1 5 80\r\nGET / HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\n\r\n"
+        )
+    };
+    assert!(world.raw(line("203.0.113.7").as_bytes()).await.starts_with("HTTP/1.1 200"));
+    assert!(backend.last().contains("\"x-forwarded-for\": \"203.0.113.7\""), "{}", backend.last());
+    // What is decided by address is decided by the client's.
+    assert!(world.raw(line("203.0.113.66").as_bytes()).await.starts_with("HTTP/1.1 403"));
+    // Who says nothing is not served.
+    assert_eq!(world.raw(b"GET / HTTP/1.1\r\nHost: shop.example\r\n\r\n").await, "");
+    world.end().await;
+}

@@ -44,8 +44,8 @@ pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
 pub use rewrites::{CookieChanges, Replacement};
 pub use route::{
-    Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
-    ValueMatch, WeightedBackend, cookie,
+    Action, Ask, Backends, Canary, Filter, HeaderChanges, Instead, Matches, PathMatch, PathRewrite, Redirect, Route,
+    RouteName, ValueMatch, WeightedBackend, cookie,
 };
 pub use sticky::{Affinity, HashBy, Wish};
 pub use swap::Swap;

@@ -185,7 +185,7 @@ fn is_secure(client: &Client, request: &Request<Incoming>) -> bool {
     client.is_tls || (client.is_trusted && told())
 }
 
-fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
+pub fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
     if let Some(location) = &wanted.location {
         return location.to_string();
     }
@@ -256,7 +256,7 @@ pub fn answer(status: StatusCode, text: &'static str) -> Response<ResponseBody> 
     response
 }
 
-fn redirect(status: StatusCode, location: &str) -> Response<ResponseBody> {
+pub fn redirect(status: StatusCode, location: &str) -> Response<ResponseBody> {
     match HeaderValue::from_str(location) {
         Ok(location) => {
             let mut response = answer(status, "");

@@ -12,7 +12,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use ingress::{
-    Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Policy, Route, RouteTable, SecretState, fallback,
+    Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Instead, Policy, Route, RouteTable, SecretState, fallback,
 };
 use serde_json::{Value, json};
 use services::ServiceTable;
@@ -211,8 +211,11 @@ pub fn say(route: &Route) -> String {
                 let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
                 let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
                 let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
-                let endpoints = match one.refusal {
-                    Some(status) => status.as_u16().to_string(),
+                let endpoints = match &one.instead {
+                    Some(Instead::Refusal(status)) => status.as_u16().to_string(),
+                    Some(Instead::Redirect(to)) => {
+                        format!("{} {}", to.status.as_u16(), to.host.as_deref().unwrap_or_default())
+                    }
                     None => endpoints,
                 };
                 let tls = one.tls.as_ref().map(|tls| format!(" as {}", tls.name.to_str())).unwrap_or_default();

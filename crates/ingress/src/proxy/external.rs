@@ -31,7 +31,7 @@ const READING: Duration = Duration::from_secs(5);
 
 /// What becomes of a request.
 pub enum Admission {
-    In(Box<Granted>),
+    In(Arc<Granted>),
     Out(Box<Response<ResponseBody>>),
 }
 
@@ -99,7 +99,7 @@ pub async fn ask(
     };
     match verdict.status {
         status if status.is_success() => {
-            Admission::In(Box::new(Granted { verdict, always_sets_cookie: question.always_sets_cookie }))
+            Admission::In(Arc::new(Granted { verdict, always_sets_cookie: question.always_sets_cookie }))
         }
         StatusCode::UNAUTHORIZED => {
             let mut response = match &question.signin {

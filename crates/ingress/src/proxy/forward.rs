@@ -12,9 +12,8 @@ use tokio::time::{Instant, timeout};
 use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
 use super::balance::Active;
 use super::body::{Answered, RequestBody, ResponseBody};
-use super::external::Granted;
 use super::facts::facts;
-use super::handle::{Arrival, answer, rewritten};
+use super::handle::{Arrival, answer, location, redirect, rewritten};
 use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
@@ -24,7 +23,7 @@ use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Filter, Mirror, Route};
+use crate::route::{Action, Filter, Instead, Mirror, Route, WeightedBackend};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
 
@@ -79,7 +78,6 @@ pub async fn forward(
     worker: Arc<Worker>,
     client: Arc<Client>,
     mut arrival: Arrival,
-    granted: Option<&Granted>,
     request: Request<Incoming>,
     mut line: Option<Box<Line>>,
 ) -> Response<ResponseBody> {
@@ -88,9 +86,19 @@ pub async fn forward(
         Filter::Cors(cors) => Some((cors, request.headers().get(ORIGIN).cloned())),
         _ => None,
     });
+    let backend = match &route.action {
+        Action::Forward(backends) => backends.pick(worker.random() as u32),
+        Action::Redirect(_) | Action::Respond(_) => None,
+    };
+    if let Some(Instead::Redirect(wanted)) = backend.and_then(|one| one.instead.as_ref()) {
+        let response = redirect(wanted.status, &location(wanted, &client, &arrival, &request));
+        route.counts.answered(response.status().as_u16(), started.elapsed());
+        worker.tell(line, &response, Some(&route), started);
+        return response;
+    }
     let wish = wish(&client, &arrival, &request);
     let under_way = arrival.under_way.take();
-    let trying = attempt(&worker, &client, &arrival, granted, request, wish);
+    let trying = attempt(&worker, &client, &arrival, backend, request, wish);
     let outcome = match route.policy.request_timeout {
         None => trying.await,
         Some(limit) => timeout(limit, trying).await.unwrap_or(Err(LATE)),
@@ -113,7 +121,7 @@ pub async fn forward(
             let Sent { response, active, peer } = sent;
             let patience = route.policy.read_timeout;
             let (mut parts, body) = response.into_parts();
-            for filter in &route.filters {
+            for filter in route.filters.iter().chain(backend.iter().flat_map(|one| &one.filters)) {
                 match filter {
                     Filter::ResponseHeaders(changes) => changes.apply(&mut parts.headers),
                     Filter::Redirects(replacement) => replacement.redirects(&mut parts.headers),
@@ -161,15 +169,14 @@ async fn attempt(
     worker: &Arc<Worker>,
     client: &Client,
     arrival: &Arrival,
-    granted: Option<&Granted>,
+    backend: Option<&WeightedBackend>,
     mut request: Request<Incoming>,
     wish: Wish,
 ) -> Result<Sent, Answer> {
     let route = &arrival.route;
     let policy = &*route.policy;
-    let Action::Forward(backends) = &route.action else { return Err(NOBODY) };
-    let backend = backends.pick(worker.random() as u32).ok_or(NOBODY)?;
-    if let Some(status) = backend.refusal {
+    let backend = backend.ok_or(NOBODY)?;
+    if let Some(Instead::Refusal(status)) = backend.instead {
         return Err((status, NOWHERE));
     }
     let targets = backend.upstream.targets();
@@ -184,7 +191,7 @@ async fn attempt(
     let patience = worker.shared.config.limits.body_timeout;
     let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
-    if let Some(granted) = granted {
+    if let Some(granted) = &arrival.granted {
         granted.set_headers(&mut head.headers);
     }
     for filter in backend.filters.iter() {

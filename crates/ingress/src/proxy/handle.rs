@@ -31,7 +31,7 @@ pub struct Arrival {
     /// Counts it at its client's limits.
     pub under_way: Option<UnderWay>,
     /// What whoever let it in said.
-    pub granted: Option<Box<Granted>>,
+    pub granted: Option<Arc<Granted>>,
 }
 
 /// Answers a request. Whatever goes wrong is an answer, too.
@@ -58,14 +58,14 @@ pub async fn handle(
         None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,
     };
-    let granted = arrival.granted.take();
+    let granted = arrival.granted.clone();
     let mut response = match decided {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
             worker.tell(line, &response, Some(&arrival.route), started);
             response
         }
-        None => forward(worker, client, arrival, granted.as_deref(), request, line).await,
+        None => forward(worker, client, arrival, request, line).await,
     };
     if let Some(granted) = granted {
         granted.set_cookies(&mut response);
@@ -214,7 +214,7 @@ fn host_of(request: &Request<Incoming>) -> String {
     hygiene::host(request).map(str::to_ascii_lowercase).unwrap_or_default()
 }
 
-fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
+pub fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
     if let Some(location) = &wanted.location {
         return location.to_string();
     }

@@ -30,7 +30,7 @@ pub async fn carry<S>(worker: &Arc<Worker>, route: &StreamRoute, mut client: S)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let Some(backend) = route.backends.pick(worker.random() as u32).filter(|one| one.refusal.is_none()) else { return };
+    let Some(backend) = route.backends.pick(worker.random() as u32).filter(|one| one.instead.is_none()) else { return };
     let targets = backend.upstream.targets();
     let mut tried: Vec<SocketAddr> = Vec::new();
     loop {

@@ -13,8 +13,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use ingress::{
-    Action, Ask, CONTROLLER, Certificates, Compiler, External, Filter, HeadersState, Policy, Route, RouteTable,
-    SecretState, SetHeaders, Slot, fallback,
+    Action, Ask, CONTROLLER, Certificates, Compiler, External, Filter, HeadersState, Instead, Policy, Route,
+    RouteTable, SecretState, SetHeaders, Slot, fallback,
 };
 use serde_json::{Value, json};
 use services::ServiceTable;
@@ -224,8 +224,11 @@ pub fn say(route: &Route) -> String {
                 let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
                 let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
                 let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
-                let endpoints = match one.refusal {
-                    Some(status) => status.as_u16().to_string(),
+                let endpoints = match &one.instead {
+                    Some(Instead::Refusal(status)) => status.as_u16().to_string(),
+                    Some(Instead::Redirect(to)) => {
+                        format!("{} {}", to.status.as_u16(), to.host.as_deref().unwrap_or_default())
+                    }
                     None => endpoints,
                 };
                 let tls = one.tls.as_ref().map(|tls| format!(" as {}", tls.name.to_str())).unwrap_or_default();

@@ -192,7 +192,8 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
         let (key, value) = label.split_once('=').with_context(|| format!("--label {label:?} is not KEY=VALUE"))?;
         labels[key] = json!(value);
     }
-    let pod_cidrs = register(&node_client, &name, &args.pod_cidr, &labels).await?;
+    let registered = register(&node_client, &name, &args.pod_cidr, &labels).await?;
+    let pod_cidrs = registered.pod_cidrs();
 
     // Pod network.
     let outer = args.outer_netns.as_deref().map(Netns::open).transpose()?;
@@ -235,7 +236,7 @@ async fn start(args: AgentArgs) -> anyhow::Result<ExitCode> {
     let feed = ServiceFeed::start(&proxy_client, seed, &token);
     let dns_feed = dns::Feed { table: feed.table.clone(), changes: feed.subscribe() };
     let mut view = NodeView::new(
-        Place { node: name.as_str().into(), zone: None },
+        Place { node: name.as_str().into(), zone: registered.zone() },
         args.node_ip.clone(),
         cluster.pod_cidrs.clone(),
         cluster.service_cidrs.clone(),

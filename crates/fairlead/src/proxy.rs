@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::node_object::Node;
-use crate::service_cidrs::ServiceCidr;
+use crate::service_cidrs::{ServiceCidr, ServiceCidrs};
 use crate::{access, barrier, cli, dsr, local, warnings};
 pub use flags::ProxyArgs;
 use node::Inputs;
@@ -188,7 +188,10 @@ async fn start(args: ProxyArgs, settings: Settings) -> anyhow::Result<ExitCode> 
         service_cidrs: match can_list(&client, &SERVICE_CIDRS).await {
             true => Some(reconcile::watch(&client, &SERVICE_CIDRS, Scope::all())),
             // An older API server, or fewer rights: then packets to a cluster IP that nobody has are not ours to drop.
-            false => None,
+            false => {
+                inputs.service_cidrs = Some(ServiceCidrs::default());
+                None
+            }
         },
         addresses: match settings.node_port_addresses.is_empty() {
             true => None,
@@ -360,7 +363,7 @@ impl Sources {
                 }
             }
             change = cidrs => {
-                inputs.service_cidrs.take(change.context("the watch on ServiceCIDRs has ended")?);
+                inputs.service_cidrs.get_or_insert_default().take(change.context("the watch on ServiceCIDRs has ended")?);
             }
             changed = addresses => {
                 changed?;

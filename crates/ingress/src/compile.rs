@@ -10,6 +10,7 @@ use tokio_rustls::rustls::sign::CertifiedKey;
 use crate::basic::Users;
 use crate::certificates::{Certificates, read_tls};
 use crate::class::Classes;
+use crate::headers::HeadersState;
 use crate::host::HostPattern;
 use crate::objects::{Ingress, IngressClass};
 use crate::registry::{Registering, Registry};
@@ -67,6 +68,7 @@ pub struct Compiler {
     /// Who has routes for a host.
     by_host: HashMap<HostPattern, BTreeSet<Key>>,
     secrets: BTreeMap<Key, SecretState>,
+    config_maps: BTreeMap<Key, HeadersState>,
     registry: Registry,
     routes: RouteTable,
     certificates: Certificates,
@@ -78,6 +80,7 @@ pub struct Compiler {
     dirty_defaults: bool,
     dirty_certificates: bool,
     dirty_secrets: bool,
+    dirty_config_maps: bool,
 }
 
 impl Compiler {
@@ -90,6 +93,7 @@ impl Compiler {
             ours: BTreeMap::new(),
             by_host: HashMap::new(),
             secrets: BTreeMap::new(),
+            config_maps: BTreeMap::new(),
             registry: Registry::default(),
             routes: RouteTable::default(),
             certificates: Certificates::new(fallback.clone()),
@@ -100,6 +104,7 @@ impl Compiler {
             dirty_defaults: false,
             dirty_certificates: false,
             dirty_secrets: false,
+            dirty_config_maps: false,
         }
     }
 
@@ -144,6 +149,13 @@ impl Compiler {
         }
     }
 
+    pub fn set_config_map(&mut self, key: &Key, state: HeadersState) {
+        self.registry.set_headers(key, state.headers());
+        if let Some(held) = self.config_maps.get_mut(key) {
+            *held = state;
+        }
+    }
+
     /// Follows a change of a Service: routes stay, what they lead to is another.
     pub fn service_changed(&mut self, namespace: &str, name: &str) {
         let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
@@ -185,6 +197,11 @@ impl Compiler {
             let users = self.secrets.get(&secret).and_then(SecretState::users);
             self.registry.set_users(&secret, users);
         }
+        for (name, _) in &translated.config_maps {
+            let config_map = Key::new(key.namespace.clone(), name.to_string());
+            let headers = self.config_maps.get(&config_map).and_then(HeadersState::headers);
+            self.registry.set_headers(&config_map, headers);
+        }
         self.touch(key, &translated, true);
         self.ours.insert(key.clone(), Held { ingress, translated });
     }
@@ -206,6 +223,7 @@ impl Compiler {
         let has_secrets = !translated.certificates.is_empty() || translated.users.is_some();
         self.dirty_certificates |= has_secrets;
         self.dirty_secrets |= has_secrets;
+        self.dirty_config_maps |= !translated.config_maps.is_empty();
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -280,9 +298,28 @@ impl Compiler {
         std::mem::take(&mut self.dirty_secrets).then(|| self.wanted_secrets())
     }
 
-    /// Somebody wants a Secret that was not looked at yet.
+    /// The ConfigMaps that our Ingresses name, if they may be others than at the last call.
+    pub fn new_config_maps(&mut self) -> Option<BTreeSet<Key>> {
+        if !std::mem::take(&mut self.dirty_config_maps) {
+            return None;
+        }
+        let of_ingress = |(key, held): (&Key, &Held)| {
+            let namespace = key.namespace.clone();
+            let names = held.translated.config_maps.iter();
+            names.map(|(name, _)| Key::new(namespace.clone(), name.to_string())).collect::<Vec<_>>()
+        };
+        let wanted: BTreeSet<Key> = self.ours.iter().flat_map(of_ingress).collect();
+        self.config_maps.retain(|key, _| wanted.contains(key));
+        for key in &wanted {
+            self.config_maps.entry(key.clone()).or_insert(HeadersState::Unknown);
+        }
+        Some(wanted)
+    }
+
+    /// Somebody wants a Secret or ConfigMap that was not looked at yet.
     pub fn waits_for_secrets(&self) -> bool {
         self.secrets.values().any(|state| matches!(state, SecretState::Unknown))
+            || self.config_maps.values().any(|state| matches!(state, HeadersState::Unknown))
     }
 
     /// The certificates, if anything changed since the last call.
@@ -363,7 +400,13 @@ impl Compiler {
                 let problem = upstream.targets().problem?;
                 Some(Fault { reason: problem.reason(), message: problem.text(&upstream.key) })
             });
-            faults.chain(upstreams).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
+            let config_maps = held.translated.config_maps.iter().filter_map(|(name, annotation)| {
+                let config_map = Key::new(key.namespace.clone(), name.to_string());
+                let problem = self.config_maps.get(&config_map)?.problem()?;
+                let named = format!("ConfigMap {}/{name} of {annotation}", key.namespace);
+                Some(Fault { reason: "ConfigMapNotValid", message: format!("{named} {problem}") })
+            });
+            faults.chain(upstreams).chain(config_maps).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
         });
         let shared = self.conflicts.values().flatten().chain(&self.certificate_faults).cloned();
         own.chain(shared).collect()

@@ -12,7 +12,9 @@ mod cors;
 mod counts;
 mod crypto;
 mod error;
+mod external;
 pub mod gateway;
+mod headers;
 mod host;
 mod hosts;
 mod limits;
@@ -28,6 +30,7 @@ mod table;
 mod tls;
 mod translate;
 mod upstream;
+mod variables;
 
 pub use basic::{Basic, Users};
 pub use certificates::{Certificates, Resolver, fallback, read_tls};
@@ -36,18 +39,21 @@ pub use compile::{Compiler, SecretState};
 pub use cors::Cors;
 pub use counts::RouteCounts;
 pub use error::IngressError;
+pub use external::External;
+pub use headers::{HeadersState, SetHeaders};
 pub use host::{HostPattern, host_of};
 pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
+pub use registry::Slot;
 pub use rewrites::{CookieChanges, Replacement};
 pub use route::{
-    Action, Ask, Backends, Canary, Filter, HeaderChanges, Matches, PathMatch, PathRewrite, Redirect, Route, RouteName,
-    ValueMatch, WeightedBackend, cookie,
+    Action, Ask, Backends, Canary, Filter, HeaderChanges, Instead, Matches, PathMatch, PathRewrite, Redirect, Route,
+    RouteName, ValueMatch, WeightedBackend, cookie,
 };
-pub use sticky::{Affinity, HashBy, Wish};
+pub use sticky::{Affinity, Wish};
 pub use swap::Swap;
 pub use table::{PathTable, RouteTable};
 pub use translate::{Fault, Register, Translated, WantedCertificate, translate};

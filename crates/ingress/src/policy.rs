@@ -6,8 +6,10 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::basic::Basic;
+use crate::external::External;
 use crate::limits::RateLimits;
-use crate::sticky::{Affinity, HashBy};
+use crate::sticky::Affinity;
+use crate::variables::Template;
 
 /// How an endpoint is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,10 +84,15 @@ pub struct Policy {
     /// Requests over plain HTTP are sent to HTTPS.
     pub https_only: bool,
     pub affinity: Option<Arc<Affinity>>,
-    pub hash_by: Option<HashBy>,
+    /// What decides about the endpoint, filled in for each request.
+    pub hash_by: Option<Template>,
     pub limits: Option<Arc<RateLimits>>,
     /// Whom clients must be.
     pub basic: Option<Arc<Basic>>,
+    /// Who else is asked which requests may come.
+    pub external: Option<Arc<External>>,
+    /// Nobody is let in, as what was written about it makes no sense.
+    pub is_shut: bool,
 }
 
 impl Default for Policy {
@@ -113,6 +120,8 @@ impl Default for Policy {
             hash_by: None,
             limits: None,
             basic: None,
+            external: None,
+            is_shut: false,
         }
     }
 }

@@ -159,8 +159,15 @@ pub struct WeightedBackend {
     pub filters: Vec<Filter>,
     /// How its endpoints are spoken to, if over TLS.
     pub tls: Option<Arc<BackendTls>>,
-    /// What its requests get instead of an endpoint's answer.
-    pub refusal: Option<http::StatusCode>,
+    pub instead: Option<Instead>,
+}
+
+/// What requests for a backend get instead of an endpoint's answer.
+#[derive(Clone, Debug)]
+pub enum Instead {
+    /// It may not be used, or is not there.
+    Refusal(http::StatusCode),
+    Redirect(Redirect),
 }
 
 impl Backends {
@@ -170,7 +177,7 @@ impl Backends {
     }
 
     pub fn one(upstream: Arc<Upstream>) -> Self {
-        Backends::new(vec![WeightedBackend { weight: 1, upstream, filters: Vec::new(), tls: None, refusal: None }])
+        Backends::new(vec![WeightedBackend { weight: 1, upstream, filters: Vec::new(), tls: None, instead: None }])
     }
 
     /// One, that is spoken to over TLS if so.

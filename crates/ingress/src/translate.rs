@@ -7,12 +7,14 @@ use api::object::Key;
 use http::StatusCode;
 use regex::RegexBuilder;
 
-use crate::annotations::Settings;
+use crate::annotations::{Door, Doors, Settings};
 use crate::basic::{Basic, Users};
+use crate::external::{External, Question, split_port};
+use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
+use crate::registry::Slot;
 use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
-use crate::swap::Swap;
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
 
 /// What is wrong, for an event beside the Ingress.
@@ -27,7 +29,9 @@ pub trait Register {
     fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream>;
     fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
     /// The users of a Secret, as they are at any time.
-    fn users(&mut self, secret: &Key) -> Arc<Swap<Option<Arc<Users>>>>;
+    fn users(&mut self, secret: &Key) -> Slot<Users>;
+    /// The headers of a ConfigMap, as they are at any time.
+    fn headers(&mut self, config_map: &Key) -> Slot<SetHeaders>;
 }
 
 /// A certificate that an Ingress wants shown for a host.
@@ -46,18 +50,25 @@ pub struct Translated {
     pub certificates: Vec<WantedCertificate>,
     /// The Secret of who may come.
     pub users: Option<Arc<str>>,
+    /// ConfigMaps with headers, and the annotation that names each.
+    pub config_maps: BTreeSet<(Arc<str>, &'static str)>,
     pub faults: BTreeSet<Fault>,
 }
 
 /// Translates an Ingress. Rules that make no sense are left out and told of; the others count.
 pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
     let mut out = Translated::default();
-    let settings = Settings::read(&ingress.metadata.annotations, &mut out.faults);
+    let settings = Settings::read(&ingress.metadata, &mut out.faults);
     out.users =
         settings.basic.as_ref().map(|(secret, _)| Arc::from(&**secret)).filter(|name: &Arc<str>| !name.is_empty());
+    if let Some(Door::Asks(question)) = &settings.door {
+        let named = question.headers.iter().map(|name| (Arc::from(&**name), "auth-proxy-set-headers"));
+        out.config_maps.extend(named);
+    }
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
-    let mut writer = Writer { ingress, settings: &settings, register, faults: BTreeSet::new() };
+    let mut writer = Writer { ingress, settings: &settings, register, external: None, faults: BTreeSet::new() };
+    writer.external = writer.external();
     for (at, rule) in ingress.spec.rules.iter().enumerate() {
         let host = match HostPattern::of_ingress(&rule.host) {
             Ok(host) => host,
@@ -134,6 +145,8 @@ fn certificates(ingress: &Ingress, out: &mut Translated, tls_hosts: &mut BTreeSe
     }
 }
 
+/// Below this path nobody is asked who they are (RFC 8555 8.3).
+const ACME: &str = "/.well-known/acme-challenge";
 /// Bytes that one compiled pattern may take.
 const PATTERN_LIMIT: usize = 1 << 20;
 
@@ -141,6 +154,8 @@ struct Writer<'a> {
     ingress: &'a Ingress,
     settings: &'a Settings,
     register: &'a mut dyn Register,
+    /// Shared by all paths, with what was answered.
+    external: Option<Arc<External>>,
     faults: BTreeSet<Fault>,
 }
 
@@ -264,6 +279,30 @@ impl Writer<'_> {
         Some(Action::Forward(Backends::over(self.register.upstream(&key), self.settings.backend_tls.clone())))
     }
 
+    fn doors(&mut self) -> Doors {
+        let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
+            let secret = self.own(secret);
+            Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
+        });
+        let is_shut = matches!(self.settings.door, Some(Door::Shut));
+        Doors { basic, external: self.external.clone(), is_shut }
+    }
+
+    fn own(&self, name: &str) -> Key {
+        Key::new(self.ingress.metadata.namespace.clone(), name)
+    }
+
+    fn external(&mut self) -> Option<Arc<External>> {
+        let Some(Door::Asks(question)) = &self.settings.door else { return None };
+        // A Service is asked at its endpoints: a node need not know the cluster's names.
+        let authority = question.url.authority.constant();
+        let place = authority.and_then(|authority| split_port(authority, question.url.is_tls));
+        let key = place.and_then(|(host, port)| UpstreamKey::of_name(host, port));
+        let upstream = key.map(|key| self.register.upstream(&key));
+        let headers = question.headers.as_ref().map(|name| self.register.headers(&self.own(name)));
+        Some(Arc::new(External::new(Question::clone(question), upstream, headers)))
+    }
+
     fn finish(&mut self, host: &HostPattern, text: &str, path: PathMatch, action: Action, is_tls: bool) -> Arc<Route> {
         let name = RouteName {
             kind: "Ingress",
@@ -283,10 +322,8 @@ impl Writer<'_> {
             }),
             None => action,
         };
-        let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
-            let secret = Key::new(self.ingress.metadata.namespace.clone(), secret.to_string());
-            Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
-        });
+        // Whoever issues certificates asks for what it put there, and knows no password.
+        let doors = if text.starts_with(ACME) { Doors::default() } else { self.doors() };
         Arc::new(Route {
             counts: self.register.counts(&name),
             name,
@@ -294,7 +331,7 @@ impl Writer<'_> {
             matches: Matches::default(),
             action,
             filters: self.settings.filters.clone(),
-            policy: self.settings.policy(is_tls, basic),
+            policy: self.settings.policy(is_tls, doors),
             canary: self.settings.canary.clone(),
         })
     }

@@ -37,6 +37,20 @@ pub struct UpstreamKey {
     pub port: PortRef,
 }
 
+impl UpstreamKey {
+    /// The port of a Service whose DNS name within a cluster this is: `SERVICE.NAMESPACE.svc`, with any domain behind.
+    pub fn of_name(name: &str, port: u16) -> Option<Self> {
+        let mut labels = name.trim_end_matches('.').split('.');
+        let (service, namespace, svc) = (labels.next()?, labels.next()?, labels.next()?);
+        let is_service = svc == "svc" && !service.is_empty() && !namespace.is_empty();
+        is_service.then(|| UpstreamKey {
+            namespace: namespace.into(),
+            service: service.into(),
+            port: PortRef::Number(port),
+        })
+    }
+}
+
 impl Display for UpstreamKey {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}:{}", self.namespace, self.service, self.port)

@@ -38,8 +38,8 @@ pub async fn cluster(node: &kube::Client) -> anyhow::Result<Cluster> {
     })
 }
 
-/// Makes sure the Node exists, and returns its share of the pod ranges.
-pub async fn register(node: &kube::Client, name: &str, wanted: &[IpNet], labels: &Value) -> anyhow::Result<Vec<IpNet>> {
+/// Makes sure the Node exists, with its share of the pod ranges, and returns it.
+pub async fn register(node: &kube::Client, name: &str, wanted: &[IpNet], labels: &Value) -> anyhow::Result<Node> {
     let nodes = Api::new(node, &NODES);
     let mut object =
         json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "spec": {}});
@@ -52,9 +52,8 @@ pub async fn register(node: &kube::Client, name: &str, wanted: &[IpNet], labels:
         Err(error) => return Err(error).context("register this node"),
     };
     let node: Node = serde_json::from_value(live).context("read this node")?;
-    let pod_cidrs = node.pod_cidrs();
-    if pod_cidrs.is_empty() {
+    if node.pod_cidrs().is_empty() {
         bail!("node {name} has no pod range; start the server with --pod-cidr");
     }
-    Ok(pod_cidrs)
+    Ok(node)
 }

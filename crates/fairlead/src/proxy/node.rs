@@ -20,7 +20,8 @@ pub fn is_node_port_link(link: &str) -> bool {
 pub struct Inputs {
     settings: Settings,
     pub node: Option<Node>,
-    pub service_cidrs: ServiceCidrs,
+    /// `None` until they have been read.
+    pub service_cidrs: Option<ServiceCidrs>,
     /// The addresses of the host's interfaces.
     pub held: Vec<IpAddr>,
     pub selection: Selection,
@@ -33,7 +34,7 @@ impl Inputs {
         Inputs {
             settings,
             node: None,
-            service_cidrs: ServiceCidrs::default(),
+            service_cidrs: None,
             held: Vec::new(),
             selection: Selection::default(),
             direct_return: false,
@@ -41,10 +42,11 @@ impl Inputs {
         }
     }
 
-    /// `None` as long as nobody knows an address of the node.
+    /// `None` as long as nobody knows an address of the node, or where cluster IPs are: a view without these makes other rules than
+    /// those that a proxy finds when it starts again.
     pub fn view(&self) -> Option<NodeView> {
         let settings = &self.settings;
-        let node = self.node.as_ref()?;
+        let (node, service_cidrs) = (self.node.as_ref()?, self.service_cidrs.as_ref()?);
         let mut addresses = node.addresses();
         if let Some(bind) = settings.bind_address {
             addresses.retain(|address| *address != bind);
@@ -63,7 +65,7 @@ impl Inputs {
             nets.dedup();
         }
         let place = Place { node: node.name().into(), zone: node.zone() };
-        let mut view = NodeView::new(place, addresses, Vec::new(), self.service_cidrs.ranges());
+        let mut view = NodeView::new(place, addresses, Vec::new(), service_cidrs.ranges());
         let is_usable = |address: &&IpAddr| match address {
             IpAddr::V4(_) => true,
             // A link-local address says nothing without its interface.
@@ -98,6 +100,7 @@ mod tests {
         let file = Configuration::parse(&format!("{head}{configuration}")).expect("a configuration");
         let mut inputs = Inputs::new(file.settings().expect("settings"));
         inputs.node = Some(serde_json::from_value(node).expect("a Node"));
+        inputs.service_cidrs = Some(ServiceCidrs::default());
         inputs
     }
 
@@ -128,7 +131,8 @@ mod tests {
         let mut with = inputs(text, node());
         with.held = ["127.0.0.1", "192.0.2.1", "198.51.100.1", "fe80::1"].map(|ip| ip.parse().expect("ip")).to_vec();
         let cidr = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}});
-        with.service_cidrs.take(reconcile::Change::Apply(serde_json::from_value(cidr).expect("a ServiceCIDR")));
+        let ranges = with.service_cidrs.as_mut().expect("they are known");
+        ranges.take(reconcile::Change::Apply(serde_json::from_value(cidr).expect("a ServiceCIDR")));
         let view = with.view().expect("a view");
         assert_eq!(view.addresses[0].to_string(), "198.51.100.1");
         assert_eq!(view.node_port_addresses, Some(vec!["198.51.100.1".parse().expect("ip")]));
@@ -137,11 +141,14 @@ mod tests {
     }
 
     #[test]
-    fn a_node_without_an_address_is_waited_for() {
+    fn what_the_rules_depend_on_is_waited_for() {
         let mut young = inputs("", json!({"metadata": {"name": "n1"}}));
         assert_eq!(young.view(), None);
         young.node = None;
         assert_eq!(young.view(), None);
+        let mut early = inputs("", node());
+        early.service_cidrs = None;
+        assert_eq!(early.view(), None);
         assert!(inputs("bindAddress: 192.0.2.9", json!({"metadata": {"name": "n1"}})).view().is_some());
     }
 }

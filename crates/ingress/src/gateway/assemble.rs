@@ -22,7 +22,6 @@ use super::objects::{GROUP, Gateway, ListenerSet, Reference};
 use super::ports::{Carries, PortKey, PortTable, TlsTable, TlsWay, Transport};
 use super::store::age;
 use super::verify::{AnyClient, CaState, Identity};
-use crate::compile::SecretState;
 use crate::crypto;
 use crate::host::HostPattern;
 use crate::hosts::HostMap;
@@ -36,6 +35,8 @@ pub struct Assembled {
     pub sets: Vec<Arc<ListenerSet>>,
     pub refused_sets: Vec<Arc<ListenerSet>>,
     pub not_accepted: Option<Problem>,
+    /// References of its own, not of a listener, that lead nowhere.
+    pub unresolved: Vec<Problem>,
     pub attached: Attached,
     pub ports: BTreeMap<PortKey, Arc<PortTable>>,
     pub tls: TlsCache,
@@ -150,13 +151,17 @@ pub fn assemble(
     let mut listeners = world.listeners(gateway, &sets);
     let own = Owner { kind: "Gateway", key: gateway.metadata.key() };
     let clients = clients(world, authorities, gateway, &own, &mut listeners);
-    let identity = identity(world, gateway, &own, &mut cache);
+    let (identity, unresolved) = match identity(world, gateway, &own, &mut cache) {
+        Ok(identity) => (identity, Vec::new()),
+        Err(problem) => (None, vec![problem]),
+    };
     let owners = sets.iter().map(|set| Owner { kind: "ListenerSet", key: set.metadata.key() });
     let owners: BTreeSet<Owner> = owners.chain([own]).collect();
     Assembled {
         attached: Attached::new(owners, listeners.len()),
         listeners,
         not_accepted: not_accepted(gateway),
+        unresolved,
         sets: sets.into_iter().cloned().collect(),
         refused_sets: refused.into_iter().cloned().collect(),
         ports: BTreeMap::new(),
@@ -225,14 +230,27 @@ fn clients(
     all
 }
 
-fn identity(world: &World<'_>, gateway: &Gateway, own: &Owner, cache: &mut TlsCache) -> Option<Arc<Identity>> {
-    let reference = gateway.spec.tls.backend.client_certificate_ref.as_ref()?;
-    let key = world.secret(own, reference, "spec.tls.backend.clientCertificateRef").ok()?;
-    let SecretState::Good(certificate) = world.secrets.get(&key)? else { return None };
+/// Whom endpoints take the Gateway for, if it says so and its Secret has been read.
+fn identity(
+    world: &World<'_>,
+    gateway: &Gateway,
+    own: &Owner,
+    cache: &mut TlsCache,
+) -> Result<Option<Arc<Identity>>, Problem> {
+    let Some(reference) = &gateway.spec.tls.backend.client_certificate_ref else { return Ok(None) };
+    let place = "spec.tls.backend.clientCertificateRef";
+    let wrong = |message: String| Problem::new("InvalidClientCertificateRef", message);
+    let key = world.secret(own, reference, place).map_err(|problem| match problem.reason {
+        "RefNotPermitted" => problem,
+        _ => wrong(problem.message),
+    })?;
+    let Some(certificate) = world.certificate(&key).map_err(|why| wrong(format!("{place}: {why}")))? else {
+        return Ok(None);
+    };
     let before = cache.identity.take().filter(|held| Arc::ptr_eq(&held.key, certificate));
     let identity = before.unwrap_or_else(|| Arc::new(Identity::new(certificate.clone())));
     cache.identity = Some(identity.clone());
-    Some(identity)
+    Ok(Some(identity))
 }
 
 impl Assembled {

@@ -14,7 +14,7 @@ use super::objects::{BackendRef, GROUP, Reference};
 use super::store::Objects;
 use super::trust::Trust;
 use super::verify::BackendTls;
-use crate::route::{Backends, Filter, WeightedBackend};
+use crate::route::{Backends, Filter, Instead, Redirect, WeightedBackend};
 use crate::translate::Register;
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
 
@@ -39,20 +39,20 @@ pub struct Found {
 }
 
 impl Lookup<'_> {
-    /// The backends of a rule. `filters` are those of each reference.
-    pub fn backends(&mut self, references: &[BackendRef], filters: Vec<Vec<Filter>>) -> Backends {
+    /// The backends of a rule. `filters` are those of each reference, and where it sends clients to.
+    pub fn backends(&mut self, references: &[BackendRef], filters: Vec<(Vec<Filter>, Option<Redirect>)>) -> Backends {
         let mut list = Vec::new();
-        for (reference, filters) in references.iter().zip(filters) {
+        for (reference, (filters, redirect)) in references.iter().zip(filters) {
             let weight = reference.weight.unwrap_or(1);
-            let (found, refusal) = match self.find(&reference.reference) {
-                Ok(found) => (found, None),
+            let (found, instead) = match self.find(&reference.reference) {
+                Ok(found) => (found, redirect.map(Instead::Redirect)),
                 Err(problem) => {
                     self.problems.push(problem);
                     let nowhere = Found { upstream: self.upstream(&reference.reference), tls: None };
-                    (nowhere, Some(StatusCode::INTERNAL_SERVER_ERROR))
+                    (nowhere, Some(Instead::Refusal(StatusCode::INTERNAL_SERVER_ERROR)))
                 }
             };
-            list.push(WeightedBackend { weight, upstream: found.upstream, filters, tls: found.tls, refusal });
+            list.push(WeightedBackend { weight, upstream: found.upstream, filters, tls: found.tls, instead });
         }
         Backends::new(list)
     }

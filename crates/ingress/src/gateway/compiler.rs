@@ -22,7 +22,6 @@ use super::verify::CaState;
 use crate::compile::SecretState;
 use crate::objects::LoadBalancerIngress;
 use crate::registry::{Registering, Registry};
-use crate::upstream::Upstream;
 
 /// A Gateway that wants a Service in front of it.
 #[derive(Clone, Debug, PartialEq)]
@@ -210,12 +209,6 @@ impl GatewayCompiler {
         (&self.wanted_secrets, &self.wanted_authorities)
     }
 
-    /// Something that is referred to was not looked at yet.
-    pub fn waits(&self) -> bool {
-        self.secrets.values().any(|state| matches!(state, SecretState::Unknown))
-            || self.authorities.values().any(|state| matches!(state, CaState::Unknown))
-    }
-
     /// What the objects come to, if anything changed since the last call. A change of routes costs what it changes; one of
     /// anything else costs everything.
     pub fn compile(&mut self) -> Option<Outcome> {
@@ -348,10 +341,6 @@ impl GatewayCompiler {
             None => false,
         });
         out
-    }
-
-    pub fn upstreams(&self) -> impl Iterator<Item = Arc<Upstream>> + '_ {
-        self.registry.upstreams()
     }
 
     fn look_up_references(&mut self) {

@@ -213,22 +213,28 @@ impl World<'_> {
                     continue;
                 }
             };
-            let named = format!("Secret {}/{}", key.namespace, key.name);
-            match self.secrets.get(&key) {
-                Some(SecretState::Good(certificate)) => held.certificates.push(certificate.clone()),
-                Some(SecretState::Missing) => {
-                    problems.push(Problem::new("InvalidCertificateRef", format!("{place}: there is no {named}")));
-                }
-                Some(SecretState::Users(_)) => {
-                    problems.push(Problem::new("InvalidCertificateRef", format!("{place}: {named} has no tls.crt")));
-                }
-                Some(SecretState::Broken(problem)) => {
-                    problems.push(Problem::new("InvalidCertificateRef", format!("{place}: {named} {problem}")));
-                }
-                Some(SecretState::Unknown) | None => held.waits = true,
+            match self.certificate(&key) {
+                Ok(Some(certificate)) => held.certificates.push(certificate.clone()),
+                Ok(None) => held.waits = true,
+                Err(why) => problems.push(Problem::new("InvalidCertificateRef", format!("{place}: {why}"))),
             }
         }
         held.unresolved.extend(problems);
+    }
+
+    /// What a Secret holds; nothing as long as it has not been read.
+    ///
+    /// # Errors
+    /// Why it is no certificate, for people.
+    pub fn certificate(&self, secret: &Key) -> Result<Option<&Arc<CertifiedKey>>, String> {
+        let named = || format!("Secret {}/{}", secret.namespace, secret.name);
+        match self.secrets.get(secret) {
+            Some(SecretState::Good(certificate)) => Ok(Some(certificate)),
+            Some(SecretState::Missing) => Err(format!("there is no {}", named())),
+            Some(SecretState::Users(_)) => Err(format!("{} has no tls.crt", named())),
+            Some(SecretState::Broken(problem)) => Err(format!("{} {problem}", named())),
+            Some(SecretState::Unknown) | None => Ok(None),
+        }
     }
 }
 

@@ -60,7 +60,7 @@ pub fn translate(route: &AnyRoute, lookup: &mut Lookup<'_>) -> Translated {
             // Only the first rule of these counts, as the API allows only one.
             RouteType::Tls | RouteType::Tcp | RouteType::Udp => {
                 if stream.is_none() {
-                    let filters = rule.backend_refs.iter().map(|_| Vec::new()).collect();
+                    let filters = rule.backend_refs.iter().map(|_| (Vec::new(), None)).collect();
                     let backends = lookup.backends(&rule.backend_refs, filters);
                     let name = name_of(route, lookup.kind, "");
                     let counts = lookup.register.counts(&name);
@@ -108,11 +108,13 @@ impl Writer<'_, '_> {
         let place = self.place;
         let matches = self.matches()?;
         let mut redirect = None;
-        let filters = self.filters(&self.rule.filters, place, Some(&mut redirect), &matches)?;
+        let filters = self.filters(&self.rule.filters, place, &mut redirect, &matches)?;
         let mut of_backends = Vec::new();
         for (at, backend) in self.rule.backend_refs.iter().enumerate() {
             let place = format!("{place}.backendRefs[{at}]");
-            of_backends.push(self.filters(&backend.filters, &place, None, &matches)?);
+            let mut redirect = None;
+            let filters = self.filters(&backend.filters, &place, &mut redirect, &matches)?;
+            of_backends.push((filters, redirect));
         }
         let policy = Arc::new(self.policy()?);
         let action = match redirect {
@@ -203,7 +205,7 @@ impl Writer<'_, '_> {
         &mut self,
         wanted: &[RouteFilter],
         place: &str,
-        mut redirect: Option<&mut Option<Redirect>>,
+        redirect: &mut Option<Redirect>,
         matches: &[(String, PathMatch, Matches)],
     ) -> Result<Vec<Filter>, Problem> {
         let mut filters = Vec::new();
@@ -243,13 +245,8 @@ impl Writer<'_, '_> {
                     }
                 }
                 "RequestRedirect" => {
-                    let Some(out) = redirect.as_mut() else {
-                        return Err(unsupported(format!(
-                            "{place}: a redirect belongs to a rule, not to one of its backends"
-                        )));
-                    };
                     let wanted = filter.request_redirect.as_ref().ok_or_else(|| missing("requestRedirect"))?;
-                    **out = Some(redirect_of(wanted, &place, matches)?);
+                    *redirect = Some(redirect_of(wanted, &place, matches)?);
                 }
                 "RequestMirror" => {
                     let mirror = filter.request_mirror.as_ref().ok_or_else(|| missing("requestMirror"))?;

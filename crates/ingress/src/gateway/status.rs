@@ -16,7 +16,7 @@ use super::store::{ObjectKind, Objects};
 use crate::objects::LoadBalancerIngress;
 
 /// What the class says is there beyond the core of the API, by the names of its conformance tests.
-const FEATURES: [&str; 39] = [
+const FEATURES: [&str; 41] = [
     "BackendTLSPolicy",
     "BackendTLSPolicySANValidation",
     "GRPCRoute",
@@ -39,7 +39,9 @@ const FEATURES: [&str; 39] = [
     "HTTPRouteBackendProtocolH2C",
     "HTTPRouteBackendProtocolWebSocket",
     "HTTPRouteBackendRequestHeaderModification",
+    "HTTPRouteBackendRequestRedirect",
     "HTTPRouteBackendTimeout",
+    "HTTPRouteBackendURLRewrite",
     "HTTPRouteCORS",
     "HTTPRouteHostRewrite",
     "HTTPRouteMethodMatching",
@@ -64,7 +66,6 @@ const MORE_FEATURES: [&str; 5] = ["ReferenceGrant", "TCPRoute", "TLSRoute", "TLS
 pub struct StatusOf {
     pub kind: ObjectKind,
     pub key: Key,
-    pub uid: String,
     /// A merge patch. It names the version that it was made for, so that nobody's change is lost.
     pub patch: Value,
 }
@@ -84,7 +85,7 @@ impl Known<'_> {
     pub fn unwritten(&self, kind: ObjectKind, key: &Key, now: &str) -> Option<StatusOf> {
         let place = |metadata: &Metadata, status: Value| {
             let patch = json!({"metadata": {"resourceVersion": metadata.resource_version}, "status": status});
-            Some(StatusOf { kind, key: key.clone(), uid: metadata.uid.clone(), patch })
+            Some(StatusOf { kind, key: key.clone(), patch })
         };
         match kind {
             ObjectKind::Class => {
@@ -248,8 +249,10 @@ fn of_gateway(gateway: &Gateway, assembled: &Assembled, addresses: Option<&Vec<L
         .filter(|at| assembled.listeners[*at].owner.kind == "Gateway")
         .map(|at| of_listener(assembled, at, generation))
         .collect();
+    let resolved = unless("ResolvedRefs", "ResolvedRefs", &assembled.unresolved);
+    let conditions = [accepted, resolved, programmed].map(|one| one.json(generation));
     let mut status = json!({
-        "conditions": [accepted.json(generation), programmed.json(generation)], "addresses": addresses, "listeners": listeners,
+        "conditions": conditions, "addresses": addresses, "listeners": listeners,
     });
     if gateway.spec.allowed_listeners.is_some() {
         let attached = assembled.sets.iter().filter(|set| {

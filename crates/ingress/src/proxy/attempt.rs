@@ -4,7 +4,7 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use http::header::{HOST, HeaderMap};
 use http::uri::{Authority, Scheme};
@@ -22,7 +22,7 @@ use crate::gateway::{BackendTls, Identity};
 use crate::policy::{BackendProtocol, Policy};
 use crate::route::Route;
 use crate::sticky::Wish;
-use crate::upstream::{Endpoint, Targets, Upstream};
+use crate::upstream::{Endpoint, Targets};
 
 /// A connection of the pool may have been closed by its endpoint; so many of them are tried for one request.
 const STALE: u32 = 2;
@@ -86,7 +86,8 @@ pub struct Attempts<'a> {
     pub policy: &'a Policy,
     pub tls: Option<Arc<BackendTls>>,
     pub identity: Option<Arc<Identity>>,
-    pub upstream: &'a Upstream,
+    /// Whose turn it is, where endpoints take turns.
+    pub turn: &'a AtomicU32,
     pub targets: &'a Targets,
     pub protocol: BackendProtocol,
     pub trouble: Troubles,
@@ -133,7 +134,7 @@ impl Attempts<'_> {
             }
             let now = worker.milliseconds();
             let endpoint =
-                pick(self.upstream, &self.targets.endpoints, policy.balance, &tried, self.wish, now, worker.random());
+                pick(self.turn, &self.targets.endpoints, policy.balance, &tried, self.wish, now, worker.random());
             let Some(endpoint) = endpoint else { break };
             let (answer, may_repeat) = match self.once(&endpoint, &head, &mut body, may_repeat, stale >= STALE).await {
                 Ok(sent) => return Ok(sent),

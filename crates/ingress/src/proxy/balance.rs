@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::policy::Balance;
 use crate::sticky::{Wish, mix};
-use crate::upstream::{Endpoint, Upstream};
+use crate::upstream::Endpoint;
 
 /// The first pause of an endpoint that failed; each failure in a row makes it longer.
 const PAUSE: u64 = 500;
@@ -15,7 +15,7 @@ const LONGEST_PAUSE: u64 = 10_000;
 
 /// Chooses among the endpoints that are not in `tried`. `now` is in milliseconds, `draw` any number.
 pub fn pick(
-    upstream: &Upstream,
+    turn: &AtomicU32,
     endpoints: &[Arc<Endpoint>],
     balance: Balance,
     tried: &[SocketAddr],
@@ -35,7 +35,7 @@ pub fn pick(
     }
     let first = match (count, balance) {
         (0, _) => return None,
-        (_, Balance::RoundRobin) => upstream.turn.fetch_add(1, Ordering::Relaxed) as usize % count,
+        (_, Balance::RoundRobin) => turn.fetch_add(1, Ordering::Relaxed) as usize % count,
         (_, Balance::LeastLoad) => {
             let (a, b) = (draw as u32 as usize % count, (draw >> 32) as usize % count);
             let better = |a: usize, b: usize| {
@@ -100,19 +100,16 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::upstream::{PortRef, UpstreamKey, Upstreams};
 
-    fn endpoints() -> (Arc<Upstream>, Vec<Arc<Endpoint>>) {
-        let key = UpstreamKey { namespace: "shop".into(), service: "web".into(), port: PortRef::Number(80) };
-        let upstream = Upstreams::default().get(&key, &services::ServiceTable::new());
+    fn endpoints() -> (AtomicU32, Vec<Arc<Endpoint>>) {
         let all = (1..=3).map(|n| Arc::new(Endpoint::new(SocketAddr::from(([10, 0, 0, n], 80))))).collect();
-        (upstream, all)
+        (AtomicU32::new(0), all)
     }
 
     #[test]
     fn turns_reach_everybody_and_load_the_least_loaded() {
-        let (upstream, all) = endpoints();
-        let one = |balance, draw| pick(&upstream, &all, balance, &[], Wish::None, 0, draw).expect("somebody").address;
+        let (turn, all) = endpoints();
+        let one = |balance, draw| pick(&turn, &all, balance, &[], Wish::None, 0, draw).expect("somebody").address;
         let seen: BTreeSet<SocketAddr> = (0..3).map(|_| one(Balance::RoundRobin, 0)).collect();
         assert_eq!(seen.len(), 3);
         let _busy = Active::new(all[0].clone());
@@ -122,23 +119,23 @@ mod tests {
 
     #[test]
     fn a_key_leads_to_one_endpoint_and_few_move_when_another_goes() {
-        let (upstream, all) = endpoints();
+        let (turn, all) = endpoints();
         let to = |all: &[Arc<Endpoint>], key: u64| {
-            pick(&upstream, all, Balance::LeastLoad, &[], Wish::Key(mix(key)), 0, key).expect("somebody").address
+            pick(&turn, all, Balance::LeastLoad, &[], Wish::Key(mix(key)), 0, key).expect("somebody").address
         };
         let before: Vec<SocketAddr> = (0..300).map(|key| to(&all, key)).collect();
         assert!(all.iter().all(|one| before.iter().filter(|to| **to == one.address).count() > 50), "all have some");
         for (key, before) in before.iter().enumerate().filter(|(_, before)| **before != all[2].address) {
             assert_eq!(to(&all[..2], key as u64), *before, "only those of the one that went move");
         }
-        let named = pick(&upstream, &all, Balance::LeastLoad, &[], Wish::Endpoint(all[1].number), 0, 0);
+        let named = pick(&turn, &all, Balance::LeastLoad, &[], Wish::Endpoint(all[1].number), 0, 0);
         assert_eq!(named.expect("the one").address, all[1].address);
     }
 
     #[test]
     fn who_failed_is_passed_over_for_a_while_unless_all_have() {
-        let (upstream, all) = endpoints();
-        let one = |tried: &[SocketAddr], now| pick(&upstream, &all, Balance::LeastLoad, tried, Wish::None, now, 0);
+        let (turn, all) = endpoints();
+        let one = |tried: &[SocketAddr], now| pick(&turn, &all, Balance::LeastLoad, tried, Wish::None, now, 0);
         all[0].failed(1000);
         assert_ne!(one(&[], 1001).expect("another").address, all[0].address);
         assert_eq!(one(&[], 1000 + PAUSE).expect("back").address, all[0].address);

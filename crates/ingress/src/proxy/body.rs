@@ -204,6 +204,9 @@ impl Body for RequestBody {
     }
 }
 
+/// Bytes of an answer that nobody wants, up to which a connection is worth more.
+const WORTH_READING: usize = 64 * 1024;
+
 /// An endpoint's answer behind its head.
 pub enum Answered {
     Nothing,
@@ -220,6 +223,15 @@ impl Answered {
                 Pin::new(incoming).poll_frame(cx).map(|frame| frame.map(|one| one.map_err(Into::into)))
             }
         }
+    }
+
+    /// Reads what is left, if that is little, so that the connection can carry another request.
+    pub async fn drain(mut self) -> Option<Http1> {
+        let mut left = WORTH_READING;
+        while let Some(frame) = std::future::poll_fn(|cx| self.poll_frame(cx)).await {
+            left = left.checked_sub(frame.ok()?.data_ref().map_or(0, Bytes::len))?;
+        }
+        self.into_connection()
     }
 
     fn is_end_stream(&self) -> bool {

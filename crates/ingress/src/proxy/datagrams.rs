@@ -113,10 +113,10 @@ fn seconds(started: Instant) -> u32 {
 }
 
 async fn open(worker: &Worker, route: &StreamRoute, started: Instant) -> Option<Session> {
-    let backend = route.backends.pick(worker.random() as u32).filter(|one| one.refusal.is_none())?;
+    let backend = route.backends.pick(worker.random() as u32).filter(|one| one.instead.is_none())?;
     let targets = backend.upstream.targets();
     let (now, balance) = (worker.milliseconds(), Balance::default());
-    let endpoint = pick(&backend.upstream, &targets.endpoints, balance, &[], Wish::None, now, worker.random())?;
+    let endpoint = pick(&backend.upstream.turn, &targets.endpoints, balance, &[], Wish::None, now, worker.random())?;
     let any = match endpoint.address {
         SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),

@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout};
 use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
 use super::balance::Active;
 use super::body::{Answered, RequestBody, ResponseBody};
-use super::handle::{Arrival, answer, rewritten};
+use super::facts::facts;
+use super::handle::{Arrival, answer, location, redirect, rewritten};
 use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
@@ -22,7 +23,7 @@ use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Ask, Filter, Mirror, Route};
+use crate::route::{Action, Filter, Instead, Mirror, Route, WeightedBackend};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
 
@@ -31,7 +32,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Old names of the same, which a client must not be able to say instead.
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
@@ -85,9 +86,19 @@ pub async fn forward(
         Filter::Cors(cors) => Some((cors, request.headers().get(ORIGIN).cloned())),
         _ => None,
     });
+    let backend = match &route.action {
+        Action::Forward(backends) => backends.pick(worker.random() as u32),
+        Action::Redirect(_) | Action::Respond(_) => None,
+    };
+    if let Some(Instead::Redirect(wanted)) = backend.and_then(|one| one.instead.as_ref()) {
+        let response = redirect(wanted.status, &location(wanted, &client, &arrival, &request));
+        route.counts.answered(response.status().as_u16(), started.elapsed());
+        worker.tell(line, &response, Some(&route), started);
+        return response;
+    }
     let wish = wish(&client, &arrival, &request);
     let under_way = arrival.under_way.take();
-    let trying = attempt(&worker, &client, &arrival, request, wish);
+    let trying = attempt(&worker, &client, &arrival, backend, request, wish);
     let outcome = match route.policy.request_timeout {
         None => trying.await,
         Some(limit) => timeout(limit, trying).await.unwrap_or(Err(LATE)),
@@ -110,7 +121,7 @@ pub async fn forward(
             let Sent { response, active, peer } = sent;
             let patience = route.policy.read_timeout;
             let (mut parts, body) = response.into_parts();
-            for filter in &route.filters {
+            for filter in route.filters.iter().chain(backend.iter().flat_map(|one| &one.filters)) {
                 match filter {
                     Filter::ResponseHeaders(changes) => changes.apply(&mut parts.headers),
                     Filter::Redirects(replacement) => replacement.redirects(&mut parts.headers),
@@ -149,14 +160,7 @@ fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish
         return affinity.wish(request.headers());
     }
     let Some(by) = &policy.hash_by else { return Wish::None };
-    let ask = Ask {
-        host: hygiene::host(request).unwrap_or_default(),
-        path: request.uri().path(),
-        query: request.uri().query().unwrap_or_default(),
-        method: request.method(),
-        headers: request.headers(),
-    };
-    by.wish(&ask, client.peer.ip())
+    Wish::of(&by.fill(&facts(client, request)))
 }
 
 const NOWHERE: &str = "this route leads to a backend that it may not or cannot use\n";
@@ -165,14 +169,14 @@ async fn attempt(
     worker: &Arc<Worker>,
     client: &Client,
     arrival: &Arrival,
+    backend: Option<&WeightedBackend>,
     mut request: Request<Incoming>,
     wish: Wish,
 ) -> Result<Sent, Answer> {
     let route = &arrival.route;
     let policy = &*route.policy;
-    let Action::Forward(backends) = &route.action else { return Err(NOBODY) };
-    let backend = backends.pick(worker.random() as u32).ok_or(NOBODY)?;
-    if let Some(status) = backend.refusal {
+    let backend = backend.ok_or(NOBODY)?;
+    if let Some(Instead::Refusal(status)) = backend.instead {
         return Err((status, NOWHERE));
     }
     let targets = backend.upstream.targets();
@@ -187,6 +191,9 @@ async fn attempt(
     let patience = worker.shared.config.limits.body_timeout;
     let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
+    if let Some(granted) = &arrival.granted {
+        granted.set_headers(&mut head.headers);
+    }
     for filter in backend.filters.iter() {
         apply(filter, route, arrival, &mut head);
     }
@@ -212,7 +219,7 @@ async fn attempt(
         policy,
         tls,
         identity,
-        upstream: &backend.upstream,
+        turn: &backend.upstream.turn,
         targets: &targets,
         protocol,
         trouble,
@@ -321,7 +328,7 @@ fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
 }
 
 /// Says who asked and how. What somebody says who is not trusted is replaced.
-fn forwarded(client: &Client, headers: &mut HeaderMap) {
+pub fn forwarded(client: &Client, headers: &mut HeaderMap) {
     let scheme = HeaderValue::from_static(if client.is_tls { "https" } else { "http" });
     if client.is_trusted {
         let chain = headers.get(X_FORWARDED_FOR).and_then(|held| held.to_str().ok());
@@ -348,7 +355,7 @@ fn forwarded(client: &Client, headers: &mut HeaderMap) {
     }
 }
 
-fn request_id(worker: &Worker) -> HeaderValue {
+pub fn request_id(worker: &Worker) -> HeaderValue {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let number = u128::from(worker.random()) << 64 | u128::from(worker.random());
     let text: [u8; 32] = std::array::from_fn(|at| DIGITS[(number >> (4 * at)) as usize & 15]);

@@ -12,10 +12,13 @@ use tokio::time::Instant;
 
 use super::body::ResponseBody;
 use super::entrance::NoRoute;
+use super::external::{Admission, Granted, ask};
+use super::facts::is_secure;
 use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
 use super::worker::{Client, Worker};
+use crate::basic::Basic;
 use crate::limits::{TooMany, UnderWay};
 use crate::route::{Action, Ask, Filter, PathRewrite, Redirect, Route};
 
@@ -27,13 +30,15 @@ pub struct Arrival {
     pub path: Option<String>,
     /// Counts it at its client's limits.
     pub under_way: Option<UnderWay>,
+    /// What whoever let it in said.
+    pub granted: Option<Arc<Granted>>,
 }
 
 /// Answers a request. Whatever goes wrong is an answer, too.
 pub async fn handle(
     worker: Arc<Worker>,
     client: Arc<Client>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
     let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
@@ -50,10 +55,11 @@ pub async fn handle(
         }
     };
     let decided = match decide(&worker, &client, &mut arrival, &request) {
-        None => admit(&arrival, &request).await,
+        None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,
     };
-    let response = match decided {
+    let granted = arrival.granted.clone();
+    let mut response = match decided {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
             worker.tell(line, &response, Some(&arrival.route), started);
@@ -61,6 +67,9 @@ pub async fn handle(
         }
         None => forward(worker, client, arrival, request, line).await,
     };
+    if let Some(granted) = granted {
+        granted.set_cookies(&mut response);
+    }
     Ok(response)
 }
 
@@ -104,7 +113,7 @@ fn route(worker: &Worker, client: &Client, request: &Request<Incoming>, started:
         Cow::Owned(path) => Some(path),
         Cow::Borrowed(_) => None,
     };
-    Ok(Arrival { started, route, path, under_way: None })
+    Ok(Arrival { started, route, path, under_way: None, granted: None })
 }
 
 /// An answer that needs no endpoint.
@@ -161,9 +170,34 @@ fn decide(
     None
 }
 
+/// The answer for who is not let in.
+async fn admit(
+    worker: &Arc<Worker>,
+    client: &Client,
+    arrival: &mut Arrival,
+    request: &mut Request<Incoming>,
+) -> Option<Response<ResponseBody>> {
+    let policy = arrival.route.policy.clone();
+    if policy.is_shut {
+        return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
+    }
+    if let Some(basic) = &policy.basic
+        && let Some(response) = knows(basic, request).await
+    {
+        return Some(response);
+    }
+    // Rarely there, and large: in a box it costs the others nothing.
+    match Box::pin(ask(worker, client, arrival, policy.external.as_ref()?, request)).await {
+        Admission::In(granted) => {
+            arrival.granted = Some(granted);
+            None
+        }
+        Admission::Out(response) => Some(*response),
+    }
+}
+
 /// The answer for who has not said who it is.
-async fn admit(arrival: &Arrival, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
-    let basic = arrival.route.policy.basic.clone()?;
+async fn knows(basic: &Basic, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
     let Some(users) = Option::clone(&basic.users.load()) else {
         return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
     };
@@ -180,12 +214,7 @@ fn host_of(request: &Request<Incoming>) -> String {
     hygiene::host(request).map(str::to_ascii_lowercase).unwrap_or_default()
 }
 
-fn is_secure(client: &Client, request: &Request<Incoming>) -> bool {
-    let told = || request.headers().get("x-forwarded-proto").is_some_and(|value| value == "https");
-    client.is_tls || (client.is_trusted && told())
-}
-
-fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
+pub fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {
     if let Some(location) = &wanted.location {
         return location.to_string();
     }
@@ -256,7 +285,7 @@ pub fn answer(status: StatusCode, text: &'static str) -> Response<ResponseBody> 
     response
 }
 
-fn redirect(status: StatusCode, location: &str) -> Response<ResponseBody> {
+pub fn redirect(status: StatusCode, location: &str) -> Response<ResponseBody> {
     match HeaderValue::from_str(location) {
         Ok(location) => {
             let mut response = answer(status, "");

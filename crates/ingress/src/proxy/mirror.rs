@@ -98,7 +98,7 @@ async fn one(
     let targets = mirror.upstream.targets();
     let now = worker.milliseconds();
     let balance = crate::policy::Balance::default();
-    let chosen = pick(&mirror.upstream, &targets.endpoints, balance, &[], Wish::None, now, worker.random());
+    let chosen = pick(&mirror.upstream.turn, &targets.endpoints, balance, &[], Wish::None, now, worker.random());
     let Some(endpoint) = chosen else { return };
     let active = Active::new(endpoint.clone());
     let peer = Peer { address: endpoint.address, tls: mirror.tls.clone(), identity };

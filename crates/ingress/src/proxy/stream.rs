@@ -30,13 +30,14 @@ pub async fn carry<S>(worker: &Arc<Worker>, route: &StreamRoute, mut client: S)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let Some(backend) = route.backends.pick(worker.random() as u32).filter(|one| one.refusal.is_none()) else { return };
+    let Some(backend) = route.backends.pick(worker.random() as u32).filter(|one| one.instead.is_none()) else { return };
     let targets = backend.upstream.targets();
     let mut tried: Vec<SocketAddr> = Vec::new();
     loop {
         let now = worker.milliseconds();
         let balance = Balance::default();
-        let chosen = pick(&backend.upstream, &targets.endpoints, balance, &tried, Wish::None, now, worker.random());
+        let chosen =
+            pick(&backend.upstream.turn, &targets.endpoints, balance, &tried, Wish::None, now, worker.random());
         let Some(endpoint) = chosen else { return };
         let active = Active::new(endpoint.clone());
         match connect(endpoint.address, CONNECT_TIMEOUT).await {

@@ -122,6 +122,8 @@ pub fn run(
         ticker.await.ok();
         worker.log().flush();
     });
+    // A name that is still being asked for holds up nobody.
+    runtime.shutdown_background();
     Ok(())
 }
 

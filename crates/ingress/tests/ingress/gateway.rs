@@ -138,7 +138,7 @@ fn stream(route: &StreamRoute) -> String {
     let all = route.backends.list().iter().map(|one| {
         let endpoints: Vec<String> = one.upstream.targets().endpoints.iter().map(|e| e.address.to_string()).collect();
         let share = if route.backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
-        let answer = if one.refusal.is_some() { "refused".to_owned() } else { endpoints.join(",") };
+        let answer = if one.instead.is_some() { "refused".to_owned() } else { endpoints.join(",") };
         format!("{share}{} {answer}", one.upstream.key)
     });
     all.collect::<Vec<_>>().join(" + ")
@@ -335,5 +335,5 @@ fn a_status_is_written_once_and_beside_those_of_others() {
     assert_eq!(count, 1);
     let conditions = after["Gateway"]["status"]["conditions"].as_array().expect("conditions").clone();
     let times: Vec<&str> = conditions.iter().filter_map(|one| one["lastTransitionTime"].as_str()).collect();
-    assert_eq!(times, ["2026-01-01T00:00:00Z", "2026-01-01T00:00:02Z"]);
+    assert_eq!(times, ["2026-01-01T00:00:00Z", "2026-01-01T00:00:00Z", "2026-01-01T00:00:02Z"]);
 }

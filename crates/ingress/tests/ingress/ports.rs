@@ -621,6 +621,33 @@ async fn who_we_are_is_shown_to_endpoints_that_ask() {
     world.end().await;
 }
 
+/// Redirects and answers' headers, where a rule has them for one of its backends.
+#[tokio::test]
+async fn filters_of_one_backend_are_for_its_requests_only() {
+    let (web, other) = (Backend::named("web").await, Backend::named("other").await);
+    let marked = "{name: web, port: 80, filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-of, value: web}]}}]}";
+    let sent_away =
+        "{name: other, port: 80, filters: [{type: RequestRedirect, requestRedirect: {hostname: b.example}}]}";
+    let mut world = World::start(&[HTTP, &route(&format!("{{backendRefs: [{marked}, {sent_away}]}}"))]).await;
+    world.serve("web", web.address);
+    world.serve("other", other.address);
+    let (mut answered, mut redirected) = (0, 0);
+    while (answered == 0 || redirected == 0) && answered + redirected < 200 {
+        let seen = world.curl("http://a.example/x?y").await;
+        if seen.ends_with("web") {
+            assert!(seen.contains("x-of: web"), "{seen}");
+            answered += 1;
+        } else {
+            assert!(seen.contains(" 302 ") && seen.contains("location: http://b.example/x?y"), "{seen}");
+            assert!(!seen.contains("x-of"), "{seen}");
+            redirected += 1;
+        }
+    }
+    assert!(answered > 0 && redirected > 0, "{answered} {redirected}");
+    assert_eq!((web.count(), other.count()), (answered, 0));
+    world.end().await;
+}
+
 /// By annotation: over TLS, and with no question who it is.
 #[tokio::test]
 async fn an_ingress_speaks_to_endpoints_over_tls() {

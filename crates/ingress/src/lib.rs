@@ -5,6 +5,7 @@
 
 mod annotations;
 mod basic;
+mod budget;
 mod certificates;
 mod class;
 mod compile;
@@ -47,7 +48,7 @@ pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use pages::Pages;
-pub use policy::{AnswerHeaders, BackendProtocol, Balance, Policy, Rate, Retry, StatusSet};
+pub use policy::{AnswerHeaders, BackendProtocol, Balance, Policy, ProxyProtocol, Rate, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
 pub use registry::Slot;
 pub use rewrites::{CookieChanges, Replacement};

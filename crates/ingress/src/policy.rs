@@ -46,6 +46,8 @@ pub struct Retry {
     pub on_status: StatusSet,
     /// Also requests that may have had an effect already.
     pub non_idempotent: bool,
+    /// Of a hundred requests so many may be sent a second time, beside a few a second; `None`: all.
+    pub budget: Option<u8>,
 }
 
 /// Statuses from 400 to 599.
@@ -66,6 +68,13 @@ impl StatusSet {
     pub fn is_empty(&self) -> bool {
         self.0 == [0; 4]
     }
+}
+
+/// Versions of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    V1,
+    V2,
 }
 
 /// How fast an answer's body goes to its client.
@@ -121,6 +130,14 @@ pub struct Policy {
     pub pages: Option<Pages>,
     pub answer_headers: Option<AnswerHeaders>,
     pub rate: Option<Rate>,
+    /// For so long an endpoint that is new gets less than its share.
+    pub slow_start: Option<Duration>,
+    /// Endpoints hear who asks before the first byte.
+    pub announces: Option<ProxyProtocol>,
+    /// Requests without a trace get one; `None`: as the whole proxy does.
+    pub traces: Option<bool>,
+    /// A trace that a request brings is its own.
+    pub trusts_trace: bool,
 }
 
 impl Default for Policy {
@@ -138,6 +155,7 @@ impl Default for Policy {
                 on_timeout: true,
                 on_status: StatusSet::default(),
                 non_idempotent: false,
+                budget: Some(20),
             },
             balance: Balance::default(),
             protocol: BackendProtocol::default(),
@@ -153,6 +171,10 @@ impl Default for Policy {
             pages: None,
             answer_headers: None,
             rate: None,
+            slow_start: None,
+            announces: None,
+            traces: None,
+            trusts_trace: true,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod answers;
 mod external;
+mod ours;
 mod read;
 
 use std::collections::BTreeSet;

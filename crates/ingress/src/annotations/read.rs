@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{NGINX, OURS, Settings, answers, external};
+use super::{NGINX, OURS, Settings, answers, external, ours};
 use crate::cors::Cors;
 use crate::crypto;
 use crate::gateway::BackendTls;
@@ -236,7 +236,8 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
             Some((_, reader)) => Some(reader(&mut draft, value)),
             None => {
                 let door = draft.external.read(short, &draft.namespace, value);
-                door.or_else(|| draft.answers.read(short, &draft.namespace, value))
+                let door = door.or_else(|| draft.answers.read(short, &draft.namespace, value));
+                door.or_else(|| ours::read(&mut draft.settings.policy, short, value))
             }
         };
         let Some(read) = read else {
@@ -377,7 +378,7 @@ pub fn number(text: &str) -> Result<u32, String> {
 }
 
 /// Seconds, as nginx has them in annotations; `s`, `ms` and `m` may follow.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub fn seconds(text: &str) -> Result<Duration, String> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let count: u64 = digits.parse().map_err(|_| "is no time; write seconds".to_owned())?;
     match unit {

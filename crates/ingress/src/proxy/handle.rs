@@ -18,6 +18,7 @@ use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
 use super::pages::{Asked, page};
+use super::trace;
 use super::worker::{Client, Worker};
 use crate::basic::Basic;
 use crate::limits::{TooMany, UnderWay};
@@ -42,7 +43,7 @@ pub async fn handle(
     mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
-    let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
+    let mut line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
     let mut arrival = match route(&worker, &client, &request, started) {
         Ok(arrival) => arrival,
         Err(rejected) => {
@@ -55,6 +56,10 @@ pub async fn handle(
             return Ok(response);
         }
     };
+    let trace = trace::begin(&worker, &arrival.route.policy, &mut request);
+    if let (Some(line), Some(trace)) = (&mut line, trace) {
+        line.trace = Some(trace);
+    }
     let decided = match decide(&worker, &client, &mut arrival, &request) {
         None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,

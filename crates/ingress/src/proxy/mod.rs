@@ -1,5 +1,6 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod announce;
 mod announced;
 mod attempt;
 mod balance;
@@ -24,6 +25,7 @@ mod pool;
 mod shared;
 mod status;
 mod stream;
+mod trace;
 mod upgrade;
 mod worker;
 

@@ -10,4 +10,5 @@ mod proxy;
 mod rollouts;
 mod routes;
 mod rows;
+mod ways;
 mod world;

@@ -29,6 +29,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("annotations.txt", include_str!("cases/annotations.txt")),
     ("answers.txt", include_str!("cases/answers.txt")),
     ("external.txt", include_str!("cases/external.txt")),
+    ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),
 ];
 
@@ -306,6 +307,11 @@ fn treatment(policy: &Policy) -> String {
     if let Some(headers) = &policy.answer_headers {
         tell(true, if headers.0.load().is_some() { "sets headers" } else { "knows no headers" }.to_owned());
     }
+    tell(policy.slow_start.is_some(), format!("slow start {:?}", policy.slow_start.unwrap_or_default()));
+    tell(policy.retry.budget != usual.retry.budget, format!("budget {:?}", policy.retry.budget));
+    tell(policy.announces.is_some(), format!("PROXY {:?}", policy.announces));
+    tell(policy.traces.is_some(), format!("traces {:?}", policy.traces));
+    tell(!policy.trusts_trace, "of its own".to_owned());
     if let Some(rate) = &policy.rate {
         tell(true, format!("{} a second after {}", rate.bytes, rate.after));
     }

@@ -10,7 +10,7 @@ use http::HeaderValue;
 use md5::{Digest, Md5};
 use tokio::sync::Semaphore;
 
-use crate::swap::Swap;
+use crate::registry::Slot;
 
 /// Hashes that take long are computed for so many requests at once.
 const AT_ONCE: usize = 2;
@@ -25,7 +25,7 @@ pub struct Basic {
     pub realm: Box<str>,
     pub secret: Key,
     /// `None` as long as there is no such Secret, or it makes no sense: then nobody is let in.
-    pub users: Arc<Swap<Option<Arc<Users>>>>,
+    pub users: Slot<Users>,
 }
 
 impl PartialEq for Basic {

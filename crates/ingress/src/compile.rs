@@ -10,12 +10,13 @@ use tokio_rustls::rustls::sign::CertifiedKey;
 use crate::basic::Users;
 use crate::certificates::{Certificates, read_tls};
 use crate::class::Classes;
+use crate::headers::HeadersState;
 use crate::host::HostPattern;
 use crate::objects::{Ingress, IngressClass};
 use crate::registry::{Registering, Registry};
 use crate::route::Route;
 use crate::table::{PathTable, RouteTable};
-use crate::translate::{Fault, Translated, translate};
+use crate::translate::{Fault, SET_HEADERS, Translated, translate};
 use crate::upstream::Upstream;
 
 /// A Secret as it was last seen.
@@ -67,6 +68,7 @@ pub struct Compiler {
     /// Who has routes for a host.
     by_host: HashMap<HostPattern, BTreeSet<Key>>,
     secrets: BTreeMap<Key, SecretState>,
+    config_maps: BTreeMap<Key, HeadersState>,
     registry: Registry,
     routes: RouteTable,
     certificates: Certificates,
@@ -78,11 +80,14 @@ pub struct Compiler {
     dirty_defaults: bool,
     dirty_certificates: bool,
     dirty_secrets: bool,
+    dirty_config_maps: bool,
 }
 
 impl Compiler {
     /// Serves the classes of `controller`; shows `fallback` to who asks for a name without a certificate.
     pub fn new(controller: &str, services: Arc<RwLock<ServiceTable>>, fallback: Arc<CertifiedKey>) -> Self {
+        let mut registry = Registry::default();
+        registry.follow_names(true);
         Compiler {
             classes: Classes::new(controller),
             services,
@@ -90,7 +95,8 @@ impl Compiler {
             ours: BTreeMap::new(),
             by_host: HashMap::new(),
             secrets: BTreeMap::new(),
-            registry: Registry::default(),
+            config_maps: BTreeMap::new(),
+            registry,
             routes: RouteTable::default(),
             certificates: Certificates::new(fallback.clone()),
             fallback,
@@ -100,7 +106,13 @@ impl Compiler {
             dirty_defaults: false,
             dirty_certificates: false,
             dirty_secrets: false,
+            dirty_config_maps: false,
         }
+    }
+
+    /// Answers for ExternalNames with 503, as whoever writes one chooses where this machine connects to. To be said first.
+    pub fn refuse_external_names(&mut self) {
+        self.registry.follow_names(false);
     }
 
     pub fn set_ingress(&mut self, ingress: Ingress) {
@@ -141,6 +153,13 @@ impl Compiler {
         if let Some(held) = self.secrets.get_mut(key) {
             *held = state;
             self.dirty_certificates = true;
+        }
+    }
+
+    pub fn set_config_map(&mut self, key: &Key, state: HeadersState) {
+        self.registry.set_headers(key, state.headers());
+        if let Some(held) = self.config_maps.get_mut(key) {
+            *held = state;
         }
     }
 
@@ -185,6 +204,11 @@ impl Compiler {
             let users = self.secrets.get(&secret).and_then(SecretState::users);
             self.registry.set_users(&secret, users);
         }
+        for (name, _) in &translated.config_maps {
+            let config_map = Key::new(key.namespace.clone(), name.to_string());
+            let headers = self.config_maps.get(&config_map).and_then(HeadersState::headers);
+            self.registry.set_headers(&config_map, headers);
+        }
         self.touch(key, &translated, true);
         self.ours.insert(key.clone(), Held { ingress, translated });
     }
@@ -206,6 +230,7 @@ impl Compiler {
         let has_secrets = !translated.certificates.is_empty() || translated.users.is_some();
         self.dirty_certificates |= has_secrets;
         self.dirty_secrets |= has_secrets;
+        self.dirty_config_maps |= !translated.config_maps.is_empty();
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -280,9 +305,28 @@ impl Compiler {
         std::mem::take(&mut self.dirty_secrets).then(|| self.wanted_secrets())
     }
 
-    /// Somebody wants a Secret that was not looked at yet.
+    /// The ConfigMaps that our Ingresses name, if they may be others than at the last call.
+    pub fn new_config_maps(&mut self) -> Option<BTreeSet<Key>> {
+        if !std::mem::take(&mut self.dirty_config_maps) {
+            return None;
+        }
+        let of_ingress = |(key, held): (&Key, &Held)| {
+            let namespace = key.namespace.clone();
+            let names = held.translated.config_maps.iter();
+            names.map(|(name, _)| Key::new(namespace.clone(), name.to_string())).collect::<Vec<_>>()
+        };
+        let wanted: BTreeSet<Key> = self.ours.iter().flat_map(of_ingress).collect();
+        self.config_maps.retain(|key, _| wanted.contains(key));
+        for key in &wanted {
+            self.config_maps.entry(key.clone()).or_insert(HeadersState::Unknown);
+        }
+        Some(wanted)
+    }
+
+    /// Somebody wants a Secret or ConfigMap that was not looked at yet.
     pub fn waits_for_secrets(&self) -> bool {
         self.secrets.values().any(|state| matches!(state, SecretState::Unknown))
+            || self.config_maps.values().any(|state| matches!(state, HeadersState::Unknown))
     }
 
     /// The certificates, if anything changed since the last call.
@@ -363,7 +407,13 @@ impl Compiler {
                 let problem = upstream.targets().problem?;
                 Some(Fault { reason: problem.reason(), message: problem.text(&upstream.key) })
             });
-            faults.chain(upstreams).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
+            let config_maps = held.translated.config_maps.iter().filter_map(|(name, annotation)| {
+                let config_map = Key::new(key.namespace.clone(), name.to_string());
+                let problem = self.config_maps.get(&config_map)?.problem(*annotation == SET_HEADERS)?;
+                let named = format!("ConfigMap {}/{name} of {annotation}", key.namespace);
+                Some(Fault { reason: "ConfigMapNotValid", message: format!("{named} {problem}") })
+            });
+            faults.chain(upstreams).chain(config_maps).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
         });
         let shared = self.conflicts.values().flatten().chain(&self.certificate_faults).cloned();
         own.chain(shared).collect()

@@ -5,6 +5,7 @@
 
 mod annotations;
 mod basic;
+mod budget;
 mod certificates;
 mod class;
 mod compile;
@@ -12,11 +13,14 @@ mod cors;
 mod counts;
 mod crypto;
 mod error;
+mod external;
 pub mod gateway;
+mod headers;
 mod host;
 mod hosts;
 mod limits;
 mod objects;
+mod pages;
 mod policy;
 mod proxy;
 mod registry;
@@ -28,6 +32,7 @@ mod table;
 mod tls;
 mod translate;
 mod upstream;
+mod variables;
 
 pub use basic::{Basic, Users};
 pub use certificates::{Certificates, Resolver, fallback, read_tls};
@@ -36,18 +41,22 @@ pub use compile::{Compiler, SecretState};
 pub use cors::Cors;
 pub use counts::RouteCounts;
 pub use error::IngressError;
+pub use external::External;
+pub use headers::{HeadersState, SetHeaders};
 pub use host::{HostPattern, host_of};
 pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
-pub use policy::{BackendProtocol, Balance, Policy, Retry, StatusSet};
+pub use pages::Pages;
+pub use policy::{AnswerHeaders, BackendProtocol, Balance, Policy, ProxyProtocol, Rate, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
+pub use registry::Slot;
 pub use rewrites::{CookieChanges, Replacement};
 pub use route::{
     Action, Ask, Backends, Canary, Filter, HeaderChanges, Instead, Matches, PathMatch, PathRewrite, Redirect, Route,
     RouteName, ValueMatch, WeightedBackend, cookie,
 };
-pub use sticky::{Affinity, HashBy, Wish};
+pub use sticky::{Affinity, Wish};
 pub use swap::Swap;
 pub use table::{PathTable, RouteTable};
 pub use translate::{Fault, Register, Translated, WantedCertificate, translate};

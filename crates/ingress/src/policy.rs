@@ -1,13 +1,19 @@
 //! How requests of a route are treated, apart from where they go.
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use ipnet::IpNet;
 
 use crate::basic::Basic;
+use crate::external::External;
+use crate::headers::SetHeaders;
 use crate::limits::RateLimits;
-use crate::sticky::{Affinity, HashBy};
+use crate::pages::Pages;
+use crate::registry::Slot;
+use crate::sticky::Affinity;
+use crate::variables::Template;
 
 /// How an endpoint is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +46,8 @@ pub struct Retry {
     pub on_status: StatusSet,
     /// Also requests that may have had an effect already.
     pub non_idempotent: bool,
+    /// Of a hundred requests so many may be sent a second time, beside a few a second; `None`: all.
+    pub budget: Option<u8>,
 }
 
 /// Statuses from 400 to 599.
@@ -59,6 +67,33 @@ impl StatusSet {
 
     pub fn is_empty(&self) -> bool {
         self.0 == [0; 4]
+    }
+}
+
+/// Versions of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    V1,
+    V2,
+}
+
+/// How fast an answer's body goes to its client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// A second.
+    pub bytes: NonZeroU64,
+    /// So many go at any speed.
+    pub after: u64,
+}
+
+/// Headers of a ConfigMap for every answer.
+#[derive(Clone, Debug)]
+pub struct AnswerHeaders(pub Slot<SetHeaders>);
+
+impl PartialEq for AnswerHeaders {
+    /// What they are now is no part of what is wanted.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
@@ -82,10 +117,27 @@ pub struct Policy {
     /// Requests over plain HTTP are sent to HTTPS.
     pub https_only: bool,
     pub affinity: Option<Arc<Affinity>>,
-    pub hash_by: Option<HashBy>,
+    /// What decides about the endpoint, filled in for each request.
+    pub hash_by: Option<Template>,
     pub limits: Option<Arc<RateLimits>>,
     /// Whom clients must be.
     pub basic: Option<Arc<Basic>>,
+    /// Who else is asked which requests may come.
+    pub external: Option<Arc<External>>,
+    /// Nobody is let in, as what was written about it makes no sense.
+    pub is_shut: bool,
+    /// Who answers in place of an endpoint.
+    pub pages: Option<Pages>,
+    pub answer_headers: Option<AnswerHeaders>,
+    pub rate: Option<Rate>,
+    /// For so long an endpoint that is new gets less than its share.
+    pub slow_start: Option<Duration>,
+    /// Endpoints hear who asks before the first byte.
+    pub announces: Option<ProxyProtocol>,
+    /// Requests without a trace get one; `None`: as the whole proxy does.
+    pub traces: Option<bool>,
+    /// A trace that a request brings is its own.
+    pub trusts_trace: bool,
 }
 
 impl Default for Policy {
@@ -103,6 +155,7 @@ impl Default for Policy {
                 on_timeout: true,
                 on_status: StatusSet::default(),
                 non_idempotent: false,
+                budget: Some(20),
             },
             balance: Balance::default(),
             protocol: BackendProtocol::default(),
@@ -113,6 +166,15 @@ impl Default for Policy {
             hash_by: None,
             limits: None,
             basic: None,
+            external: None,
+            is_shut: false,
+            pages: None,
+            answer_headers: None,
+            rate: None,
+            slow_start: None,
+            announces: None,
+            traces: None,
+            trusts_trace: true,
         }
     }
 }

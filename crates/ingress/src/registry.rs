@@ -1,5 +1,5 @@
 //! What routes refer to, handed out so that two that mean the same share it: upstreams with what is known of their endpoints,
-//! and counts that outlive a change of their route.
+//! counts that outlive a change of their route, and what was read from Secrets and ConfigMaps.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -9,16 +9,51 @@ use services::ServiceTable;
 
 use crate::basic::Users;
 use crate::counts::RouteCounts;
+use crate::headers::SetHeaders;
 use crate::route::RouteName;
 use crate::swap::Swap;
 use crate::translate::Register;
 use crate::upstream::{Upstream, UpstreamKey, Upstreams};
 
+/// What an object says at any time; `None` as long as it is not there or makes no sense.
+pub type Slot<T> = Arc<Swap<Option<Arc<T>>>>;
+
+/// The slots that any route holds, by object.
+struct Slots<T>(HashMap<Key, Weak<Swap<Option<Arc<T>>>>>);
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Slots(HashMap::new())
+    }
+}
+
+impl<T> Slots<T> {
+    fn get(&mut self, key: &Key) -> Slot<T> {
+        if let Some(held) = self.0.get(key).and_then(Weak::upgrade) {
+            return held;
+        }
+        let made = Slot::<T>::default();
+        self.0.insert(key.clone(), Arc::downgrade(&made));
+        made
+    }
+
+    fn set(&self, key: &Key, value: Option<Arc<T>>) {
+        if let Some(held) = self.0.get(key).and_then(Weak::upgrade) {
+            held.store(Arc::new(value));
+        }
+    }
+
+    fn tidy(&mut self) {
+        self.0.retain(|_, held| held.strong_count() > 0);
+    }
+}
+
 #[derive(Default)]
 pub struct Registry {
     upstreams: Upstreams,
     counts: HashMap<RouteName, Weak<RouteCounts>>,
-    users: HashMap<Key, Weak<Swap<Option<Arc<Users>>>>>,
+    users: Slots<Users>,
+    headers: Slots<SetHeaders>,
 }
 
 impl Registry {
@@ -34,11 +69,19 @@ impl Registry {
         self.upstreams.iter()
     }
 
+    /// Whether backends of the kind ExternalName lead anywhere, for those that are named from now on.
+    pub fn follow_names(&mut self, follows: bool) {
+        self.upstreams.follows_names = follows;
+    }
+
     /// Says who the users of a Secret are now, to the routes that ask for them.
     pub fn set_users(&mut self, secret: &Key, users: Option<Arc<Users>>) {
-        if let Some(held) = self.users.get(secret).and_then(Weak::upgrade) {
-            held.store(Arc::new(users));
-        }
+        self.users.set(secret, users);
+    }
+
+    /// Says which headers a ConfigMap holds now, to the routes that set them.
+    pub fn set_headers(&mut self, config_map: &Key, headers: Option<Arc<SetHeaders>>) {
+        self.headers.set(config_map, headers);
     }
 
     /// Forgets counts that nobody holds any more, when there are many beside those of `held` objects.
@@ -46,7 +89,8 @@ impl Registry {
         if self.counts.len() > 2 * held.max(512) {
             self.counts.retain(|_, held| held.strong_count() > 0);
         }
-        self.users.retain(|_, held| held.strong_count() > 0);
+        self.users.tidy();
+        self.headers.tidy();
     }
 }
 
@@ -70,12 +114,11 @@ impl Register for Registering<'_> {
         made
     }
 
-    fn users(&mut self, secret: &Key) -> Arc<Swap<Option<Arc<Users>>>> {
-        if let Some(held) = self.registry.users.get(secret).and_then(Weak::upgrade) {
-            return held;
-        }
-        let made = Arc::default();
-        self.registry.users.insert(secret.clone(), Arc::downgrade(&made));
-        made
+    fn users(&mut self, secret: &Key) -> Slot<Users> {
+        self.registry.users.get(secret)
+    }
+
+    fn headers(&mut self, config_map: &Key) -> Slot<SetHeaders> {
+        self.registry.headers.get(config_map)
     }
 }

@@ -1,12 +1,10 @@
 //! Requests that belong to one endpoint: by a cookie that names it, or by a key that all proxies compute alike.
 
 use std::hash::Hasher;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use http::HeaderName;
-
-use crate::route::{Ask, cookie};
+use crate::route::cookie;
 
 /// Which endpoint a request wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,49 +59,10 @@ impl Affinity {
     }
 }
 
-/// What of a request the endpoint depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HashBy {
-    Client,
-    /// Path and query.
-    Uri,
-    Host,
-    Header(HeaderName),
-    Cookie(Box<str>),
-    Argument(Box<str>),
-}
-
-impl HashBy {
-    /// Reads an nginx variable.
-    pub fn parse(text: &str) -> Option<Self> {
-        let name = text.strip_prefix('$')?;
-        let name = name.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')).unwrap_or(name);
-        Some(match name {
-            "remote_addr" | "binary_remote_addr" => HashBy::Client,
-            "request_uri" | "uri" => HashBy::Uri,
-            "host" | "http_host" => HashBy::Host,
-            _ => {
-                if let Some(header) = name.strip_prefix("http_") {
-                    HashBy::Header(HeaderName::from_bytes(header.replace('_', "-").as_bytes()).ok()?)
-                } else if let Some(cookie) = name.strip_prefix("cookie_") {
-                    HashBy::Cookie(cookie.into())
-                } else {
-                    HashBy::Argument(name.strip_prefix("arg_")?.into())
-                }
-            }
-        })
-    }
-
-    pub fn wish(&self, ask: &Ask<'_>, client: IpAddr) -> Wish {
-        let text = |text: &str| Wish::Key(number(text.as_bytes()));
-        match self {
-            HashBy::Client => text(&client.to_string()),
-            HashBy::Uri => text(&format!("{}?{}", ask.path, ask.query)),
-            HashBy::Host => text(ask.host),
-            HashBy::Header(name) => ask.headers.get(name).map_or(Wish::None, |v| Wish::Key(number(v.as_bytes()))),
-            HashBy::Cookie(name) => cookie(ask.headers, name).map_or(Wish::None, text),
-            HashBy::Argument(name) => crate::route::query_value(ask.query, name).map_or(Wish::None, text),
-        }
+impl Wish {
+    /// What a text leads to; none leads everywhere.
+    pub fn of(text: &str) -> Self {
+        if text.is_empty() { Wish::None } else { Wish::Key(number(text.as_bytes())) }
     }
 }
 

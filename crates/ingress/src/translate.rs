@@ -7,12 +7,16 @@ use api::object::Key;
 use http::StatusCode;
 use regex::RegexBuilder;
 
-use crate::annotations::Settings;
+use crate::annotations::{Door, Refers, Settings};
 use crate::basic::{Basic, Users};
+use crate::external::{External, Question, split_port};
+use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
+use crate::pages::Pages;
+use crate::policy::AnswerHeaders;
+use crate::registry::Slot;
 use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
-use crate::swap::Swap;
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
 
 /// What is wrong, for an event beside the Ingress.
@@ -22,12 +26,17 @@ pub struct Fault {
     pub message: String,
 }
 
+/// The annotation that names headers for who decides.
+pub const SET_HEADERS: &str = "auth-proxy-set-headers";
+
 /// Hands out what routes refer to.
 pub trait Register {
     fn upstream(&mut self, key: &UpstreamKey) -> Arc<Upstream>;
     fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
     /// The users of a Secret, as they are at any time.
-    fn users(&mut self, secret: &Key) -> Arc<Swap<Option<Arc<Users>>>>;
+    fn users(&mut self, secret: &Key) -> Slot<Users>;
+    /// The headers of a ConfigMap, as they are at any time.
+    fn headers(&mut self, config_map: &Key) -> Slot<SetHeaders>;
 }
 
 /// A certificate that an Ingress wants shown for a host.
@@ -46,18 +55,26 @@ pub struct Translated {
     pub certificates: Vec<WantedCertificate>,
     /// The Secret of who may come.
     pub users: Option<Arc<str>>,
+    /// ConfigMaps with headers, and the annotation that names each.
+    pub config_maps: BTreeSet<(Arc<str>, &'static str)>,
     pub faults: BTreeSet<Fault>,
 }
 
 /// Translates an Ingress. Rules that make no sense are left out and told of; the others count.
 pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
     let mut out = Translated::default();
-    let settings = Settings::read(&ingress.metadata.annotations, &mut out.faults);
+    let settings = Settings::read(&ingress.metadata, &mut out.faults);
     out.users =
         settings.basic.as_ref().map(|(secret, _)| Arc::from(&**secret)).filter(|name: &Arc<str>| !name.is_empty());
+    if let Some(Door::Asks(question)) = &settings.door {
+        let named = question.headers.iter().map(|name| (Arc::from(&**name), SET_HEADERS));
+        out.config_maps.extend(named);
+    }
+    out.config_maps.extend(settings.answers.headers.iter().map(|name| (Arc::from(&**name), "custom-headers")));
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
-    let mut writer = Writer { ingress, settings: &settings, register, faults: BTreeSet::new() };
+    let mut writer = Writer { ingress, settings: &settings, register, external: None, faults: BTreeSet::new() };
+    writer.external = writer.external();
     for (at, rule) in ingress.spec.rules.iter().enumerate() {
         let host = match HostPattern::of_ingress(&rule.host) {
             Ok(host) => host,
@@ -134,6 +151,8 @@ fn certificates(ingress: &Ingress, out: &mut Translated, tls_hosts: &mut BTreeSe
     }
 }
 
+/// Below this path nobody is asked who they are (RFC 8555 8.3).
+const ACME: &str = "/.well-known/acme-challenge";
 /// Bytes that one compiled pattern may take.
 const PATTERN_LIMIT: usize = 1 << 20;
 
@@ -141,6 +160,8 @@ struct Writer<'a> {
     ingress: &'a Ingress,
     settings: &'a Settings,
     register: &'a mut dyn Register,
+    /// Shared by all paths, with what was answered.
+    external: Option<Arc<External>>,
     faults: BTreeSet<Fault>,
 }
 
@@ -256,12 +277,44 @@ impl Writer<'_> {
             ("", number) => PortRef::Number(number),
             (name, _) => PortRef::Name(name.into()),
         };
+        let port = if self.settings.to_cluster_ip { PortRef::ClusterIp(Box::new(port)) } else { port };
         let key = UpstreamKey {
             namespace: self.ingress.metadata.namespace.as_str().into(),
             service: service.name.as_str().into(),
             port,
         };
         Some(Action::Forward(Backends::over(self.register.upstream(&key), self.settings.backend_tls.clone())))
+    }
+
+    fn pages(&mut self) -> Option<Pages> {
+        let (service, statuses) = self.settings.answers.pages.as_ref()?;
+        let namespace = self.ingress.metadata.namespace.as_str().into();
+        let key = UpstreamKey { namespace, service: (&**service).into(), port: PortRef::First };
+        Some(Pages { upstream: self.register.upstream(&key), statuses: *statuses })
+    }
+
+    fn doors(&mut self) -> Refers {
+        let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
+            let secret = self.own(secret);
+            Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
+        });
+        let is_shut = matches!(self.settings.door, Some(Door::Shut));
+        Refers { basic, external: self.external.clone(), is_shut, ..Refers::default() }
+    }
+
+    fn own(&self, name: &str) -> Key {
+        Key::new(self.ingress.metadata.namespace.clone(), name)
+    }
+
+    fn external(&mut self) -> Option<Arc<External>> {
+        let Some(Door::Asks(question)) = &self.settings.door else { return None };
+        // A Service is asked at its endpoints: a node need not know the cluster's names.
+        let authority = question.url.authority.constant();
+        let place = authority.and_then(|authority| split_port(authority, question.url.is_tls));
+        let key = place.and_then(|(host, port)| UpstreamKey::of_name(host, port));
+        let upstream = key.map(|key| self.register.upstream(&key));
+        let headers = question.headers.as_ref().map(|name| self.register.headers(&self.own(name)));
+        Some(Arc::new(External::new(Question::clone(question), upstream, headers)))
     }
 
     fn finish(&mut self, host: &HostPattern, text: &str, path: PathMatch, action: Action, is_tls: bool) -> Arc<Route> {
@@ -283,10 +336,11 @@ impl Writer<'_> {
             }),
             None => action,
         };
-        let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
-            let secret = Key::new(self.ingress.metadata.namespace.clone(), secret.to_string());
-            Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
-        });
+        // Whoever issues certificates asks for what it put there, and knows no password.
+        let mut refers = if text.starts_with(ACME) { Refers::default() } else { self.doors() };
+        refers.pages = self.pages();
+        let headers = self.settings.answers.headers.as_ref();
+        refers.answer_headers = headers.map(|name| AnswerHeaders(self.register.headers(&self.own(name))));
         Arc::new(Route {
             counts: self.register.counts(&name),
             name,
@@ -294,7 +348,7 @@ impl Writer<'_> {
             matches: Matches::default(),
             action,
             filters: self.settings.filters.clone(),
-            policy: self.settings.policy(is_tls, basic),
+            policy: self.settings.policy(is_tls, refers),
             canary: self.settings.canary.clone(),
         })
     }

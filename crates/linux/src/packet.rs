@@ -8,6 +8,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::link::Mac;
 
+mod tap;
+
+pub use tap::{Seen, Tap};
+
 /// What a socket hears and says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {

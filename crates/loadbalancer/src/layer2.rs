@@ -34,6 +34,8 @@ const TABLE: &str = "fairlead-layer2";
 const RIGHT: &str = "right";
 /// On all that the announcer sends, and on nothing else: `LB2`.
 const MARK: u32 = 0x004c_4232;
+/// A right that took the kernel longer than this to get is given back: the next heartbeat asks for another.
+const LATE: Duration = Duration::from_millis(50);
 /// Another host that says it has our address is contradicted so often at most.
 const DEFENCE: Duration = Duration::from_secs(1);
 
@@ -385,15 +387,22 @@ impl Worker {
     }
 
     fn renew(&mut self, until: Duration) {
-        let left = until.saturating_sub(self.now());
+        let begun = self.now();
         let mut transaction = Transaction::new(Family::Netdev, TABLE);
         transaction.push(Op::FlushSet(RIGHT.into()));
-        let milliseconds = left.as_millis() as u64;
+        let milliseconds = until.saturating_sub(begun).as_millis() as u64;
         if milliseconds > 0 {
             let key = Key::new([Datum::Mark(MARK)]);
             transaction.push(Op::AddFor { set: RIGHT.into(), key, milliseconds });
         }
         match self.nft.commit(&transaction) {
+            // The kernel counts from when it got it: of what came late it would let us speak too long.
+            Ok(()) if self.now() > begun + LATE => {
+                self.right = Duration::ZERO;
+                if milliseconds > 0 {
+                    self.renew(until.min(begun));
+                }
+            }
             Ok(()) => self.right = until,
             // Without it the kernel drops what we say: silence is safe, and the next heartbeat tries again.
             Err(error) => warn!(%error, "the right to announce is not renewed"),

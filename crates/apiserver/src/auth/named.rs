@@ -30,7 +30,8 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
                 || any(&kinds::LISTENER_SETS, "", &|one| refers(one, "/spec/listeners", namespace, name))
         }
         "configmaps" => {
-            any(&kinds::GATEWAYS, "", &|one| authorities(one, namespace, name))
+            any(&kinds::INGRESSES, namespace, &|one| annotated(one, &HEADERS, name))
+                || any(&kinds::GATEWAYS, "", &|one| authorities(one, namespace, name))
                 || any(&kinds::BACKEND_TLS_POLICIES, namespace, &|one| {
                     list(one, "/spec/validation/caCertificateRefs").any(|one| is(one, name))
                 })
@@ -41,14 +42,29 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
     (!known).then(|| "no Ingress, Gateway or BGPPeer names this object".to_owned())
 }
 
-/// Annotations whose value is a Secret's name.
-const NAMING: [&str; 2] = ["nginx.ingress.kubernetes.io/auth-secret", "ingress.fairlead.io/auth-secret"];
+/// What annotations of Ingresses begin with.
+const PREFIXES: [&str; 2] = ["nginx.ingress.kubernetes.io/", "ingress.fairlead.io/"];
+/// Those whose value is a Secret's name.
+const SECRETS: [&str; 1] = ["auth-secret"];
+/// Those whose value is a ConfigMap's.
+const HEADERS: [&str; 2] = ["auth-proxy-set-headers", "custom-headers"];
+
+/// One of these annotations names an object of the Ingress's namespace, which may stand in front.
+fn annotated(ingress: &Value, keys: &[&str], name: &str) -> bool {
+    let Some(annotations) = ingress.pointer("/metadata/annotations").and_then(Value::as_object) else { return false };
+    let own = ingress.pointer("/metadata/namespace").and_then(Value::as_str).unwrap_or_default();
+    let is_named = |text: &str| match text.trim().split_once('/') {
+        Some((namespace, held)) => namespace == own && held == name,
+        None => text.trim() == name,
+    };
+    let is_asked =
+        |key: &str| PREFIXES.iter().any(|prefix| key.strip_prefix(prefix).is_some_and(|key| keys.contains(&key)));
+    !name.is_empty() && annotations.iter().any(|(key, value)| is_asked(key) && value.as_str().is_some_and(is_named))
+}
 
 fn ingress_names(ingress: &Value, secret: &str) -> bool {
-    let annotations = ingress.pointer("/metadata/annotations");
-    let annotated = |key: &&str| annotations.and_then(|all| all.get(*key)).and_then(Value::as_str);
-    let named = NAMING.iter().filter_map(annotated).map(str::trim).any(|name| !name.is_empty() && name == secret);
-    named || list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
+    annotated(ingress, &SECRETS, secret)
+        || list(ingress, "/spec/tls").any(|one| one.get("secretName").and_then(Value::as_str) == Some(secret))
 }
 
 fn list<'a>(object: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> {
@@ -101,6 +117,9 @@ mod tests {
         assert!(ingress_names(&ingress, "shop"));
         let doors = json!({"metadata": {"annotations": {"nginx.ingress.kubernetes.io/auth-secret": " who", "x/auth-secret": "other"}}});
         assert!(ingress_names(&doors, "who") && !ingress_names(&doors, "other") && !ingress_names(&doors, ""));
+        let far = |value: &str| json!({"metadata": {"namespace": "shop", "annotations": {"ingress.fairlead.io/auth-proxy-set-headers": value}}});
+        assert!(annotated(&far("shop/more"), &HEADERS, "more") && annotated(&far("more"), &HEADERS, "more"));
+        assert!(!annotated(&far("other/more"), &HEADERS, "more") && !annotated(&far("more"), &SECRETS, "more"));
         assert!(!ingress_names(&ingress, "sho") && !ingress_names(&ingress, "") && !ingress_names(&json!({}), "shop"));
     }
 

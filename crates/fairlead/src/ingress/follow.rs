@@ -3,9 +3,11 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use api::kinds::{INGRESS_CLASSES, INGRESSES, SECRETS, SERVICES};
+use api::kinds::{CONFIG_MAPS, INGRESS_CLASSES, INGRESSES, SECRETS, SERVICES};
 use api::object::Key;
-use ingress::{Certificates, Compiler, Ingress, IngressClass, LoadBalancerIngress, RouteTable, SecretState, Swap};
+use ingress::{
+    Certificates, Compiler, HeadersState, Ingress, IngressClass, LoadBalancerIngress, RouteTable, SecretState, Swap,
+};
 use reconcile::{Change, Scope, ServiceFeed};
 use serde::Deserialize;
 use services::Changes;
@@ -80,6 +82,8 @@ impl Follower {
             reconcile::watch(&self.client, &INGRESS_CLASSES, Scope::all());
         let (mut secrets, mut secret_states) =
             Followed::new(self.client.clone(), SECRETS, SecretState::of, token.clone());
+        let (mut config_maps, mut header_states) =
+            Followed::new(self.client.clone(), CONFIG_MAPS, HeadersState::of, token.clone());
         let mut published = publish.as_ref().map(|key| {
             let field_selector = format!("metadata.name={}", key.name);
             let scope = Scope { namespace: key.namespace.clone(), field_selector, ..Scope::default() };
@@ -123,6 +127,7 @@ impl Follower {
                     Err(broadcast::error::RecvError::Closed) => return,
                 },
                 Some((key, state)) = secret_states.recv() => self.compiler.set_secret(&key, state),
+                Some((key, state)) = header_states.recv() => self.compiler.set_config_map(&key, state),
                 change = service => match change {
                     Some(Change::Reset(mut all)) => addresses = Some(all.pop().map(balanced).unwrap_or_default()),
                     Some(Change::Apply(one)) => addresses = Some(balanced(one)),
@@ -139,6 +144,9 @@ impl Follower {
             }
             if let Some(wanted) = self.compiler.new_secrets() {
                 secrets.follow(&wanted);
+            }
+            if let Some(wanted) = self.compiler.new_config_maps() {
+                config_maps.follow(&wanted);
             }
             if complete.is_none() {
                 self.publish();

@@ -17,6 +17,7 @@ mod play;
 mod registry;
 mod rolling;
 mod script;
+mod split;
 mod standalone;
 mod uplink;
 mod variants;

@@ -1,17 +1,27 @@
 //! Annotations of an Ingress: those of ingress-nginx with its meaning, and our own. A key that is not supported is told of.
 
+mod answers;
+mod external;
+mod ours;
 mod read;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use api::object::Metadata;
 use http::StatusCode;
 
 use crate::basic::Basic;
+use crate::external::External;
 use crate::gateway::BackendTls;
-use crate::policy::Policy;
+
+use crate::pages::Pages;
+use crate::policy::{AnswerHeaders, Policy};
 use crate::route::{Canary, Filter};
 use crate::translate::Fault;
+
+pub use answers::Answers;
+pub use external::Door;
 
 /// What ingress-nginx's keys begin with.
 pub const NGINX: &str = "nginx.ingress.kubernetes.io/";
@@ -35,6 +45,11 @@ pub struct Settings {
     pub redirect: Option<(StatusCode, Box<str>)>,
     /// The Secret of who may come, and the realm that they are told.
     pub basic: Option<(Box<str>, Box<str>)>,
+    /// Who says which requests may come.
+    pub door: Option<Door>,
+    pub answers: Answers,
+    /// Requests go to the address of the Service itself.
+    pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.
     pub backend_tls: Option<Arc<BackendTls>>,
     policy: Policy,
@@ -43,13 +58,28 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>) -> Self {
-        read::read(annotations, faults)
+    pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Self {
+        read::read(metadata, faults)
     }
 
     /// The policy of a path of a host that has TLS, or has not.
-    pub fn policy(&self, is_tls: bool, basic: Option<Arc<Basic>>) -> Arc<Policy> {
-        let policy = Policy { https_only: self.https_only.unwrap_or(is_tls), basic, ..self.policy.clone() };
+    pub fn policy(&self, is_tls: bool, refers: Refers) -> Arc<Policy> {
+        let Refers { basic, external, is_shut, pages, answer_headers } = refers;
+        let https_only = self.https_only.unwrap_or(is_tls);
+        let rate = self.answers.rate;
+        let policy =
+            Policy { https_only, basic, external, is_shut, pages, answer_headers, rate, ..self.policy.clone() };
         if policy == *Policy::shared() { Policy::shared() } else { Arc::new(policy) }
     }
+}
+
+/// What the policy of a path refers to.
+#[derive(Default)]
+pub struct Refers {
+    pub basic: Option<Arc<Basic>>,
+    pub external: Option<Arc<External>>,
+    /// Nobody is.
+    pub is_shut: bool,
+    pub pages: Option<Pages>,
+    pub answer_headers: Option<AnswerHeaders>,
 }

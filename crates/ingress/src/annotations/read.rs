@@ -1,24 +1,27 @@
 //! Reads each known annotation, once.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::object::Metadata;
 use http::{HeaderName, HeaderValue, StatusCode};
 use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{NGINX, OURS, Settings};
+use super::{NGINX, OURS, Settings, answers, external, ours};
 use crate::cors::Cors;
 use crate::crypto;
 use crate::gateway::BackendTls;
 use crate::limits::RateLimits;
+
 use crate::policy::{BackendProtocol, Balance};
 use crate::rewrites::{CookieChanges, Replacement};
 use crate::route::{Canary, Filter, HeaderChanges, PathRewrite, ValueMatch};
-use crate::sticky::{Affinity, HashBy};
+use crate::sticky::Affinity;
 use crate::translate::Fault;
+use crate::variables::Template;
 
 /// Keys and what each does to the settings. An error says what is wrong with the value.
 type Reader = fn(&mut Draft, &str) -> Result<(), String>;
@@ -57,6 +60,7 @@ const READERS: &[(&str, Reader)] = &[
         }
         _ => Err("is neither on nor off".to_owned()),
     }),
+    ("service-upstream", |draft, text| flag(text).map(|on| draft.settings.to_cluster_ip = on)),
     ("load-balance", load_balance),
     ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
     ("allowlist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
@@ -127,8 +131,12 @@ const READERS: &[(&str, Reader)] = &[
     }),
     ("session-cookie-secure", |draft, text| flag(text).map(|on| draft.affinity.secure = Some(on))),
     ("upstream-hash-by", |draft, text| {
-        let by =
-            HashBy::parse(text).ok_or("is not supported; write one variable, such as $remote_addr or $http_x_user")?;
+        let by = Template::parse(text)?;
+        if by.constant().is_some() {
+            return Err(
+                "is the same for all requests; write variables, such as $remote_addr or $http_x_user".to_owned()
+            );
+        }
         draft.settings.policy.hash_by = Some(by);
         Ok(())
     }),
@@ -144,12 +152,8 @@ const READERS: &[(&str, Reader)] = &[
         }
         _ => Err("is not supported; write basic".to_owned()),
     }),
-    ("auth-secret", |draft, text| match api::names::dns_subdomain(text).is_empty() {
-        true => {
-            draft.auth_secret = Some(text.into());
-            Ok(())
-        }
-        false => Err("is no Secret's name; write one of the Ingress's own namespace".to_owned()),
+    ("auth-secret", |draft, text| {
+        own_name(text, &draft.namespace, "Secret").map(|name| draft.auth_secret = Some(name))
     }),
     // What there is in the Secret says it.
     ("auth-secret-type", |_, text| match text {
@@ -189,7 +193,11 @@ const READERS: &[(&str, Reader)] = &[
 /// Settings before keys that belong together are put together.
 #[derive(Default)]
 pub struct Draft {
+    /// The Ingress's.
+    namespace: String,
     pub settings: Settings,
+    external: external::Draft,
+    answers: answers::Draft,
     ssl_redirect: Option<bool>,
     force_ssl_redirect: bool,
     permanent: Option<Box<str>>,
@@ -217,24 +225,41 @@ pub struct Draft {
     canary_pattern: Option<ValueMatch>,
 }
 
-pub fn read(annotations: &BTreeMap<String, String>, faults: &mut BTreeSet<Fault>) -> Settings {
-    let mut draft = Draft::default();
+pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
+    let mut draft = Draft { namespace: metadata.namespace.clone(), ..Draft::default() };
     draft.canary.total = 100;
     draft.limits.burst = 5;
-    for (key, value) in annotations {
+    for (key, value) in &metadata.annotations {
         let Some(short) = key.strip_prefix(NGINX).or_else(|| key.strip_prefix(OURS)) else { continue };
-        let Some((_, reader)) = READERS.iter().find(|(known, _)| *known == short) else {
+        let value = value.trim();
+        let read = match READERS.iter().find(|(known, _)| *known == short) {
+            Some((_, reader)) => Some(reader(&mut draft, value)),
+            None => {
+                let door = draft.external.read(short, &draft.namespace, value);
+                let door = door.or_else(|| draft.answers.read(short, &draft.namespace, value));
+                door.or_else(|| ours::read(&mut draft.settings.policy, short, value))
+            }
+        };
+        let Some(read) = read else {
             let message = format!("annotation {key} is not supported; it changes nothing");
             faults.insert(Fault { reason: "AnnotationNotSupported", message });
             continue;
         };
-        if let Err(problem) = reader(&mut draft, value.trim()) {
+        if let Err(problem) = read {
             let message = format!("annotation {key} is {value:?}, which {problem}; it changes nothing");
             faults.insert(Fault { reason: "AnnotationNotValid", message });
         }
     }
     if draft.has_basic != draft.auth_secret.is_some() {
         let message = "annotation auth-type basic and annotation auth-secret stand together; requests are refused until both are there";
+        faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
+    }
+    if draft.answers.lacks_backend() {
+        let message = "annotation custom-http-errors without default-backend changes nothing; name the Service that has the pages";
+        faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
+    }
+    if draft.external.lacks_url() {
+        let message = "annotations auth-… without auth-url change nothing; nobody would be asked";
         faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
     }
     finish(draft)
@@ -265,6 +290,8 @@ fn finish(draft: Draft) -> Settings {
     if draft.has_basic || draft.auth_secret.is_some() {
         settings.basic = Some((draft.auth_secret.unwrap_or_default(), draft.realm));
     }
+    settings.door = draft.external.finish();
+    settings.answers = draft.answers.finish();
     if draft.has_affinity {
         settings.policy.affinity = Some(Arc::new(draft.affinity));
     }
@@ -283,7 +310,7 @@ fn finish(draft: Draft) -> Settings {
     settings
 }
 
-fn header(text: &str) -> Result<HeaderValue, String> {
+pub fn header(text: &str) -> Result<HeaderValue, String> {
     HeaderValue::from_str(text).map_err(|_| "cannot stand in a header".to_owned())
 }
 
@@ -315,6 +342,19 @@ fn only_off(_: &mut Draft, text: &str) -> Result<(), String> {
     }
 }
 
+/// The name of an object of the Ingress's own namespace, which may stand in front.
+pub fn own_name(text: &str, namespace: &str, kind: &str) -> Result<Box<str>, String> {
+    let name = match text.split_once('/') {
+        Some((of, name)) if of == namespace => name,
+        Some(_) => return Err(format!("is of another namespace; write a {kind} of the Ingress's own")),
+        None => text,
+    };
+    match api::names::dns_subdomain(name).is_empty() {
+        true => Ok(name.into()),
+        false => Err(format!("is no {kind}'s name; write one of the Ingress's own namespace")),
+    }
+}
+
 fn server_alias(draft: &mut Draft, text: &str) -> Result<(), String> {
     for alias in text.split(',').map(str::trim).filter(|alias| !alias.is_empty()) {
         if alias.starts_with('~') {
@@ -325,7 +365,7 @@ fn server_alias(draft: &mut Draft, text: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn flag(text: &str) -> Result<bool, String> {
+pub fn flag(text: &str) -> Result<bool, String> {
     match text {
         "true" | "True" | "TRUE" | "1" | "t" | "T" => Ok(true),
         "false" | "False" | "FALSE" | "0" | "f" | "F" => Ok(false),
@@ -333,12 +373,12 @@ fn flag(text: &str) -> Result<bool, String> {
     }
 }
 
-fn number(text: &str) -> Result<u32, String> {
+pub fn number(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "is no number".to_owned())
 }
 
 /// Seconds, as nginx has them in annotations; `s`, `ms` and `m` may follow.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub fn seconds(text: &str) -> Result<Duration, String> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let count: u64 = digits.parse().map_err(|_| "is no time; write seconds".to_owned())?;
     match unit {

@@ -116,7 +116,7 @@ async fn open(worker: &Worker, route: &StreamRoute, started: Instant) -> Option<
     let backend = route.backends.pick(worker.random() as u32).filter(|one| one.instead.is_none())?;
     let targets = backend.upstream.targets();
     let (now, balance) = (worker.milliseconds(), Balance::default());
-    let endpoint = pick(&backend.upstream, &targets.endpoints, balance, &[], Wish::None, now, worker.random())?;
+    let endpoint = pick(&backend.upstream.turn, &targets.endpoints, balance, &[], Wish::None, now, worker.random())?;
     let any = match endpoint.address {
         SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),

@@ -9,20 +9,23 @@ use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout};
 
+use super::announce::Announcement;
 use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
 use super::balance::Active;
 use super::body::{Answered, RequestBody, ResponseBody};
+use super::facts::facts;
 use super::handle::{Arrival, answer, location, redirect, rewritten};
 use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
 use super::mirror::{self, is_drawn};
+use super::pages;
 use super::pool::Peer;
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Ask, Filter, Instead, Mirror, Route, WeightedBackend};
+use crate::route::{Action, Filter, Instead, Mirror, Route, WeightedBackend};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
 
@@ -31,7 +34,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Old names of the same, which a client must not be able to say instead.
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
@@ -50,6 +53,12 @@ pub struct Finish {
 }
 
 impl Finish {
+    /// Of an answer that no line of the log is about.
+    pub fn unlogged(worker: Arc<Worker>, route: Arc<Route>, active: Active, peer: Peer) -> Self {
+        let started = Instant::now();
+        Finish { worker, route, active: Some(active), peer, line: None, _under_way: None, started, bytes: 0 }
+    }
+
     pub fn sent(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
@@ -147,7 +156,7 @@ pub async fn forward(
                 started,
                 bytes: 0,
             };
-            Response::from_parts(parts, ResponseBody::endpoint(body, patience, finish))
+            Response::from_parts(parts, ResponseBody::endpoint(body, patience, route.policy.rate, finish))
         }
     }
 }
@@ -159,14 +168,7 @@ fn wish(client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> Wish
         return affinity.wish(request.headers());
     }
     let Some(by) = &policy.hash_by else { return Wish::None };
-    let ask = Ask {
-        host: hygiene::host(request).unwrap_or_default(),
-        path: request.uri().path(),
-        query: request.uri().query().unwrap_or_default(),
-        method: request.method(),
-        headers: request.headers(),
-    };
-    by.wish(&ask, client.peer.ip())
+    Wish::of(&by.fill(&facts(client, request)))
 }
 
 const NOWHERE: &str = "this route leads to a backend that it may not or cannot use\n";
@@ -185,8 +187,17 @@ async fn attempt(
     if let Some(Instead::Refusal(status)) = backend.instead {
         return Err((status, NOWHERE));
     }
-    let targets = backend.upstream.targets();
+    let (mut upstream, mut targets) = (&backend.upstream, backend.upstream.targets());
     let protocol = protocol_of(&targets, policy);
+    if let Some((name, port)) = &targets.name {
+        targets = Box::pin(worker.shared.names.find(name, *port)).await;
+    }
+    // Without an endpoint whoever gives pages gets the request itself.
+    let stand_in = policy.pages.as_ref().filter(|_| targets.endpoints.is_empty());
+    if let Some(pages) = stand_in {
+        (upstream, targets) = (&pages.upstream, pages.upstream.targets());
+    }
+    let protocol = if stand_in.is_some() { protocol_of(&targets, &Policy::shared()) } else { protocol };
     let upgrade = match protocol {
         BackendProtocol::Http1 => hygiene::upgrade_of(request.headers(), request.version()),
         BackendProtocol::H2c => None,
@@ -196,7 +207,14 @@ async fn attempt(
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
     let patience = worker.shared.config.limits.body_timeout;
     let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
+    let original = stand_in.map(|_| pages::original(&head.uri));
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
+    if let Some(original) = original {
+        pages::explain(&mut head.headers, StatusCode::SERVICE_UNAVAILABLE, route, original);
+    }
+    if let Some(granted) = &arrival.granted {
+        granted.set_headers(&mut head.headers);
+    }
     for filter in backend.filters.iter() {
         apply(filter, route, arrival, &mut head);
     }
@@ -216,13 +234,15 @@ async fn attempt(
     if protocol == BackendProtocol::H2c {
         head.make_http2()?;
     }
-    let tls = backend.tls.clone();
+    let tls = backend.tls.clone().filter(|_| stand_in.is_none());
+    let announce = policy.announces.map(|version| Announcement { version, client: client.peer, local: client.local });
     let attempts = Attempts {
+        announce,
         worker,
         policy,
         tls,
         identity,
-        upstream: &backend.upstream,
+        turn: &upstream.turn,
         targets: &targets,
         protocol,
         trouble,
@@ -331,7 +351,7 @@ fn apply(filter: &Filter, route: &Route, arrival: &Arrival, head: &mut Head) {
 }
 
 /// Says who asked and how. What somebody says who is not trusted is replaced.
-fn forwarded(client: &Client, headers: &mut HeaderMap) {
+pub fn forwarded(client: &Client, headers: &mut HeaderMap) {
     let scheme = HeaderValue::from_static(if client.is_tls { "https" } else { "http" });
     if client.is_trusted {
         let chain = headers.get(X_FORWARDED_FOR).and_then(|held| held.to_str().ok());
@@ -358,7 +378,7 @@ fn forwarded(client: &Client, headers: &mut HeaderMap) {
     }
 }
 
-fn request_id(worker: &Worker) -> HeaderValue {
+pub fn request_id(worker: &Worker) -> HeaderValue {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let number = u128::from(worker.random()) << 64 | u128::from(worker.random());
     let text: [u8; 32] = std::array::from_fn(|at| DIGITS[(number >> (4 * at)) as usize & 15]);

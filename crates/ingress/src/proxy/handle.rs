@@ -12,10 +12,15 @@ use tokio::time::Instant;
 
 use super::body::ResponseBody;
 use super::entrance::NoRoute;
+use super::external::{Admission, Granted, ask};
+use super::facts::is_secure;
 use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
+use super::pages::{Asked, page};
+use super::trace;
 use super::worker::{Client, Worker};
+use crate::basic::Basic;
 use crate::limits::{TooMany, UnderWay};
 use crate::route::{Action, Ask, Filter, PathRewrite, Redirect, Route};
 
@@ -27,16 +32,18 @@ pub struct Arrival {
     pub path: Option<String>,
     /// Counts it at its client's limits.
     pub under_way: Option<UnderWay>,
+    /// What whoever let it in said.
+    pub granted: Option<Arc<Granted>>,
 }
 
 /// Answers a request. Whatever goes wrong is an answer, too.
 pub async fn handle(
     worker: Arc<Worker>,
     client: Arc<Client>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
-    let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
+    let mut line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
     let mut arrival = match route(&worker, &client, &request, started) {
         Ok(arrival) => arrival,
         Err(rejected) => {
@@ -49,11 +56,17 @@ pub async fn handle(
             return Ok(response);
         }
     };
+    let trace = trace::begin(&worker, &arrival.route.policy, &mut request);
+    if let (Some(line), Some(trace)) = (&mut line, trace) {
+        line.trace = Some(trace);
+    }
     let decided = match decide(&worker, &client, &mut arrival, &request) {
-        None => admit(&arrival, &request).await,
+        None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,
     };
-    let response = match decided {
+    let granted = arrival.granted.clone();
+    let after = After::of(&worker, &arrival.route, &mut request).map(|after| (after, worker.clone(), client.clone()));
+    let mut response = match decided {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
             worker.tell(line, &response, Some(&arrival.route), started);
@@ -61,7 +74,49 @@ pub async fn handle(
         }
         None => forward(worker, client, arrival, request, line).await,
     };
-    Ok(response)
+    if let Some(granted) = granted {
+        granted.set_cookies(&mut response);
+    }
+    match after {
+        // Rarely there, and large: in a box it costs the others nothing.
+        Some((after, worker, client)) => Ok(Box::pin(after.finish(&worker, &client, response)).await),
+        None => Ok(response),
+    }
+}
+
+/// What may still become of an answer, whoever gave it.
+struct After {
+    route: Arc<Route>,
+    asked: Option<Asked>,
+}
+
+impl After {
+    /// `None`: nothing does.
+    fn of<B>(worker: &Worker, route: &Arc<Route>, request: &mut Request<B>) -> Option<Self> {
+        let policy = &route.policy;
+        let has_pages = policy.pages.as_ref().is_some_and(|pages| !pages.statuses.is_empty());
+        let asked = has_pages.then(|| Asked::of(worker, request));
+        (has_pages || policy.answer_headers.is_some()).then(|| After { route: route.clone(), asked })
+    }
+
+    async fn finish(
+        self,
+        worker: &Arc<Worker>,
+        client: &Client,
+        mut response: Response<ResponseBody>,
+    ) -> Response<ResponseBody> {
+        let (policy, status) = (&self.route.policy, response.status());
+        let is_replaced = policy.pages.as_ref().is_some_and(|pages| pages.statuses.contains(status.as_u16()));
+        if let Some(asked) = self.asked.filter(|_| is_replaced)
+            && let Some(page) = page(worker, client, &self.route, asked, status).await
+        {
+            response = page;
+        }
+        if let Some(headers) = policy.answer_headers.as_ref().and_then(|held| Option::clone(&held.0.load())) {
+            headers.set(response.headers_mut());
+        }
+        response
+    }
 }
 
 /// A request that no route gets.
@@ -104,7 +159,7 @@ fn route(worker: &Worker, client: &Client, request: &Request<Incoming>, started:
         Cow::Owned(path) => Some(path),
         Cow::Borrowed(_) => None,
     };
-    Ok(Arrival { started, route, path, under_way: None })
+    Ok(Arrival { started, route, path, under_way: None, granted: None })
 }
 
 /// An answer that needs no endpoint.
@@ -161,9 +216,34 @@ fn decide(
     None
 }
 
+/// The answer for who is not let in.
+async fn admit(
+    worker: &Arc<Worker>,
+    client: &Client,
+    arrival: &mut Arrival,
+    request: &mut Request<Incoming>,
+) -> Option<Response<ResponseBody>> {
+    let policy = arrival.route.policy.clone();
+    if policy.is_shut {
+        return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
+    }
+    if let Some(basic) = &policy.basic
+        && let Some(response) = knows(basic, request).await
+    {
+        return Some(response);
+    }
+    // Rarely there, and large: in a box it costs the others nothing.
+    match Box::pin(ask(worker, client, arrival, policy.external.as_ref()?, request)).await {
+        Admission::In(granted) => {
+            arrival.granted = Some(granted);
+            None
+        }
+        Admission::Out(response) => Some(*response),
+    }
+}
+
 /// The answer for who has not said who it is.
-async fn admit(arrival: &Arrival, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
-    let basic = arrival.route.policy.basic.clone()?;
+async fn knows(basic: &Basic, request: &Request<Incoming>) -> Option<Response<ResponseBody>> {
     let Some(users) = Option::clone(&basic.users.load()) else {
         return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
     };
@@ -178,11 +258,6 @@ async fn admit(arrival: &Arrival, request: &Request<Incoming>) -> Option<Respons
 /// In lower case, without its port, as it was when the route was found.
 fn host_of(request: &Request<Incoming>) -> String {
     hygiene::host(request).map(str::to_ascii_lowercase).unwrap_or_default()
-}
-
-fn is_secure(client: &Client, request: &Request<Incoming>) -> bool {
-    let told = || request.headers().get("x-forwarded-proto").is_some_and(|value| value == "https");
-    client.is_tls || (client.is_trusted && told())
 }
 
 pub fn location(wanted: &Redirect, client: &Client, arrival: &Arrival, request: &Request<Incoming>) -> String {

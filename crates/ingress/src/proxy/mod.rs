@@ -1,5 +1,6 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod announce;
 mod announced;
 mod attempt;
 mod balance;
@@ -7,6 +8,8 @@ mod body;
 mod config;
 mod datagrams;
 mod entrance;
+mod external;
+mod facts;
 mod forward;
 mod handle;
 mod http1;
@@ -15,10 +18,14 @@ mod io;
 mod log;
 mod metrics;
 mod mirror;
+mod names;
+mod pace;
+mod pages;
 mod pool;
 mod shared;
 mod status;
 mod stream;
+mod trace;
 mod upgrade;
 mod worker;
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::ProxyConfig;
 use super::entrance::OpenPorts;
+use super::names::Names;
 use crate::certificates::{Certificates, Resolver};
 use crate::error::IngressError;
 use crate::swap::Swap;
@@ -31,6 +32,8 @@ pub struct Shared {
     pub unrouted: AtomicU64,
     /// Requests that two readers could read differently, or that ask for what is not served.
     pub refused: AtomicU64,
+    /// Names outside the cluster.
+    pub names: Names,
     pub ready: AtomicBool,
     /// Cancelled when the proxy is to end.
     pub token: CancellationToken,
@@ -54,6 +57,7 @@ impl Shared {
             handshakes_failed: AtomicU64::new(0),
             unrouted: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            names: Names::default(),
             ready: AtomicBool::new(false),
             token,
         })

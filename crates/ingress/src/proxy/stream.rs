@@ -36,7 +36,8 @@ where
     loop {
         let now = worker.milliseconds();
         let balance = Balance::default();
-        let chosen = pick(&backend.upstream, &targets.endpoints, balance, &tried, Wish::None, now, worker.random());
+        let chosen =
+            pick(&backend.upstream.turn, &targets.endpoints, balance, &tried, Wish::None, now, worker.random());
         let Some(endpoint) = chosen else { return };
         let active = Active::new(endpoint.clone());
         match connect(endpoint.address, CONNECT_TIMEOUT).await {

@@ -46,6 +46,8 @@ pub struct Worker {
 /// What the requests of one client connection share.
 pub struct Client {
     pub peer: SocketAddr,
+    /// Where it came to.
+    pub local: SocketAddr,
     /// The peer's address as a header's value.
     pub address: HeaderValue,
     pub local_port: HeaderValue,
@@ -122,6 +124,8 @@ pub fn run(
         ticker.await.ok();
         worker.log().flush();
     });
+    // A name that is still being asked for holds up nobody.
+    runtime.shutdown_background();
     Ok(())
 }
 
@@ -319,6 +323,7 @@ async fn serve(
     let gateway_port = table.as_ref().map(|table| table.number);
     let client = Client {
         peer: SocketAddr::new(ip, peer.port()),
+        local,
         address: text(ip.to_string()),
         local_port: text(gateway_port.unwrap_or(local.port()).to_string()),
         entrance,

@@ -1,6 +1,8 @@
 //! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
 
+mod answers;
 mod doors;
+mod external;
 mod floods;
 mod gateway;
 mod ports;
@@ -8,4 +10,5 @@ mod proxy;
 mod rollouts;
 mod routes;
 mod rows;
+mod ways;
 mod world;

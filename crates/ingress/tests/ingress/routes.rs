@@ -2,7 +2,8 @@
 //!
 //! A case is a title (`# …`), its objects one a line (`KIND NAMESPACE/NAME {spec}`, with ` | {metadata}` behind where that
 //! matters), questions with their answers (`GET http://host/path [name: value, …] -> answer`), and what is wrong
-//! (`NAMESPACE/NAME REASON`). `tls NAME` asks for a certificate. The first case's objects stand for all others, too.
+//! (`NAMESPACE/NAME REASON`). A Secret has a word for what is in it, a ConfigMap its data. `tls NAME` asks for a certificate.
+//! The first case's objects stand for all others, too.
 
 use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
@@ -12,7 +13,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use ingress::{
-    Action, Ask, CONTROLLER, Certificates, Compiler, Filter, Instead, Policy, Route, RouteTable, SecretState, fallback,
+    Action, Ask, CONTROLLER, Certificates, Compiler, External, Filter, HeadersState, Instead, Policy, Route,
+    RouteTable, SecretState, SetHeaders, Slot, fallback,
 };
 use serde_json::{Value, json};
 use services::ServiceTable;
@@ -25,6 +27,9 @@ pub const FILES: &[(&str, &str)] = &[
     ("tls.txt", include_str!("cases/tls.txt")),
     ("nginx.txt", include_str!("cases/nginx.txt")),
     ("annotations.txt", include_str!("cases/annotations.txt")),
+    ("answers.txt", include_str!("cases/answers.txt")),
+    ("external.txt", include_str!("cases/external.txt")),
+    ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),
 ];
 
@@ -124,11 +129,17 @@ pub fn secret(names: &str) -> (SecretState, Vec<u8>) {
 fn world(lines: &[&String]) -> World {
     let mut table = ServiceTable::new();
     let mut secrets: HashMap<String, (SecretState, Vec<u8>)> = HashMap::new();
+    let mut config_maps: HashMap<String, HashMap<String, String>> = HashMap::new();
     let mut rest = Vec::new();
     for line in lines {
         if let Some(named) = line.strip_prefix("Secret ") {
             let (name, what) = named.split_once(' ').expect("a Secret and what is in it");
             secrets.insert(name.to_owned(), secret(what));
+            continue;
+        }
+        if let Some(named) = line.strip_prefix("ConfigMap ") {
+            let (name, data) = named.split_once(' ').expect("a ConfigMap and its data");
+            config_maps.insert(name.to_owned(), serde_saphyr::from_str(data).expect("names and values"));
             continue;
         }
         let mut object = object(line);
@@ -152,6 +163,10 @@ fn world(lines: &[&String]) -> World {
             "Ingress" => compiler.set_ingress(serde_json::from_value(object).expect("an Ingress")),
             _ => compiler.set_class(serde_json::from_value(object).expect("an IngressClass")),
         }
+    }
+    for key in compiler.new_config_maps().unwrap_or_default() {
+        let data = config_maps.remove(&format!("{}/{}", key.namespace, key.name));
+        compiler.set_config_map(&key, HeadersState::of(data.as_ref()));
     }
     let mut ders = HashMap::new();
     for key in compiler.wanted_secrets() {
@@ -210,7 +225,11 @@ pub fn say(route: &Route) -> String {
                 let targets = one.upstream.targets();
                 let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
                 let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
-                let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
+                let endpoints = match &targets.name {
+                    Some((name, port)) => format!("{name}:{port}"),
+                    None if endpoints.is_empty() => "503".to_owned(),
+                    None => endpoints.join(","),
+                };
                 let endpoints = match &one.instead {
                     Some(Instead::Refusal(status)) => status.as_u16().to_string(),
                     Some(Instead::Redirect(to)) => {
@@ -242,7 +261,7 @@ pub fn say(route: &Route) -> String {
         text.push_str(&format!(" cookie {}", affinity.cookie));
     }
     if let Some(by) = &route.policy.hash_by {
-        text.push_str(&format!(" by {by:?}"));
+        text.push_str(&format!(" by {by}"));
     }
     if let Some(limits) = &route.policy.limits {
         text.push_str(&format!(" {}/s {}/m {} at once", limits.per_second, limits.per_minute, limits.at_once));
@@ -277,6 +296,25 @@ fn treatment(policy: &Policy) -> String {
         let who = if basic.users.load().is_some() { "known" } else { "nobody" };
         tell(true, format!("basic {:?} {} {who}", basic.realm, basic.secret.name));
     }
+    if let Some(external) = &policy.external {
+        tell(true, asks(external));
+    }
+    tell(policy.is_shut, "shut".to_owned());
+    if let Some(pages) = &policy.pages {
+        let statuses: Vec<u16> = (400..600).filter(|status| pages.statuses.contains(*status)).collect();
+        tell(true, format!("pages {} {statuses:?}", pages.upstream.key));
+    }
+    if let Some(headers) = &policy.answer_headers {
+        tell(true, if headers.0.load().is_some() { "sets headers" } else { "knows no headers" }.to_owned());
+    }
+    tell(policy.slow_start.is_some(), format!("slow start {:?}", policy.slow_start.unwrap_or_default()));
+    tell(policy.retry.budget != usual.retry.budget, format!("budget {:?}", policy.retry.budget));
+    tell(policy.announces.is_some(), format!("PROXY {:?}", policy.announces));
+    tell(policy.traces.is_some(), format!("traces {:?}", policy.traces));
+    tell(!policy.trusts_trace, "of its own".to_owned());
+    if let Some(rate) = &policy.rate {
+        tell(true, format!("{} a second after {}", rate.bytes, rate.after));
+    }
     let (retry, usual) = (&policy.retry, &usual.retry);
     tell(retry.tries != usual.tries, format!("tries {}", retry.tries));
     tell(retry.within != usual.within, format!("within {:?}", retry.within.unwrap_or_default()));
@@ -286,6 +324,29 @@ fn treatment(policy: &Policy) -> String {
     let is_other = (retry.on_error, retry.on_timeout, retry.non_idempotent, retry.on_status)
         != (usual.on_error, usual.on_timeout, usual.non_idempotent, usual.on_status);
     tell(is_other, format!("again on {when:?} {statuses:?}"));
+    text
+}
+
+/// Whom a route asks, and what of the answer it takes.
+fn asks(external: &External) -> String {
+    let question = &external.question;
+    let url = &question.url;
+    let scheme = if url.is_tls { "https" } else { "http" };
+    let mut text = format!("asks {scheme}://{}{}", url.authority, url.path);
+    let mut tell = |word: &str, what: Option<String>| {
+        if let Some(what) = what {
+            text.push_str(&format!(" {word} {what}"));
+        }
+    };
+    tell("of", external.upstream.as_ref().map(|upstream| upstream.key.to_string()));
+    tell("by", question.method.as_ref().map(ToString::to_string));
+    tell("signin", question.signin.as_ref().map(|signin| format!("{}#{}", signin.url, signin.argument)));
+    tell("takes", (!question.passed.is_empty()).then(|| format!("{:?}", question.passed)));
+    tell("redirect", question.redirect.as_ref().map(ToString::to_string));
+    tell("cookie", question.always_sets_cookie.then(|| "always".to_owned()));
+    tell("remembers", question.remembering.as_ref().map(|held| format!("{} {:?}", held.key, held.statuses)));
+    let known = |slot: &Slot<SetHeaders>| if slot.load().is_some() { "known" } else { "nobody knows" }.to_owned();
+    tell("headers", external.headers.as_ref().map(known));
     text
 }
 

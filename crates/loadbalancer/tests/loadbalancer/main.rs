@@ -7,3 +7,4 @@ mod elect;
 mod net;
 mod random;
 mod vrrp;
+mod wire;

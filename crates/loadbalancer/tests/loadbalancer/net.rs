@@ -12,9 +12,9 @@ use linux::link::{Address, Bridge, Item, Links, Port, Veth};
 use linux::netns::Netns;
 
 const PREFIX: &str = "fairlead-lb-";
-/// Longer than any test: what it starts ends even if it is killed.
-const LIFE: &str = "300";
 const SWITCH: &str = "switch";
+/// The switch's halves; all hosts are in the first one, unless the network is parted.
+const SIDES: [&str; 2] = ["br0", "br1"];
 /// What every host calls its way to the switch.
 pub const LINK: &str = "up0";
 
@@ -42,8 +42,10 @@ impl Net {
         let net = Net { dir, names: names.to_vec() };
         let switch = Netns::create(&net.pin(SWITCH)).expect("a namespace");
         let links = Links::open(&switch).expect("its links");
-        let bridge = Bridge { name: "br0".into(), mac: None, mtu: None };
-        links.ensure_all(&[Item::Bridge(bridge), Item::Up("br0".into())]).expect("a bridge");
+        for name in SIDES {
+            let bridge = Bridge { name: name.into(), mac: None, mtu: None };
+            links.ensure_all(&[Item::Bridge(bridge), Item::Up(name.into())]).expect("a bridge");
+        }
         for (place, name) in names.iter().enumerate() {
             let host = Netns::create(&net.pin(name)).expect("a namespace");
             // Addresses are there at once.
@@ -55,7 +57,7 @@ impl Net {
                 peer_mac: None,
                 mtu: None,
             };
-            let port = Port { link: (*name).to_owned(), bridge: "br0".into(), hairpin: false };
+            let port = Port { link: (*name).to_owned(), bridge: SIDES[0].into(), hairpin: false };
             links.ensure_all(&[Item::Veth(veth), Item::Port(port), Item::Up((*name).to_owned())]).expect("a cable");
             let of = |v4: bool| {
                 let length = if v4 { 24 } else { 64 };
@@ -89,6 +91,27 @@ impl Net {
         assert!(done.success(), "{line}");
     }
 
+    /// Parts these hosts from all others, who still see each other, or joins all again.
+    pub fn part(&self, apart: &[&str]) {
+        let links = Links::open(&self.switch()).expect("its links");
+        for name in &self.names {
+            let bridge = SIDES[usize::from(apart.contains(name))].to_owned();
+            let port = Port { link: (*name).to_owned(), bridge, hairpin: false };
+            links.ensure_all(&[Item::Port(port)]).expect("a cable");
+        }
+    }
+
+    pub fn switch(&self) -> Netns {
+        Netns::open(&self.pin(SWITCH)).expect("the switch")
+    }
+
+    /// What begins a line of a program that runs on a host, and ends with whoever started it.
+    pub fn on(&self, host: &str) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "nsenter", &format!("--net={}", self.pin(host).display()), "--"]);
+        command
+    }
+
     pub fn write(&self, name: &str, text: &str) -> String {
         let path = self.dir.join(name);
         fs::write(&path, text).expect("a file");
@@ -99,10 +122,9 @@ impl Net {
     pub fn start(&self, host: &str, words: &[&str]) -> Daemon {
         let name = Path::new(words[0]).file_name().expect("a program").to_string_lossy().into_owned();
         let log = fs::File::create(self.dir.join(format!("{host}-{name}.log"))).expect("a log");
-        let mut command = Command::new("timeout");
-        command.arg(LIFE).arg("nsenter").arg(format!("--net={}", self.pin(host).display())).args(words);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
-        Daemon(command.spawn().expect("timeout runs"))
+        let mut command = self.on(host);
+        command.args(words).stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        Daemon(command.spawn().expect("setpriv runs"))
     }
 
     /// What a program says that ends by itself; nothing if it fails.
@@ -155,7 +177,6 @@ pub struct Daemon(Child);
 
 impl Daemon {
     fn signal(&self, signal: &str) {
-        // `timeout` hands it on.
         let done = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
         if !done.is_ok_and(|done| done.success()) {
             eprintln!("{signal}: it had ended");
@@ -173,7 +194,7 @@ impl Drop for Daemon {
 }
 
 /// Waits for what is no event to a test.
-pub fn until(what: &str, done: impl Fn() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{what}: not within a minute");

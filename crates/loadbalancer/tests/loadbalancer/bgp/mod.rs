@@ -3,5 +3,5 @@
 mod codec;
 mod detect;
 mod plan;
-mod routers;
+pub mod routers;
 mod sessions;

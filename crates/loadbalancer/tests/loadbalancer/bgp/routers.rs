@@ -16,7 +16,7 @@ use loadbalancer::bgp::update::{Path, Routes};
 use crate::net::{Daemon, LINK, Net, address, until};
 
 /// Long enough for a machine with other work; and much shorter than a hold time.
-const BFD: Timing = Timing {
+pub const BFD: Timing = Timing {
     transmit: Duration::from_millis(200),
     receive: Duration::from_millis(200),
     multiplier: 5,
@@ -24,11 +24,16 @@ const BFD: Timing = Timing {
     least_hops: 254,
     is_multihop: false,
 };
-const OURS: u32 = 4_200_000_000;
-const ROUTER: u32 = 65001;
+pub const OURS: u32 = 4_200_000_000;
+pub const ROUTER: u32 = 65001;
 
-/// How the node speaks with the host at this place.
+/// How the host at the first place speaks with the one at this place.
 fn neighbour(place: usize, v4: bool) -> Neighbour {
+    neighbour_of(1, place, v4)
+}
+
+/// How the host at one place speaks with the one at another.
+pub fn neighbour_of(own: usize, place: usize, v4: bool) -> Neighbour {
     Neighbour {
         address: address(place, v4),
         port: 179,
@@ -38,12 +43,12 @@ fn neighbour(place: usize, v4: bool) -> Neighbour {
         settings: Settings {
             local_as: OURS,
             peer_as: PeerAs::Number(ROUTER),
-            router_id: [10, 77, 0, 1].into(),
+            router_id: [10, 77, 0, own as u8].into(),
             hold_time: Duration::from_secs(90),
             keepalive: None,
             connect_retry: Duration::from_secs(1),
             families: BTreeSet::from([Family::Ipv4, Family::Ipv6]),
-            next_hops: BTreeMap::from([(Family::Ipv4, address(1, true)), (Family::Ipv6, address(1, false))]),
+            next_hops: BTreeMap::from([(Family::Ipv4, address(own, true)), (Family::Ipv6, address(own, false))]),
             is_passive: false,
             restart_time: None,
         },
@@ -67,7 +72,7 @@ fn orders(all: &[(&str, &Neighbour, Routes)]) -> Orders {
     all.iter().map(|(name, one, routes)| ((*name).to_owned(), ((*one).clone(), routes.clone()))).collect()
 }
 
-struct Bird<'a> {
+pub struct Bird<'a> {
     net: &'a Net,
     _daemon: Daemon,
     socket: String,
@@ -76,14 +81,26 @@ struct Bird<'a> {
 impl<'a> Bird<'a> {
     /// `bgp` goes into the protocol's block.
     fn start(net: &'a Net, v4: bool, bgp: &str) -> Bird<'a> {
+        let block = format!("protocol bgp node {{ {} {bgp} }}\n", Bird::session(2, 1, v4));
+        Bird::start_with(net, BFD.multiplier, &block)
+    }
+
+    /// What a session of the host at one place with the one at another says first.
+    pub fn session(own: usize, node: usize, v4: bool) -> String {
+        format!(
+            "local {} as {ROUTER}; neighbor {} as {OURS}; direct; connect retry time 1;\n\
+             connect delay time 1; error wait time 1, 2;\n\
+             ipv4 {{ import all; export none; }}; ipv6 {{ import all; export none; }};\n",
+            address(own, v4),
+            address(node, v4)
+        )
+    }
+
+    /// On the host `bird`, with these protocols and this multiplier of BFD.
+    pub fn start_with(net: &'a Net, multiplier: u8, protocols: &str) -> Bird<'a> {
         let text = format!(
             "router id 10.77.0.2;\nprotocol device {{ }}\n\
-             protocol bfd {{ interface \"*\" {{ min rx interval 200 ms; min tx interval 200 ms; multiplier 5; }}; }}\n\
-             protocol bgp node {{ local {} as {ROUTER}; neighbor {} as {OURS}; direct; connect retry time 1;\n\
-             connect delay time 1; error wait time 1, 2;\n\
-             ipv4 {{ import all; export none; }}; ipv6 {{ import all; export none; }};\n{bgp} }}\n",
-            address(2, v4),
-            address(1, v4)
+             protocol bfd {{ interface \"*\" {{ min rx interval 200 ms; min tx interval 200 ms; multiplier {multiplier}; }}; }}\n{protocols}"
         );
         let config = net.write("bird.conf", &text);
         let socket = net.dir().join("bird.ctl").display().to_string();
@@ -91,7 +108,7 @@ impl<'a> Bird<'a> {
         Bird { net, _daemon: daemon, socket }
     }
 
-    fn ask(&self, words: &str) -> String {
+    pub fn ask(&self, words: &str) -> String {
         self.net.ask(&["birdc", "-r", "-s", &self.socket, words])
     }
 
@@ -187,13 +204,13 @@ fn bird_keeps_routes_while_a_node_starts_again() {
 }
 
 /// FRR's daemons, each with a file; they drop to a user of their own.
-struct Frr<'a> {
+pub struct Frr<'a> {
     net: &'a Net,
     _daemons: Vec<Daemon>,
 }
 
 impl<'a> Frr<'a> {
-    fn start(net: &'a Net, bgp: &str) -> Frr<'a> {
+    pub fn start(net: &'a Net, bgp: &str) -> Frr<'a> {
         let dir = net.dir().join("frr");
         std::fs::create_dir_all(&dir).expect("a directory");
         let id = |flag| {
@@ -221,7 +238,7 @@ impl<'a> Frr<'a> {
         Frr { net, _daemons: daemons }
     }
 
-    fn ask(&self, words: &str) -> String {
+    pub fn ask(&self, words: &str) -> String {
         let dir = self.net.dir().join("frr").display().to_string();
         self.net.ask(&["vtysh", "--vty_socket", &dir, "-c", words])
     }

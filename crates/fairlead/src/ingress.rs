@@ -155,6 +155,7 @@ pub async fn serve(
     let fallback = ingress::fallback()?;
     let routes = Arc::default();
     let certificates = Arc::new(Swap::new(Certificates::new(fallback.clone())));
+    let follows_names = config.external_names;
     let proxy = Proxy::bind(config, Arc::clone(&routes), certificates.clone(), place.status)?;
     let readiness = proxy.readiness();
     let (opener, addresses) = (proxy.port_opener(), own_addresses(proxy.http()));
@@ -168,7 +169,10 @@ pub async fn serve(
         leads,
         token.clone(),
     ));
-    let compiler = Compiler::new(&place.controller, feed.table.clone(), fallback);
+    let mut compiler = Compiler::new(&place.controller, feed.table.clone(), fallback);
+    if !follows_names {
+        compiler.refuse_external_names();
+    }
     let recorder = Recorder::new(&client, "fairlead-ingress", &place.identity);
     let (complete, is_complete) = oneshot::channel();
     let (reports, reports_seen) = watch::channel(Report::default());

@@ -16,7 +16,7 @@ use crate::objects::{Ingress, IngressClass};
 use crate::registry::{Registering, Registry};
 use crate::route::Route;
 use crate::table::{PathTable, RouteTable};
-use crate::translate::{Fault, Translated, translate};
+use crate::translate::{Fault, SET_HEADERS, Translated, translate};
 use crate::upstream::Upstream;
 
 /// A Secret as it was last seen.
@@ -86,6 +86,8 @@ pub struct Compiler {
 impl Compiler {
     /// Serves the classes of `controller`; shows `fallback` to who asks for a name without a certificate.
     pub fn new(controller: &str, services: Arc<RwLock<ServiceTable>>, fallback: Arc<CertifiedKey>) -> Self {
+        let mut registry = Registry::default();
+        registry.follow_names(true);
         Compiler {
             classes: Classes::new(controller),
             services,
@@ -94,7 +96,7 @@ impl Compiler {
             by_host: HashMap::new(),
             secrets: BTreeMap::new(),
             config_maps: BTreeMap::new(),
-            registry: Registry::default(),
+            registry,
             routes: RouteTable::default(),
             certificates: Certificates::new(fallback.clone()),
             fallback,
@@ -106,6 +108,11 @@ impl Compiler {
             dirty_secrets: false,
             dirty_config_maps: false,
         }
+    }
+
+    /// Answers for ExternalNames with 503, as whoever writes one chooses where this machine connects to. To be said first.
+    pub fn refuse_external_names(&mut self) {
+        self.registry.follow_names(false);
     }
 
     pub fn set_ingress(&mut self, ingress: Ingress) {
@@ -402,7 +409,7 @@ impl Compiler {
             });
             let config_maps = held.translated.config_maps.iter().filter_map(|(name, annotation)| {
                 let config_map = Key::new(key.namespace.clone(), name.to_string());
-                let problem = self.config_maps.get(&config_map)?.problem()?;
+                let problem = self.config_maps.get(&config_map)?.problem(*annotation == SET_HEADERS)?;
                 let named = format!("ConfigMap {}/{name} of {annotation}", key.namespace);
                 Some(Fault { reason: "ConfigMapNotValid", message: format!("{named} {problem}") })
             });

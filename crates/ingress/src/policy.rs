@@ -1,5 +1,6 @@
 //! How requests of a route are treated, apart from where they go.
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -7,7 +8,10 @@ use ipnet::IpNet;
 
 use crate::basic::Basic;
 use crate::external::External;
+use crate::headers::SetHeaders;
 use crate::limits::RateLimits;
+use crate::pages::Pages;
+use crate::registry::Slot;
 use crate::sticky::Affinity;
 use crate::variables::Template;
 
@@ -64,6 +68,26 @@ impl StatusSet {
     }
 }
 
+/// How fast an answer's body goes to its client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// A second.
+    pub bytes: NonZeroU64,
+    /// So many go at any speed.
+    pub after: u64,
+}
+
+/// Headers of a ConfigMap for every answer.
+#[derive(Clone, Debug)]
+pub struct AnswerHeaders(pub Slot<SetHeaders>);
+
+impl PartialEq for AnswerHeaders {
+    /// What they are now is no part of what is wanted.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     pub connect_timeout: Duration,
@@ -93,6 +117,10 @@ pub struct Policy {
     pub external: Option<Arc<External>>,
     /// Nobody is let in, as what was written about it makes no sense.
     pub is_shut: bool,
+    /// Who answers in place of an endpoint.
+    pub pages: Option<Pages>,
+    pub answer_headers: Option<AnswerHeaders>,
+    pub rate: Option<Rate>,
 }
 
 impl Default for Policy {
@@ -122,6 +150,9 @@ impl Default for Policy {
             basic: None,
             external: None,
             is_shut: false,
+            pages: None,
+            answer_headers: None,
+            rate: None,
         }
     }
 }

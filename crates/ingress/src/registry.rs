@@ -69,6 +69,11 @@ impl Registry {
         self.upstreams.iter()
     }
 
+    /// Whether backends of the kind ExternalName lead anywhere, for those that are named from now on.
+    pub fn follow_names(&mut self, follows: bool) {
+        self.upstreams.follows_names = follows;
+    }
+
     /// Says who the users of a Secret are now, to the routes that ask for them.
     pub fn set_users(&mut self, secret: &Key, users: Option<Arc<Users>>) {
         self.users.set(secret, users);

@@ -7,12 +7,14 @@ use api::object::Key;
 use http::StatusCode;
 use regex::RegexBuilder;
 
-use crate::annotations::{Door, Doors, Settings};
+use crate::annotations::{Door, Refers, Settings};
 use crate::basic::{Basic, Users};
 use crate::external::{External, Question, split_port};
 use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
+use crate::pages::Pages;
+use crate::policy::AnswerHeaders;
 use crate::registry::Slot;
 use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
@@ -23,6 +25,9 @@ pub struct Fault {
     pub reason: &'static str,
     pub message: String,
 }
+
+/// The annotation that names headers for who decides.
+pub const SET_HEADERS: &str = "auth-proxy-set-headers";
 
 /// Hands out what routes refer to.
 pub trait Register {
@@ -62,9 +67,10 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
     out.users =
         settings.basic.as_ref().map(|(secret, _)| Arc::from(&**secret)).filter(|name: &Arc<str>| !name.is_empty());
     if let Some(Door::Asks(question)) = &settings.door {
-        let named = question.headers.iter().map(|name| (Arc::from(&**name), "auth-proxy-set-headers"));
+        let named = question.headers.iter().map(|name| (Arc::from(&**name), SET_HEADERS));
         out.config_maps.extend(named);
     }
+    out.config_maps.extend(settings.answers.headers.iter().map(|name| (Arc::from(&**name), "custom-headers")));
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
     let mut writer = Writer { ingress, settings: &settings, register, external: None, faults: BTreeSet::new() };
@@ -271,6 +277,7 @@ impl Writer<'_> {
             ("", number) => PortRef::Number(number),
             (name, _) => PortRef::Name(name.into()),
         };
+        let port = if self.settings.to_cluster_ip { PortRef::ClusterIp(Box::new(port)) } else { port };
         let key = UpstreamKey {
             namespace: self.ingress.metadata.namespace.as_str().into(),
             service: service.name.as_str().into(),
@@ -279,13 +286,20 @@ impl Writer<'_> {
         Some(Action::Forward(Backends::over(self.register.upstream(&key), self.settings.backend_tls.clone())))
     }
 
-    fn doors(&mut self) -> Doors {
+    fn pages(&mut self) -> Option<Pages> {
+        let (service, statuses) = self.settings.answers.pages.as_ref()?;
+        let namespace = self.ingress.metadata.namespace.as_str().into();
+        let key = UpstreamKey { namespace, service: (&**service).into(), port: PortRef::First };
+        Some(Pages { upstream: self.register.upstream(&key), statuses: *statuses })
+    }
+
+    fn doors(&mut self) -> Refers {
         let basic = self.settings.basic.as_ref().map(|(secret, realm)| {
             let secret = self.own(secret);
             Arc::new(Basic { realm: realm.clone(), users: self.register.users(&secret), secret })
         });
         let is_shut = matches!(self.settings.door, Some(Door::Shut));
-        Doors { basic, external: self.external.clone(), is_shut }
+        Refers { basic, external: self.external.clone(), is_shut, ..Refers::default() }
     }
 
     fn own(&self, name: &str) -> Key {
@@ -323,7 +337,10 @@ impl Writer<'_> {
             None => action,
         };
         // Whoever issues certificates asks for what it put there, and knows no password.
-        let doors = if text.starts_with(ACME) { Doors::default() } else { self.doors() };
+        let mut refers = if text.starts_with(ACME) { Refers::default() } else { self.doors() };
+        refers.pages = self.pages();
+        let headers = self.settings.answers.headers.as_ref();
+        refers.answer_headers = headers.map(|name| AnswerHeaders(self.register.headers(&self.own(name))));
         Arc::new(Route {
             counts: self.register.counts(&name),
             name,
@@ -331,7 +348,7 @@ impl Writer<'_> {
             matches: Matches::default(),
             action,
             filters: self.settings.filters.clone(),
-            policy: self.settings.policy(is_tls, doors),
+            policy: self.settings.policy(is_tls, refers),
             canary: self.settings.canary.clone(),
         })
     }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use services::{Protocol, ServiceKey, ServiceKind, ServiceTable};
+use services::{Protocol, Service, ServiceKey, ServiceKind, ServicePort, ServiceTable};
 
 use crate::sticky::number_of;
 use crate::swap::Swap;
@@ -18,6 +18,10 @@ pub enum PortRef {
     Number(u16),
     /// For datagrams.
     Udp(u16),
+    /// The first that the Service has.
+    First,
+    /// At the Service's own address, whatever endpoints it has.
+    ClusterIp(Box<PortRef>),
 }
 
 impl Display for PortRef {
@@ -26,6 +30,8 @@ impl Display for PortRef {
             PortRef::Name(name) => f.write_str(name),
             PortRef::Number(number) => write!(f, "{number}"),
             PortRef::Udp(number) => write!(f, "{number}/UDP"),
+            PortRef::First => f.write_str("first"),
+            PortRef::ClusterIp(port) => write!(f, "{port} at its cluster IP"),
         }
     }
 }
@@ -64,6 +70,8 @@ pub struct Upstream {
     now: Swap<Targets>,
     /// Whose turn it is, where endpoints take turns.
     pub turn: AtomicU32,
+    /// An ExternalName is followed to where it leads.
+    follows_names: bool,
 }
 
 /// What a port leads to at the moment.
@@ -72,6 +80,8 @@ pub struct Targets {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// The port's `appProtocol`.
     pub app_protocol: Option<Arc<str>>,
+    /// A name outside the cluster, and the port there: its addresses are the endpoints.
+    pub name: Option<(Arc<str>, u16)>,
     /// Why there can be no endpoints.
     pub problem: Option<Problem>,
 }
@@ -103,7 +113,7 @@ impl Problem {
                 format!("Service {namespace}/{service} has no TCP port {port}; its paths answer 503 until it has")
             }
             Problem::ExternalName => format!(
-                "Service {namespace}/{service} is an ExternalName, which is not followed; its paths answer 503: use a Service with endpoints"
+                "Service {namespace}/{service} is an ExternalName, which is not followed here; its paths answer 503: use a Service with endpoints"
             ),
         }
     }
@@ -149,31 +159,83 @@ impl Upstream {
         self.now.load()
     }
 
-    /// Makes it what the table says.
-    fn refresh(&self, table: &ServiceTable) {
+    /// Makes it what the table says, and returns the Services that the names on the way there stand for.
+    fn refresh(&self, table: &ServiceTable) -> Vec<ServiceKey> {
         let before = self.now.load();
-        let after = look(&self.key, table, &before.endpoints);
+        let (after, passed) = self.look(table, &before.endpoints);
         let same = after.endpoints.iter().map(|e| e.address).eq(before.endpoints.iter().map(|e| e.address));
-        if !same || after.app_protocol != before.app_protocol || after.problem != before.problem {
+        let is_same = after.app_protocol == before.app_protocol && after.problem == before.problem;
+        if !same || !is_same || after.name != before.name {
             self.now.store(Arc::new(after));
+        }
+        passed
+    }
+
+    fn look(&self, table: &ServiceTable, known: &[Arc<Endpoint>]) -> (Targets, Vec<ServiceKey>) {
+        let nothing = |problem| Targets { problem: Some(problem), ..Targets::default() };
+        let (mut at, mut passed) = (self.key.clone(), Vec::new());
+        loop {
+            let Some(service) = table.service(&at.namespace, &at.service) else {
+                return (nothing(Problem::NoService), passed);
+            };
+            let port = port_of(service, &at.port);
+            let ServiceKind::ExternalName(name) = &service.kind else {
+                let targets =
+                    port.map_or_else(|| nothing(Problem::NoPort), |port| here(&at, table, service, port, known));
+                return (targets, passed);
+            };
+            if !self.follows_names || passed.len() >= NAMES_IN_A_ROW {
+                return (nothing(Problem::ExternalName), passed);
+            }
+            // Without ports of its own it has the one that is asked for.
+            let number = match (&at.port, port) {
+                (_, Some(port)) => port.port,
+                (PortRef::Number(number), None) if service.ports.is_empty() => *number,
+                _ => return (nothing(Problem::NoPort), passed),
+            };
+            let Some(next) = UpstreamKey::of_name(name, number) else {
+                let app_protocol = port.and_then(|port| port.app_protocol.clone());
+                return (Targets { name: Some((name.clone(), number)), app_protocol, ..Targets::default() }, passed);
+            };
+            passed.push((next.namespace.clone(), next.service.clone()));
+            at = next;
         }
     }
 }
 
-fn look(key: &UpstreamKey, table: &ServiceTable, known: &[Arc<Endpoint>]) -> Targets {
-    let nothing = |problem| Targets { problem: Some(problem), ..Targets::default() };
-    let Some(service) = table.service(&key.namespace, &key.service) else { return nothing(Problem::NoService) };
-    if matches!(service.kind, ServiceKind::ExternalName(_)) {
-        return nothing(Problem::ExternalName);
-    }
-    let protocol = if matches!(key.port, PortRef::Udp(_)) { Protocol::Udp } else { Protocol::Tcp };
+/// ExternalNames that lead to each other.
+const NAMES_IN_A_ROW: usize = 4;
+
+fn port_of<'a>(service: &'a Service, wanted: &PortRef) -> Option<&'a ServicePort> {
+    let protocol = if matches!(wanted, PortRef::Udp(_)) { Protocol::Udp } else { Protocol::Tcp };
     let mut ports = service.ports.iter().filter(|port| port.protocol == protocol);
-    let port = ports.find(|port| match &key.port {
-        PortRef::Name(name) => port.name == *name,
-        PortRef::Number(number) | PortRef::Udp(number) => port.port == *number,
-    });
-    let Some(port) = port else { return nothing(Problem::NoPort) };
-    let all = table.endpoints(&key.namespace, &key.service, &port.name, protocol);
+    match wanted {
+        PortRef::Name(name) => ports.find(|port| port.name == *name),
+        PortRef::Number(number) | PortRef::Udp(number) => ports.find(|port| port.port == *number),
+        PortRef::First => ports.next(),
+        PortRef::ClusterIp(port) => port_of(service, port),
+    }
+}
+
+/// The endpoints of a Service that has some of its own.
+fn here(
+    key: &UpstreamKey,
+    table: &ServiceTable,
+    service: &Service,
+    port: &ServicePort,
+    known: &[Arc<Endpoint>],
+) -> Targets {
+    let held: HashMap<SocketAddr, &Arc<Endpoint>> = known.iter().map(|endpoint| (endpoint.address, endpoint)).collect();
+    let endpoint = |address: SocketAddr| match held.get(&address) {
+        Some(endpoint) => Arc::clone(endpoint),
+        None => Arc::new(Endpoint::new(address)),
+    };
+    let app_protocol = port.app_protocol.clone();
+    if let (PortRef::ClusterIp(_), ServiceKind::ClusterIp(ips)) = (&key.port, &service.kind) {
+        let own = ips.first().map(|ip| endpoint(SocketAddr::new(*ip, port.port)));
+        return Targets { endpoints: own.into_iter().collect(), app_protocol, ..Targets::default() };
+    }
+    let all = table.endpoints(&key.namespace, &key.service, &port.name, port.protocol);
     // One family, or pods of both would count twice; the Service's own first.
     let prefers_v6 = matches!(&service.kind, ServiceKind::ClusterIp(ips) if ips.first().is_some_and(|ip| ip.is_ipv6()));
     let usable = |v6: bool| -> Vec<SocketAddr> {
@@ -190,22 +252,16 @@ fn look(key: &UpstreamKey, table: &ServiceTable, known: &[Arc<Endpoint>]) -> Tar
         addresses = usable(!prefers_v6);
     }
     addresses.sort_unstable();
-    let held: HashMap<SocketAddr, &Arc<Endpoint>> = known.iter().map(|endpoint| (endpoint.address, endpoint)).collect();
-    let endpoint = |address: SocketAddr| match held.get(&address) {
-        Some(endpoint) => Arc::clone(endpoint),
-        None => Arc::new(Endpoint::new(address)),
-    };
-    Targets {
-        endpoints: addresses.into_iter().map(endpoint).collect(),
-        app_protocol: port.app_protocol.clone(),
-        problem: None,
-    }
+    Targets { endpoints: addresses.into_iter().map(endpoint).collect(), app_protocol, ..Targets::default() }
 }
 
 /// All upstreams that any route holds.
 #[derive(Default)]
 pub struct Upstreams {
+    /// Also by the Services that ExternalNames on the way lead to.
     by_service: HashMap<ServiceKey, Vec<Weak<Upstream>>>,
+    /// ExternalNames are followed.
+    pub follows_names: bool,
 }
 
 impl Upstreams {
@@ -216,11 +272,22 @@ impl Upstreams {
         if let Some(held) = of_service.iter().filter_map(Weak::upgrade).find(|held| held.key == *key) {
             return held;
         }
-        let upstream = Upstream { key: key.clone(), now: Swap::default(), turn: AtomicU32::new(0) };
-        upstream.refresh(table);
-        let upstream = Arc::new(upstream);
+        let (now, turn) = (Swap::default(), AtomicU32::new(0));
+        let upstream = Arc::new(Upstream { key: key.clone(), now, turn, follows_names: self.follows_names });
         of_service.push(Arc::downgrade(&upstream));
+        let passed = upstream.refresh(table);
+        self.link(&upstream, passed);
         upstream
+    }
+
+    /// Has the upstream follow changes of these Services, too.
+    fn link(&mut self, upstream: &Arc<Upstream>, passed: Vec<ServiceKey>) {
+        for service in passed {
+            let list = self.by_service.entry(service).or_default();
+            if !list.iter().any(|held| std::ptr::eq(held.as_ptr(), Arc::as_ptr(upstream))) {
+                list.push(Arc::downgrade(upstream));
+            }
+        }
     }
 
     /// Follows a change of a Service.
@@ -228,9 +295,13 @@ impl Upstreams {
         let key = (namespace.into(), service.into());
         let Some(held) = self.by_service.get_mut(&key) else { return };
         held.retain(|one| one.strong_count() > 0);
-        held.iter().filter_map(Weak::upgrade).for_each(|one| one.refresh(table));
+        let all: Vec<Arc<Upstream>> = held.iter().filter_map(Weak::upgrade).collect();
         if held.is_empty() {
             self.by_service.remove(&key);
+        }
+        for one in all {
+            let passed = one.refresh(table);
+            self.link(&one, passed);
         }
     }
 
@@ -239,10 +310,18 @@ impl Upstreams {
             held.retain(|one| one.strong_count() > 0);
             !held.is_empty()
         });
-        self.iter().for_each(|one| one.refresh(table));
+        for one in self.iter().collect::<Vec<_>>() {
+            let passed = one.refresh(table);
+            self.link(&one, passed);
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Arc<Upstream>> + '_ {
-        self.by_service.values().flatten().filter_map(Weak::upgrade)
+        let own = |service: &ServiceKey, held: &Upstream| {
+            (&service.0, &service.1) == (&held.key.namespace, &held.key.service)
+        };
+        self.by_service.iter().flat_map(move |(service, list)| {
+            list.iter().filter_map(Weak::upgrade).filter(move |held| own(service, held)).collect::<Vec<_>>()
+        })
     }
 }

@@ -47,7 +47,7 @@ const PREFIXES: [&str; 2] = ["nginx.ingress.kubernetes.io/", "ingress.fairlead.i
 /// Those whose value is a Secret's name.
 const SECRETS: [&str; 1] = ["auth-secret"];
 /// Those whose value is a ConfigMap's.
-const HEADERS: [&str; 1] = ["auth-proxy-set-headers"];
+const HEADERS: [&str; 2] = ["auth-proxy-set-headers", "custom-headers"];
 
 /// One of these annotations names an object of the Ingress's namespace, which may stand in front.
 fn annotated(ingress: &Value, keys: &[&str], name: &str) -> bool {

@@ -27,6 +27,9 @@ pub struct IngressOptions {
     /// comes from them without it is refused.
     #[arg(long, value_name = "RANGE", value_delimiter = ',')]
     pub ingress_proxy_protocol: Vec<IpNet>,
+    /// Backends of the kind ExternalName answer 503: whoever writes one chooses where this machine connects to.
+    #[arg(long)]
+    pub ingress_no_external_names: bool,
     /// Threads that carry requests; one for each processor unless set.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub ingress_workers: Option<u16>,
@@ -42,6 +45,7 @@ impl IngressOptions {
         };
         config.trusted.clone_from(&self.ingress_trusted_proxy);
         config.announcers.clone_from(&self.ingress_proxy_protocol);
+        config.external_names = !self.ingress_no_external_names;
         config.workers = self.ingress_workers.map_or(config.workers, usize::from);
     }
 
@@ -50,6 +54,7 @@ impl IngressOptions {
         let mut flags = vec![format!("--ingress-log={:?}", self.ingress_log).to_ascii_lowercase()];
         flags.extend(self.ingress_trusted_proxy.iter().map(|range| format!("--ingress-trusted-proxy={range}")));
         flags.extend(self.ingress_proxy_protocol.iter().map(|range| format!("--ingress-proxy-protocol={range}")));
+        flags.extend(self.ingress_no_external_names.then(|| "--ingress-no-external-names".to_owned()));
         flags.extend(self.ingress_workers.map(|count| format!("--ingress-workers={count}")));
         flags
     }
@@ -74,6 +79,7 @@ mod tests {
             "--ingress-log=json",
             "--ingress-trusted-proxy=10.0.0.0/8,192.0.2.0/24",
             "--ingress-proxy-protocol=192.0.2.0/24",
+            "--ingress-no-external-names",
             "--ingress-workers=3",
         ];
         let options = Line::try_parse_from(given).expect("good flags").options;

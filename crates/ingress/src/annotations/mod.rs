@@ -1,5 +1,6 @@
 //! Annotations of an Ingress: those of ingress-nginx with its meaning, and our own. A key that is not supported is told of.
 
+mod answers;
 mod external;
 mod read;
 
@@ -13,10 +14,12 @@ use crate::basic::Basic;
 use crate::external::External;
 use crate::gateway::BackendTls;
 
-use crate::policy::Policy;
+use crate::pages::Pages;
+use crate::policy::{AnswerHeaders, Policy};
 use crate::route::{Canary, Filter};
 use crate::translate::Fault;
 
+pub use answers::Answers;
 pub use external::Door;
 
 /// What ingress-nginx's keys begin with.
@@ -43,6 +46,9 @@ pub struct Settings {
     pub basic: Option<(Box<str>, Box<str>)>,
     /// Who says which requests may come.
     pub door: Option<Door>,
+    pub answers: Answers,
+    /// Requests go to the address of the Service itself.
+    pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.
     pub backend_tls: Option<Arc<BackendTls>>,
     policy: Policy,
@@ -56,19 +62,23 @@ impl Settings {
     }
 
     /// The policy of a path of a host that has TLS, or has not.
-    pub fn policy(&self, is_tls: bool, doors: Doors) -> Arc<Policy> {
-        let Doors { basic, external, is_shut } = doors;
+    pub fn policy(&self, is_tls: bool, refers: Refers) -> Arc<Policy> {
+        let Refers { basic, external, is_shut, pages, answer_headers } = refers;
         let https_only = self.https_only.unwrap_or(is_tls);
-        let policy = Policy { https_only, basic, external, is_shut, ..self.policy.clone() };
+        let rate = self.answers.rate;
+        let policy =
+            Policy { https_only, basic, external, is_shut, pages, answer_headers, rate, ..self.policy.clone() };
         if policy == *Policy::shared() { Policy::shared() } else { Arc::new(policy) }
     }
 }
 
-/// Who is let in at a path.
+/// What the policy of a path refers to.
 #[derive(Default)]
-pub struct Doors {
+pub struct Refers {
     pub basic: Option<Arc<Basic>>,
     pub external: Option<Arc<External>>,
     /// Nobody is.
     pub is_shut: bool,
+    pub pages: Option<Pages>,
+    pub answer_headers: Option<AnswerHeaders>,
 }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{NGINX, OURS, Settings, external};
+use super::{NGINX, OURS, Settings, answers, external};
 use crate::cors::Cors;
 use crate::crypto;
 use crate::gateway::BackendTls;
@@ -60,6 +60,7 @@ const READERS: &[(&str, Reader)] = &[
         }
         _ => Err("is neither on nor off".to_owned()),
     }),
+    ("service-upstream", |draft, text| flag(text).map(|on| draft.settings.to_cluster_ip = on)),
     ("load-balance", load_balance),
     ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
     ("allowlist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
@@ -196,6 +197,7 @@ pub struct Draft {
     namespace: String,
     pub settings: Settings,
     external: external::Draft,
+    answers: answers::Draft,
     ssl_redirect: Option<bool>,
     force_ssl_redirect: bool,
     permanent: Option<Box<str>>,
@@ -232,7 +234,10 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
         let value = value.trim();
         let read = match READERS.iter().find(|(known, _)| *known == short) {
             Some((_, reader)) => Some(reader(&mut draft, value)),
-            None => draft.external.read(short, &draft.namespace, value),
+            None => {
+                let door = draft.external.read(short, &draft.namespace, value);
+                door.or_else(|| draft.answers.read(short, &draft.namespace, value))
+            }
         };
         let Some(read) = read else {
             let message = format!("annotation {key} is not supported; it changes nothing");
@@ -246,6 +251,10 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
     }
     if draft.has_basic != draft.auth_secret.is_some() {
         let message = "annotation auth-type basic and annotation auth-secret stand together; requests are refused until both are there";
+        faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
+    }
+    if draft.answers.lacks_backend() {
+        let message = "annotation custom-http-errors without default-backend changes nothing; name the Service that has the pages";
         faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
     }
     if draft.external.lacks_url() {
@@ -281,6 +290,7 @@ fn finish(draft: Draft) -> Settings {
         settings.basic = Some((draft.auth_secret.unwrap_or_default(), draft.realm));
     }
     settings.door = draft.external.finish();
+    settings.answers = draft.answers.finish();
     if draft.has_affinity {
         settings.policy.affinity = Some(Arc::new(draft.affinity));
     }

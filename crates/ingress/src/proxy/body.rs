@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +15,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::forward::Finish;
 use super::http1::{Exchange, Http1};
 use super::mirror::{CopiedBody, Copies};
+use super::pace::Pace;
+use crate::policy::Rate;
 
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -268,11 +270,18 @@ pub enum ResponseBody {
 pub struct EndpointBody {
     inner: Answered,
     patience: Patience,
+    /// Where it may not go as fast as it comes.
+    pace: Option<Box<Pace>>,
     /// What remains to be done when the answer is over.
     finish: Finish,
 }
 
 impl EndpointBody {
+    /// Bytes that came and wait for their time.
+    fn held(&self) -> usize {
+        self.pace.as_ref().map_or(0, |pace| pace.held())
+    }
+
     fn complete(&mut self) {
         let inner = std::mem::replace(&mut self.inner, Answered::Nothing);
         self.finish.complete(inner.into_connection());
@@ -280,9 +289,9 @@ impl EndpointBody {
 }
 
 impl ResponseBody {
-    pub fn endpoint(inner: Answered, patience: Duration, finish: Finish) -> Self {
+    pub fn endpoint(inner: Answered, patience: Duration, rate: Option<Rate>, finish: Finish) -> Self {
         let is_over = inner.is_end_stream();
-        let mut body = EndpointBody { inner, patience: Patience::new(patience), finish };
+        let mut body = EndpointBody { inner, patience: Patience::new(patience), pace: rate.map(Pace::new), finish };
         if is_over {
             body.complete();
         }
@@ -303,6 +312,11 @@ impl Body for ResponseBody {
             ResponseBody::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
             ResponseBody::Endpoint(body) => body,
         };
+        if let Some(pace) = &mut body.pace
+            && let Some(part) = ready!(pace.poll_part(cx))
+        {
+            return Poll::Ready(Some(Ok(Frame::data(part))));
+        }
         match body.inner.poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 body.patience.moved();
@@ -312,7 +326,14 @@ impl Body for ResponseBody {
                 if body.inner.is_end_stream() {
                     body.complete();
                 }
-                Poll::Ready(Some(Ok(frame)))
+                let Some(pace) = &mut body.pace else { return Poll::Ready(Some(Ok(frame))) };
+                match frame.into_data() {
+                    Ok(data) => {
+                        pace.put(data);
+                        self.poll_frame(cx)
+                    }
+                    Err(trailers) => Poll::Ready(Some(Ok(trailers))),
+                }
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error))),
             Poll::Ready(None) => {
@@ -329,14 +350,17 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match self {
             ResponseBody::Own(text) => text.is_none(),
-            ResponseBody::Endpoint(body) => body.inner.is_end_stream(),
+            ResponseBody::Endpoint(body) => body.held() == 0 && body.inner.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             ResponseBody::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
-            ResponseBody::Endpoint(body) => body.inner.size_hint(),
+            ResponseBody::Endpoint(body) => match (body.held() as u64, body.inner.size_hint()) {
+                (0, hint) => hint,
+                (held, hint) => hint.exact().map_or_else(SizeHint::default, |left| SizeHint::with_exact(left + held)),
+            },
         }
     }
 }

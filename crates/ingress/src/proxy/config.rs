@@ -20,6 +20,8 @@ pub struct ProxyConfig {
     pub trusted: Vec<IpNet>,
     /// Load balancers that say by the PROXY protocol who their client is, and must.
     pub announcers: Vec<IpNet>,
+    /// Backends of the kind ExternalName lead where their name does.
+    pub external_names: bool,
     /// How long requests under way may take to end when the proxy is told to.
     pub drain: Duration,
 }
@@ -35,6 +37,7 @@ impl ProxyConfig {
             log: LogFormat::Off,
             trusted: Vec::new(),
             announcers: Vec::new(),
+            external_names: true,
             drain: Duration::from_secs(4),
         }
     }

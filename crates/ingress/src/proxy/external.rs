@@ -229,7 +229,7 @@ fn head(
     }
     if let Some(slot) = &external.headers {
         // As long as nobody knows what is to be said, nobody is asked.
-        Option::clone(&slot.load())?.apply(&mut headers, facts);
+        Option::clone(&slot.load())?.fill(&mut headers, facts)?;
     }
     Some(Head { method: question.method.clone().unwrap_or(Method::GET), uri, headers })
 }

@@ -18,6 +18,7 @@ use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
 use super::mirror::{self, is_drawn};
+use super::pages;
 use super::pool::Peer;
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
@@ -51,6 +52,12 @@ pub struct Finish {
 }
 
 impl Finish {
+    /// Of an answer that no line of the log is about.
+    pub fn unlogged(worker: Arc<Worker>, route: Arc<Route>, active: Active, peer: Peer) -> Self {
+        let started = Instant::now();
+        Finish { worker, route, active: Some(active), peer, line: None, _under_way: None, started, bytes: 0 }
+    }
+
     pub fn sent(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
@@ -148,7 +155,7 @@ pub async fn forward(
                 started,
                 bytes: 0,
             };
-            Response::from_parts(parts, ResponseBody::endpoint(body, patience, finish))
+            Response::from_parts(parts, ResponseBody::endpoint(body, patience, route.policy.rate, finish))
         }
     }
 }
@@ -179,8 +186,17 @@ async fn attempt(
     if let Some(Instead::Refusal(status)) = backend.instead {
         return Err((status, NOWHERE));
     }
-    let targets = backend.upstream.targets();
+    let (mut upstream, mut targets) = (&backend.upstream, backend.upstream.targets());
     let protocol = protocol_of(&targets, policy);
+    if let Some((name, port)) = &targets.name {
+        targets = Box::pin(worker.shared.names.find(name, *port)).await;
+    }
+    // Without an endpoint whoever gives pages gets the request itself.
+    let stand_in = policy.pages.as_ref().filter(|_| targets.endpoints.is_empty());
+    if let Some(pages) = stand_in {
+        (upstream, targets) = (&pages.upstream, pages.upstream.targets());
+    }
+    let protocol = if stand_in.is_some() { protocol_of(&targets, &Policy::shared()) } else { protocol };
     let upgrade = match protocol {
         BackendProtocol::Http1 => hygiene::upgrade_of(request.headers(), request.version()),
         BackendProtocol::H2c => None,
@@ -190,7 +206,11 @@ async fn attempt(
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
     let patience = worker.shared.config.limits.body_timeout;
     let (mut body, trouble) = RequestBody::new(incoming, policy.body_limit, patience);
+    let original = stand_in.map(|_| pages::original(&head.uri));
     prepare(worker, client, arrival, &mut head, protocol, upgrade.as_ref());
+    if let Some(original) = original {
+        pages::explain(&mut head.headers, StatusCode::SERVICE_UNAVAILABLE, route, original);
+    }
     if let Some(granted) = &arrival.granted {
         granted.set_headers(&mut head.headers);
     }
@@ -213,18 +233,9 @@ async fn attempt(
     if protocol == BackendProtocol::H2c {
         head.make_http2()?;
     }
-    let tls = backend.tls.clone();
-    let attempts = Attempts {
-        worker,
-        policy,
-        tls,
-        identity,
-        turn: &backend.upstream.turn,
-        targets: &targets,
-        protocol,
-        trouble,
-        wish,
-    };
+    let tls = backend.tls.clone().filter(|_| stand_in.is_none());
+    let attempts =
+        Attempts { worker, policy, tls, identity, turn: &upstream.turn, targets: &targets, protocol, trouble, wish };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
     if sent.response.status() != StatusCode::SWITCHING_PROTOCOLS {
         hygiene::strip(sent.response.headers_mut());

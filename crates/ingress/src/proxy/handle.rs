@@ -17,6 +17,7 @@ use super::facts::is_secure;
 use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
+use super::pages::{Asked, page};
 use super::worker::{Client, Worker};
 use crate::basic::Basic;
 use crate::limits::{TooMany, UnderWay};
@@ -59,6 +60,7 @@ pub async fn handle(
         answered => answered,
     };
     let granted = arrival.granted.clone();
+    let after = After::of(&worker, &arrival.route, &mut request).map(|after| (after, worker.clone(), client.clone()));
     let mut response = match decided {
         Some(response) => {
             arrival.route.counts.answered(response.status().as_u16(), started.elapsed());
@@ -70,7 +72,46 @@ pub async fn handle(
     if let Some(granted) = granted {
         granted.set_cookies(&mut response);
     }
-    Ok(response)
+    match after {
+        // Rarely there, and large: in a box it costs the others nothing.
+        Some((after, worker, client)) => Ok(Box::pin(after.finish(&worker, &client, response)).await),
+        None => Ok(response),
+    }
+}
+
+/// What may still become of an answer, whoever gave it.
+struct After {
+    route: Arc<Route>,
+    asked: Option<Asked>,
+}
+
+impl After {
+    /// `None`: nothing does.
+    fn of<B>(worker: &Worker, route: &Arc<Route>, request: &mut Request<B>) -> Option<Self> {
+        let policy = &route.policy;
+        let has_pages = policy.pages.as_ref().is_some_and(|pages| !pages.statuses.is_empty());
+        let asked = has_pages.then(|| Asked::of(worker, request));
+        (has_pages || policy.answer_headers.is_some()).then(|| After { route: route.clone(), asked })
+    }
+
+    async fn finish(
+        self,
+        worker: &Arc<Worker>,
+        client: &Client,
+        mut response: Response<ResponseBody>,
+    ) -> Response<ResponseBody> {
+        let (policy, status) = (&self.route.policy, response.status());
+        let is_replaced = policy.pages.as_ref().is_some_and(|pages| pages.statuses.contains(status.as_u16()));
+        if let Some(asked) = self.asked.filter(|_| is_replaced)
+            && let Some(page) = page(worker, client, &self.route, asked, status).await
+        {
+            response = page;
+        }
+        if let Some(headers) = policy.answer_headers.as_ref().and_then(|held| Option::clone(&held.0.load())) {
+            headers.set(response.headers_mut());
+        }
+        response
+    }
 }
 
 /// A request that no route gets.

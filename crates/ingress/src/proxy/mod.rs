@@ -18,6 +18,8 @@ mod log;
 mod metrics;
 mod mirror;
 mod names;
+mod pace;
+mod pages;
 mod pool;
 mod shared;
 mod status;

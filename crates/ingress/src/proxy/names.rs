@@ -75,10 +75,8 @@ impl Names {
 }
 
 impl Targets {
-    /// Of the family that the resolver puts first; what is known of an endpoint that stays is kept.
+    /// What is known of an endpoint that stays is kept.
     fn of(mut addresses: Vec<SocketAddr>, before: Option<&Targets>) -> Self {
-        let is_v6 = addresses[0].is_ipv6();
-        addresses.retain(|address| address.is_ipv6() == is_v6);
         addresses.sort_unstable();
         addresses.dedup();
         let held = |address: &SocketAddr| before?.endpoints.iter().find(|held| held.address == *address).cloned();
@@ -102,7 +100,7 @@ mod tests {
         assert!(names.find("a..b", 80).await.endpoints.is_empty());
         let both = ["127.0.0.2:80", "127.0.0.1:80", "[::1]:80"].map(|text| text.parse().expect("an address"));
         let next = Targets::of(both.to_vec(), Some(&first));
-        assert_eq!(next.endpoints.len(), 2, "one family");
+        assert_eq!(next.endpoints.len(), 3);
         assert!(Arc::ptr_eq(&next.endpoints[0], &first.endpoints[0]));
     }
 }

@@ -1,5 +1,6 @@
 //! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
 
+mod answers;
 mod doors;
 mod external;
 mod floods;

@@ -27,6 +27,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("tls.txt", include_str!("cases/tls.txt")),
     ("nginx.txt", include_str!("cases/nginx.txt")),
     ("annotations.txt", include_str!("cases/annotations.txt")),
+    ("answers.txt", include_str!("cases/answers.txt")),
     ("external.txt", include_str!("cases/external.txt")),
     ("together.txt", include_str!("cases/together.txt")),
 ];
@@ -223,7 +224,11 @@ pub fn say(route: &Route) -> String {
                 let targets = one.upstream.targets();
                 let endpoints: Vec<String> = targets.endpoints.iter().map(|e| e.address.to_string()).collect();
                 let share = if backends.list().len() > 1 { format!("{}*", one.weight) } else { String::new() };
-                let endpoints = if endpoints.is_empty() { "503".to_owned() } else { endpoints.join(",") };
+                let endpoints = match &targets.name {
+                    Some((name, port)) => format!("{name}:{port}"),
+                    None if endpoints.is_empty() => "503".to_owned(),
+                    None => endpoints.join(","),
+                };
                 let endpoints = match &one.instead {
                     Some(Instead::Refusal(status)) => status.as_u16().to_string(),
                     Some(Instead::Redirect(to)) => {
@@ -294,6 +299,16 @@ fn treatment(policy: &Policy) -> String {
         tell(true, asks(external));
     }
     tell(policy.is_shut, "shut".to_owned());
+    if let Some(pages) = &policy.pages {
+        let statuses: Vec<u16> = (400..600).filter(|status| pages.statuses.contains(*status)).collect();
+        tell(true, format!("pages {} {statuses:?}", pages.upstream.key));
+    }
+    if let Some(headers) = &policy.answer_headers {
+        tell(true, if headers.0.load().is_some() { "sets headers" } else { "knows no headers" }.to_owned());
+    }
+    if let Some(rate) = &policy.rate {
+        tell(true, format!("{} a second after {}", rate.bytes, rate.after));
+    }
     let (retry, usual) = (&policy.retry, &usual.retry);
     tell(retry.tries != usual.tries, format!("tries {}", retry.tries));
     tell(retry.within != usual.within, format!("within {:?}", retry.within.unwrap_or_default()));

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::budget::Budget;
+
 /// Upper bounds in seconds, those of ingress-nginx.
 pub const SECONDS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
@@ -13,6 +15,8 @@ pub struct RouteCounts {
     buckets: [AtomicU64; SECONDS.len()],
     microseconds: AtomicU64,
     pub retries: AtomicU64,
+    /// What is left for requests that are sent a second time.
+    pub budget: Budget,
     pub received: AtomicU64,
     pub sent: AtomicU64,
 }

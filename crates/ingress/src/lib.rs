@@ -5,8 +5,10 @@
 
 mod annotations;
 mod basic;
+mod budget;
 mod certificates;
 mod class;
+mod clients;
 mod compile;
 mod cors;
 mod counts;
@@ -36,6 +38,7 @@ mod variables;
 pub use basic::{Basic, Users};
 pub use certificates::{Certificates, Resolver, fallback, read_tls};
 pub use class::{CLASS, CONTROLLER, Classes};
+pub use clients::{Asks, ClientAuth};
 pub use compile::{Compiler, SecretState};
 pub use cors::Cors;
 pub use counts::RouteCounts;
@@ -47,7 +50,7 @@ pub use hosts::HostMap;
 pub use limits::{RateLimits, TooMany, UnderWay};
 pub use objects::{Ingress, IngressClass, LoadBalancerIngress};
 pub use pages::Pages;
-pub use policy::{AnswerHeaders, BackendProtocol, Balance, Policy, Rate, Retry, StatusSet};
+pub use policy::{AnswerHeaders, BackendProtocol, Balance, Policy, ProxyProtocol, Rate, Retry, StatusSet};
 pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Readiness};
 pub use registry::Slot;
 pub use rewrites::{CookieChanges, Replacement};

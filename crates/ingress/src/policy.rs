@@ -7,6 +7,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::basic::Basic;
+use crate::clients::ClientAuth;
 use crate::external::External;
 use crate::headers::SetHeaders;
 use crate::limits::RateLimits;
@@ -46,6 +47,8 @@ pub struct Retry {
     pub on_status: StatusSet,
     /// Also requests that may have had an effect already.
     pub non_idempotent: bool,
+    /// Of a hundred requests so many may be sent a second time, beside a few a second; `None`: all.
+    pub budget: Option<u8>,
 }
 
 /// Statuses from 400 to 599.
@@ -68,6 +71,13 @@ impl StatusSet {
     }
 }
 
+/// Versions of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    V1,
+    V2,
+}
+
 /// How fast an answer's body goes to its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
@@ -75,6 +85,17 @@ pub struct Rate {
     pub bytes: NonZeroU64,
     /// So many go at any speed.
     pub after: u64,
+}
+
+/// Whom clients must be by their certificates.
+#[derive(Clone, Debug)]
+pub struct Clients(pub Arc<ClientAuth>);
+
+impl PartialEq for Clients {
+    /// Each translation makes another.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 /// Headers of a ConfigMap for every answer.
@@ -117,10 +138,20 @@ pub struct Policy {
     pub external: Option<Arc<External>>,
     /// Nobody is let in, as what was written about it makes no sense.
     pub is_shut: bool,
+    /// Which certificates clients must show, on all routes of their host.
+    pub clients: Option<Clients>,
     /// Who answers in place of an endpoint.
     pub pages: Option<Pages>,
     pub answer_headers: Option<AnswerHeaders>,
     pub rate: Option<Rate>,
+    /// For so long an endpoint that is new gets less than its share.
+    pub slow_start: Option<Duration>,
+    /// Endpoints hear who asks before the first byte.
+    pub announces: Option<ProxyProtocol>,
+    /// Requests without a trace get one; `None`: as the whole proxy does.
+    pub traces: Option<bool>,
+    /// A trace that a request brings is its own.
+    pub trusts_trace: bool,
 }
 
 impl Default for Policy {
@@ -138,6 +169,7 @@ impl Default for Policy {
                 on_timeout: true,
                 on_status: StatusSet::default(),
                 non_idempotent: false,
+                budget: Some(20),
             },
             balance: Balance::default(),
             protocol: BackendProtocol::default(),
@@ -150,9 +182,14 @@ impl Default for Policy {
             basic: None,
             external: None,
             is_shut: false,
+            clients: None,
             pages: None,
             answer_headers: None,
             rate: None,
+            slow_start: None,
+            announces: None,
+            traces: None,
+            trusts_trace: true,
         }
     }
 }

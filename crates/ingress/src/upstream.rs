@@ -132,6 +132,8 @@ pub struct Endpoint {
     pub failures: AtomicU32,
     /// Milliseconds of the process's life until which it is passed over.
     pub ejected_until: AtomicU64,
+    /// The millisecond of the process's life in which it was first chosen; 0: not yet.
+    pub chosen: AtomicU64,
     pub requests: AtomicU64,
     pub failed: AtomicU64,
 }
@@ -144,6 +146,7 @@ impl Endpoint {
             active: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
+            chosen: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         }

@@ -1,11 +1,13 @@
 //! Changes the mode of a node while clients talk.
 //!
-//! The old mode stops to follow the table and its rules stay. The new one commits its whole plan beside them, then removes
-//! them. What it cannot do shows in its first commit; then the old mode goes on as if nothing had been asked.
+//! The new mode is opened while the old one goes on, since pods that end wait for a node that does not follow the table. Then
+//! the old one stops to follow it and its rules stay; the new one commits its whole plan beside them, and removes them. What
+//! it cannot do shows when it is opened or in its first commit; then the old mode goes on as if nothing had been asked.
 //!
 //! Connections outlive their mode: netfilter goes on to translate those it knows (see `keeper`), a relay's are carried to
 //! their end, and relays listen for a while longer, since a first packet that was sent to one may still be on its way.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -13,8 +15,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::dataplane::Kept;
-use crate::run::{hold, localhost};
-use crate::{Config, Error, Feed, Mode, Status};
+use crate::run::{Opened, hold, localhost, open};
+use crate::{Config, Error, Feed, Mode, Status, leftovers};
 
 /// How long the last packet to a mode that is gone may take: a client repeats its first packet after one second, and
 /// again after two.
@@ -90,7 +92,8 @@ struct Node {
 impl Node {
     async fn follow(&mut self, mode: Mode, requests: &mut Requests) -> Result<(), Error> {
         self.relay_beside(mode)?;
-        let mut session = self.begin(mode)?;
+        let opened = open(self.config.in_mode(mode)?).await?;
+        let mut session = self.begin(mode, opened);
         loop {
             tokio::select! {
                 ended = &mut session.task => return ended.map_err(Error::Commit)?.map(drop),
@@ -127,12 +130,11 @@ impl Node {
         }
     }
 
-    fn begin(&self, mode: Mode) -> Result<Session, Error> {
-        let config = self.config.in_mode(mode)?;
+    fn begin(&self, mode: Mode, opened: Opened) -> Session {
         // What happened before is in the table, which is read as a whole first.
         let feed = Feed { table: self.feed.table.clone(), changes: self.feed.changes.resubscribe() };
         let (token, status) = (self.token.child_token(), self.status.clone());
-        let work = hold(config, feed, self.status.clone(), token.clone());
+        let work = hold(opened, feed, self.status.clone(), token.clone());
         let task = tokio::spawn(async move {
             let result = work.await;
             if let Err(error) = &result {
@@ -140,18 +142,35 @@ impl Node {
             }
             result
         });
-        Ok(Session { mode, token, task })
+        Session { mode, token, task }
     }
 
     /// The session that goes on, and whether it is the one that was asked for. An error is the end of both.
     async fn hand_over(&mut self, session: Session, to: Mode) -> Result<(Session, Result<(), Error>), Error> {
         let from = session.mode;
+        let refused = |cause: String| {
+            let error = Error::HandOver { from, to, cause };
+            tracing::warn!("proxy: {error}");
+            error
+        };
+        let opened = match open(self.config.in_mode(to)?).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                // What it has opened before it failed.
+                let (hooks, held) = (self.config.hooks.clone(), self.config.in_mode(to)?.namespace);
+                let clear = move || leftovers::clear_unused(to, hooks.as_ref(), held.as_ref().map(AsFd::as_fd));
+                if let Err(error) = tokio::task::spawn_blocking(clear).await.map_err(Error::Commit)? {
+                    tracing::warn!("proxy: {error}");
+                }
+                return Ok((session, Err(refused(error.to_string()))));
+            }
+        };
         let kept = session.stop().await?;
         self.status.send_modify(|status| status.error = None);
         if from == Mode::Userspace {
             self.relay_beside(to)?;
         }
-        let next = self.begin(to)?;
+        let next = self.begin(to, opened);
         let settled = self.settled(to).await;
         let outcome = match settled {
             Ok(()) => {
@@ -160,14 +179,14 @@ impl Node {
                 Ok((next, Ok(())))
             }
             Err(cause) => {
-                let error = Error::HandOver { from, to, cause };
-                tracing::warn!("proxy: {error}");
+                let error = refused(cause);
                 // What it says when it ends is the same again.
                 if let Ok(kept) = next.stop().await {
                     self.retire(kept);
                 }
                 self.relay_beside(from)?;
-                self.begin(from).map(|back| (back, Err(error)))
+                let back = open(self.config.in_mode(from)?).await?;
+                Ok((self.begin(from, back), Err(error)))
             }
         };
         self.retire(kept);

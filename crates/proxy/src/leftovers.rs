@@ -141,6 +141,15 @@ pub(crate) fn clear_watch(namespace: Option<BorrowedFd<'_>>) -> Result<(), Error
     Ok(())
 }
 
+/// Removes what opening a mode has left that was not begun.
+pub(crate) fn clear_unused(mode: Mode, hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    match mode {
+        Mode::Ebpf => clear_ebpf(hooks, namespace),
+        // Nothing of them is in the kernel before their first commit.
+        Mode::Nftables | Mode::Iptables | Mode::Ipvs | Mode::Userspace => Ok(()),
+    }
+}
+
 /// Ends the ebpf mode, if a node ever had it.
 fn clear_ebpf(hooks: Option<&Hooks>, namespace: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     let Some(hooks) = hooks else { return Ok(()) };

@@ -89,7 +89,10 @@ pub async fn run(
     token: CancellationToken,
 ) -> Result<(), Error> {
     let localhost = localhost(&config, &feed, &token)?;
-    let result = hold(config, feed, status, token).await.map(drop);
+    let result = match open(config).await {
+        Ok(opened) => hold(opened, feed, status, token).await.map(drop),
+        Err(error) => Err(error),
+    };
     if let Some(task) = localhost {
         // It ends with the token; without the mode it is of no use.
         task.abort();
@@ -139,74 +142,104 @@ fn place(namespace: Option<OwnedFd>) -> Result<Place, Error> {
     })
 }
 
-/// One mode, and what must outlive it while connections that it took are on their way to it.
-pub(crate) async fn hold(
+/// A mode with all that it needs of the kernel. As long as it does not follow the table it sends no packet anywhere.
+pub(crate) struct Opened {
     config: Config,
-    feed: Feed,
-    status: watch::Sender<Status>,
-    token: CancellationToken,
-) -> Result<Kept, Error> {
-    let namespace = || config.namespace.as_ref().map(|namespace| namespace.as_fd());
-    let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(namespace()) {
+    namespace: Option<OwnedFd>,
+    conntrack: Option<Box<dyn Conntrack>>,
+    tools: Open,
+}
+
+/// What a mode speaks to the kernel with.
+enum Open {
+    Nftables(Socket),
+    Iptables(Tools),
+    Ipvs(ipvs::Socket, Socket),
+    Ebpf(Pinned),
+    /// Without privileges it has none.
+    Userspace(Option<Socket>),
+}
+
+/// Opens a mode, which may take a while: the programs of the ebpf mode are verified by the kernel.
+pub(crate) async fn open(config: Config) -> Result<Opened, Error> {
+    let held = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
+    let namespace = held()?;
+    let place = || namespace.as_ref().map(|namespace| namespace.as_fd());
+    let conntrack: Option<Box<dyn Conntrack>> = match conntrack::Socket::open(place()) {
         Ok(socket) => Some(Box::new(socket)),
         // That mode does without, and says what it does not do then.
         Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => None,
         Err(error) => return Err(error.into()),
     };
     if config.mode.is_translated_by_netfilter() {
-        match Socket::open(namespace()).and_then(|mut nft| keeper::keep(&mut nft)) {
+        match Socket::open(place()).and_then(|mut nft| keeper::keep(&mut nft)) {
             // Without privileges nothing is translated.
             Err(error) if config.mode == Mode::Userspace && error.is_forbidden() => {}
             kept => kept?,
         }
     }
-    let hold = || config.namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
-    let (mode, held, hooks) = (config.mode, hold()?, config.hooks.clone());
-    let leftovers = Some(Leftovers::new(mode, hooks, held));
-    let status = Arc::new(status);
-    let ebpf = match mode {
-        Mode::Ebpf => Some(attached(pinned(namespace(), config.hooks.as_ref())?).await?),
-        Mode::Nftables | Mode::Iptables | Mode::Ipvs | Mode::Userspace => None,
+    let tools = match config.mode {
+        Mode::Nftables => Open::Nftables(Socket::open(place())?),
+        Mode::Iptables => {
+            let held = held()?;
+            Open::Iptables(tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??)
+        }
+        Mode::Ipvs => {
+            let mut kernel = ipvs::Socket::open(place())?;
+            // What is missing is said before anything is promised.
+            kernel.prepare(&[])?;
+            ipvs::Socket::require(&config.node.borrow().ipvs.scheduler)?;
+            Open::Ipvs(kernel, Socket::open(place())?)
+        }
+        Mode::Ebpf => Open::Ebpf(attached(pinned(place(), config.hooks.as_ref())?).await?),
+        Mode::Userspace => Open::Userspace(userspace::open(place())?),
     };
+    Ok(Opened { config, namespace, conntrack, tools })
+}
+
+/// One mode, and what must outlive it while connections that it took are on their way to it.
+pub(crate) async fn hold(
+    opened: Opened,
+    feed: Feed,
+    status: watch::Sender<Status>,
+    token: CancellationToken,
+) -> Result<Kept, Error> {
+    let Opened { config, namespace, conntrack, tools } = opened;
+    let held = || namespace.as_ref().map(OwnedFd::try_clone).transpose().map_err(Error::Namespace);
+    let leftovers = Some(Leftovers::new(config.mode, config.hooks.clone(), held()?));
+    let status = Arc::new(status);
     let watcher = eyes::start_if_wanted(&config, &feed, &status, &token)?;
-    match mode {
-        Mode::Nftables => {
-            let dataplane = Nftables::new(Socket::open(namespace())?);
+    match tools {
+        Open::Nftables(nft) => {
+            let dataplane = Nftables::new(nft);
             Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
                 .watched_by(watcher)
                 .run(token)
                 .await
         }
-        Mode::Iptables => {
-            let held = hold()?;
-            let tools = tokio::task::spawn_blocking(move || Tools::open(held)).await.map_err(Error::Commit)??;
+        Open::Iptables(tools) => {
             let dataplane = Iptables::new(tools);
             Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
                 .watched_by(watcher)
                 .run(token)
                 .await
         }
-        Mode::Ipvs => {
-            let mut kernel = ipvs::Socket::open(namespace())?;
-            // What is missing is said before anything is promised.
-            kernel.prepare(&[])?;
-            ipvs::Socket::require(&config.node.borrow().ipvs.scheduler)?;
-            let dataplane = Ipvs::new(kernel, Socket::open(namespace())?);
+        Open::Ipvs(kernel, nft) => {
+            let dataplane = Ipvs::new(kernel, nft);
             Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
                 .watched_by(watcher)
                 .run(token)
                 .await
         }
-        Mode::Ebpf => {
-            let dataplane = Ebpf::new(ebpf.expect("the mode's programs are attached"));
+        Open::Ebpf(kernel) => {
+            let dataplane = Ebpf::new(kernel);
             Loop::new(Kernel { dataplane, conntrack, leftovers }, config, feed, status)
                 .watched_by(watcher)
                 .run(token)
                 .await
         }
-        Mode::Userspace => {
-            let nft = userspace::open(namespace())?;
-            let place = place(hold()?)?;
+        Open::Userspace(nft) => {
+            let place = place(held()?)?;
             let (witness, watcher) = eyes::relayed::start(
                 &config.watching,
                 place.clone(),

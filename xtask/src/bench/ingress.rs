@@ -18,6 +18,8 @@ const PACKAGES: [&str; 4] = ["nginx-light", "haproxy", "wrk", "nghttp2-client"];
 const PATIENCE: Duration = Duration::from_secs(20);
 const CLIENTS: &str = "32";
 const SECONDS: &str = "2";
+/// The 99th percentile is that of this part of what nginx carries in a second, for all the same.
+const SHARE: f64 = 0.5;
 const MANY_ROUTES: u32 = 10_000;
 const MANY_CLIENTS: usize = 1_000;
 const CHANGES: u32 = 51;
@@ -39,6 +41,11 @@ impl Drop for Running {
 }
 
 impl Running {
+    fn url(&self, cell: Cell) -> String {
+        let (scheme, port) = if cell.is_tls { ("https", self.https) } else { ("http", self.http) };
+        format!("{scheme}://127.0.0.1:{port}{}", cell.path)
+    }
+
     /// Of the process and its workers, those that carry requests.
     fn cpu(&self) -> Result<f64> {
         let id = self.child.id();
@@ -97,8 +104,6 @@ struct Sample {
     /// Microseconds of processor time for a request.
     cpu: f64,
     per_second: f64,
-    /// Milliseconds, where the client tells.
-    p99: Option<f64>,
 }
 
 pub fn measure() -> Result<Vec<Row>> {
@@ -135,71 +140,99 @@ fn compare(proxies: &[Running], cell: Cell) -> Result<Vec<Row>> {
             }
         }
     }
-    let middle = |samples: &[Sample]| {
-        let of = |what: fn(&Sample) -> f64| median(samples.iter().map(what).collect());
-        let p99: Option<Vec<f64>> = samples.iter().map(|sample| sample.p99).collect();
-        (of(|sample| sample.cpu), of(|sample| sample.per_second), p99.map(median))
-    };
-    let middle: Vec<_> = samples.iter().map(|samples| middle(samples)).collect();
-    let (nginx, _, nginx_p99) = middle[1];
-    let row = |(proxy, (cpu, rate, p99)): (&Running, &(f64, f64, Option<f64>))| Row {
-        what: format!("ingress, {}: {}", proxy.name, cell.name),
-        measured: match p99 {
-            Some(p99) => format!("{cpu:.1} µs, {rate:.0}/s, p99 {p99:.2} ms"),
-            None => format!("{cpu:.1} µs, {rate:.0}/s"),
-        },
-        wanted: match proxy.name {
+    let of = |samples: &[Sample], what: fn(&Sample) -> f64| median(samples.iter().map(what).collect());
+    let middle: Vec<(f64, f64)> =
+        samples.iter().map(|samples| (of(samples, |one| one.cpu), of(samples, |one| one.per_second))).collect();
+    let (nginx, nginx_rate) = middle[1];
+    let late = late(proxies, cell, nginx_rate * SHARE)?;
+    let row = |(at, proxy): (usize, &Running)| {
+        let (cpu, rate) = middle[at];
+        let p99 = late.as_ref().map(|late| late[at]);
+        let said = |p99: Option<f64>| p99.map(|p99| format!(", p99 {p99:.2} ms")).unwrap_or_default();
+        let wanted = match proxy.name {
             "fairlead" => {
                 let most = nginx * cell.wanted;
-                let late = nginx_p99.map(|p99| format!(", p99 {p99:.2} ms")).unwrap_or_default();
-                format!("at most {most:.1} µs ({:.2} of nginx's; {:.2}){late}", cell.wanted, cpu / nginx)
+                let theirs = said(late.as_ref().map(|late| late[1]));
+                format!("at most {most:.1} µs ({:.2} of nginx's; {:.2}){theirs}", cell.wanted, cpu / nginx)
             }
             _ => String::new(),
-        },
+        };
+        Row {
+            what: format!("ingress, {}: {}", proxy.name, cell.name),
+            measured: format!("{cpu:.1} µs, {rate:.0}/s{}", said(p99)),
+            wanted,
+        }
     };
-    Ok(proxies.iter().zip(&middle).map(row).collect())
+    Ok(proxies.iter().enumerate().map(row).collect())
+}
+
+/// Milliseconds after which 99 % of the requests were answered, of each proxy, with so many requests in a second; for clients
+/// that can keep to a rate.
+fn late(proxies: &[Running], cell: Cell, per_second: f64) -> Result<Option<Vec<f64>>> {
+    let (clients, manner): (usize, &[&str]) = match cell.client {
+        Client::Kept => (32, &["--h1"]),
+        Client::Http2 => (8, &["-m4"]),
+        Client::Each | Client::Full => return Ok(None),
+    };
+    let log = super::bench_dir()?.join("ingress/requests");
+    let mut times: Vec<Vec<f64>> = proxies.iter().map(|_| Vec::new()).collect();
+    for _ in 0..ROUNDS {
+        for (proxy, times) in proxies.iter().zip(&mut times) {
+            fs::remove_file(&log).ok();
+            let mut command = Command::new("h2load");
+            command.args(manner).args(["-t1", "-D", SECONDS, "-c", &clients.to_string()]);
+            command.args(["--rps", &format!("{:.0}", per_second / clients as f64)]).arg("--log-file").arg(&log);
+            shell::output(command.arg(proxy.url(cell)))?;
+            times.push(
+                p99(&fs::read_to_string(&log)?, per_second)
+                    .with_context(|| format!("{}: {}", proxy.name, cell.name))?,
+            );
+        }
+    }
+    Ok(Some(times.into_iter().map(median).collect()))
+}
+
+/// Of h2load's log: a line has the time, the status and the microseconds of a request.
+fn p99(log: &str, per_second: f64) -> Result<f64> {
+    let mut times = Vec::new();
+    for line in log.lines() {
+        let mut fields = line.split('\t').skip(1);
+        let (status, time) = (fields.next().context("a status")?, fields.next().context("a time")?);
+        ensure!(status == "200", "{line}");
+        times.push(time.parse::<u32>()?);
+    }
+    // What is asked less often than wanted says nothing of this load.
+    ensure!(times.len() as f64 > per_second, "only {} of {per_second:.0} requests in a second", times.len());
+    times.sort_unstable();
+    Ok(f64::from(times[times.len() * 99 / 100]) / 1e3)
 }
 
 fn load(proxy: &Running, cell: Cell) -> Result<Sample> {
-    let (scheme, port) = if cell.is_tls { ("https", proxy.https) } else { ("http", proxy.http) };
-    let url = format!("{scheme}://127.0.0.1:{port}{}", cell.path);
+    let url = proxy.url(cell);
     let before = proxy.cpu()?;
     let begun = Instant::now();
-    let (done, p99) = match cell.client {
+    let done = match cell.client {
         Client::Kept => wrk(&url, true)?,
         Client::Each => wrk(&url, false)?,
-        Client::Full => (handshakes(port, cell.path)?, None),
-        Client::Http2 => (h2load(&url)?, None),
+        Client::Full => handshakes(proxy.https, cell.path)?,
+        Client::Http2 => h2load(&url)?,
     };
     let took = begun.elapsed().as_secs_f64();
     ensure!(done > 100.0, "{done} requests were answered");
-    Ok(Sample { cpu: (proxy.cpu()? - before) / done * 1e6, per_second: done / took, p99 })
+    Ok(Sample { cpu: (proxy.cpu()? - before) / done * 1e6, per_second: done / took })
 }
 
-/// Requests that were answered, and after how many milliseconds 99 % of them were.
-fn wrk(url: &str, is_kept: bool) -> Result<(f64, Option<f64>)> {
+/// Requests that were answered.
+fn wrk(url: &str, is_kept: bool) -> Result<f64> {
     let mut command = Command::new("wrk");
-    command.args(["-t1", "--latency", "-c", CLIENTS, "-d", SECONDS]);
+    command.args(["-t1", "-c", CLIENTS, "-d", SECONDS]);
     if !is_kept {
         command.args(["-H", "Connection: close"]);
     }
     let text = shell::output(command.arg(url))?;
     ensure!(!text.contains("Non-2xx"), "{text}");
     let line = text.lines().find(|line| line.contains("requests in")).with_context(|| text.clone())?;
-    let p99 = text.lines().find_map(|line| line.trim().strip_prefix("99%")).and_then(|time| milliseconds(time.trim()));
-    Ok((line.split_whitespace().next().context("a number")?.parse()?, p99))
-}
-
-/// As wrk writes times: `930.00us`, `1.25ms`, `1.02s`.
-fn milliseconds(time: &str) -> Option<f64> {
-    let (number, unit) = time.split_at(time.find(|c: char| c.is_ascii_alphabetic())?);
-    let factor = match unit {
-        "us" => 1e-3,
-        "ms" => 1.0,
-        "s" => 1e3,
-        _ => return None,
-    };
-    Some(number.parse::<f64>().ok()? * factor)
+    Ok(line.split_whitespace().next().context("a number")?.parse()?)
 }
 
 /// Full handshakes of TLS 1.3 with a request each, one after the other.

@@ -30,6 +30,9 @@ pub struct IngressOptions {
     /// Backends of the kind ExternalName answer 503: whoever writes one chooses where this machine connects to.
     #[arg(long)]
     pub ingress_no_external_names: bool,
+    /// Requests that bring no trace (W3C Trace Context, header traceparent) get one, and the log names each request's.
+    #[arg(long)]
+    pub ingress_trace: bool,
     /// Threads that carry requests; one for each processor unless set.
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub ingress_workers: Option<u16>,
@@ -46,6 +49,7 @@ impl IngressOptions {
         config.trusted.clone_from(&self.ingress_trusted_proxy);
         config.announcers.clone_from(&self.ingress_proxy_protocol);
         config.external_names = !self.ingress_no_external_names;
+        config.trace = self.ingress_trace;
         config.workers = self.ingress_workers.map_or(config.workers, usize::from);
     }
 
@@ -55,6 +59,7 @@ impl IngressOptions {
         flags.extend(self.ingress_trusted_proxy.iter().map(|range| format!("--ingress-trusted-proxy={range}")));
         flags.extend(self.ingress_proxy_protocol.iter().map(|range| format!("--ingress-proxy-protocol={range}")));
         flags.extend(self.ingress_no_external_names.then(|| "--ingress-no-external-names".to_owned()));
+        flags.extend(self.ingress_trace.then(|| "--ingress-trace".to_owned()));
         flags.extend(self.ingress_workers.map(|count| format!("--ingress-workers={count}")));
         flags
     }
@@ -80,6 +85,7 @@ mod tests {
             "--ingress-trusted-proxy=10.0.0.0/8,192.0.2.0/24",
             "--ingress-proxy-protocol=192.0.2.0/24",
             "--ingress-no-external-names",
+            "--ingress-trace",
             "--ingress-workers=3",
         ];
         let options = Line::try_parse_from(given).expect("good flags").options;

@@ -121,7 +121,17 @@ fn rolling_update(mode: &str, then: &[&str]) {
     );
     let enough = 8.0 * f64::from(per_second) * lasted.as_secs_f64() / 2.0;
     assert!(tally.answers as f64 > enough, "{mode}: only {} answers in {lasted:?}", tally.answers);
-    assert!(tally.failures.is_empty(), "{mode}: {} failures\n{}", tally.failures.len(), tally.failures.join("\n"));
+    if !tally.failures.is_empty() {
+        // What was not waited for is what failed, mostly.
+        let said = cluster
+            .run(
+                "grep -rhaE 'stopped (before|with)|mode has taken over|cannot' $DIR --include='*.log' | tail -60",
+                "",
+                SECONDS,
+            )
+            .output;
+        panic!("{mode}: {} failures\n{}\n{said}", tally.failures.len(), tally.failures.join("\n"));
+    }
     let reports = expect("kubectl get leases -n kube-system -l fairlead.io/component=proxy -o name", "");
     assert_eq!(reports.lines().count(), usize::from(NODES), "{mode}: every proxy reports: {reports}");
     let documents = [

@@ -13,7 +13,8 @@ use hyper::ext::ReasonPhrase;
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout};
 
-use super::balance::{Active, pick};
+use super::announce::Announcement;
+use super::balance::{Active, milliseconds, pick, spare};
 use super::body::{Answered, RequestBody, Trouble, Troubles};
 use super::http1::{Exchange, Http1, RequestHead};
 use super::pool::{Connection, Http2, Peer};
@@ -92,6 +93,8 @@ pub struct Attempts<'a> {
     pub protocol: BackendProtocol,
     pub trouble: Troubles,
     pub wish: Wish,
+    /// What endpoints hear before the first byte.
+    pub announce: Option<Announcement>,
 }
 
 /// Why one try came to nothing. The body is where it was unless something was sent.
@@ -119,15 +122,15 @@ impl Attempts<'_> {
         let (worker, policy) = (self.worker, self.policy);
         let count = u32::try_from(self.targets.endpoints.len()).unwrap_or(u32::MAX);
         let tries = if policy.retry.tries == 0 { count.max(1) } else { policy.retry.tries };
+        if let Some(percent) = policy.retry.budget {
+            route.counts.budget.earn(percent);
+        }
         let may_repeat = body.is_empty() && (policy.retry.non_idempotent || is_idempotent(&head.method));
         let mut tried: Vec<SocketAddr> = Vec::new();
-        let (mut stale, mut last) = (0, NOBODY);
+        let (mut stale, mut last, mut is_work) = (0, NOBODY, false);
         for number in 0..tries.saturating_add(STALE) {
-            if number > 0 {
-                if policy.retry.within.is_some_and(|within| started.elapsed() >= within) {
-                    break;
-                }
-                route.counts.retries.fetch_add(1, Ordering::Relaxed);
+            if number > 0 && policy.retry.within.is_some_and(|within| started.elapsed() >= within) {
+                break;
             }
             if tried.len() >= tries as usize {
                 break;
@@ -135,7 +138,18 @@ impl Attempts<'_> {
             let now = worker.milliseconds();
             let endpoint =
                 pick(self.turn, &self.targets.endpoints, policy.balance, &tried, self.wish, now, worker.random());
-            let Some(endpoint) = endpoint else { break };
+            let Some(mut endpoint) = endpoint else { break };
+            // What was sent may be work already; where nobody accepted there is none.
+            if std::mem::take(&mut is_work) && policy.retry.budget.is_some() && !route.counts.budget.take(now) {
+                break;
+            }
+            if number > 0 {
+                route.counts.retries.fetch_add(1, Ordering::Relaxed);
+            }
+            if let Some(window) = policy.slow_start.filter(|_| self.wish == Wish::None) {
+                let window = milliseconds(window);
+                endpoint = spare(endpoint, &self.targets.endpoints, &tried, window, now, worker.random());
+            }
             let (answer, may_repeat) = match self.once(&endpoint, &head, &mut body, may_repeat, stale >= STALE).await {
                 Ok(sent) => return Ok(sent),
                 Err(Failed::Stale) => {
@@ -143,7 +157,10 @@ impl Attempts<'_> {
                     continue;
                 }
                 Err(Failed::Unsent(answer)) => (answer, true),
-                Err(Failed::Sent(answer)) => (answer, may_repeat),
+                Err(Failed::Sent(answer)) => {
+                    is_work = true;
+                    (answer, may_repeat)
+                }
             };
             if let Some(trouble) = self.trouble.get() {
                 return Err(match trouble {
@@ -185,7 +202,8 @@ impl Attempts<'_> {
         is_fresh: bool,
     ) -> Result<Sent, Failed> {
         let (pool, policy) = (&self.worker.pool, self.policy);
-        let peer = Peer { address: endpoint.address, tls: self.tls.clone(), identity: self.identity.clone() };
+        let (tls, identity) = (self.tls.clone(), self.identity.clone());
+        let peer = Peer { address: endpoint.address, tls, identity, announce: self.announce.map(Box::new) };
         let active = Active::new(endpoint.clone());
         let connection = pool.get(&peer, self.protocol, is_fresh, policy.connect_timeout).await.map_err(|error| {
             let late = error.kind() == std::io::ErrorKind::TimedOut;

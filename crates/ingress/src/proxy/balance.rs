@@ -55,6 +55,37 @@ pub fn pick(
     from_first().find(is_good).or_else(|| from_first().find(untried)).cloned()
 }
 
+/// The least of its share that a new endpoint gets, as it would otherwise never grow.
+const LEAST: f64 = 0.1;
+
+/// Spares `chosen` while it is new: with a likelihood that shrinks over the `window` an older one takes its request. `now` and
+/// `window` are in milliseconds, `draw` is any number.
+pub fn spare(
+    chosen: Arc<Endpoint>,
+    endpoints: &[Arc<Endpoint>],
+    tried: &[SocketAddr],
+    window: u64,
+    now: u64,
+    draw: u64,
+) -> Arc<Endpoint> {
+    let warmth = |endpoint: &Endpoint| match endpoint.chosen.load(Ordering::Relaxed) {
+        0 => LEAST,
+        since => (now.saturating_sub(since) as f64 / window.max(1) as f64).clamp(LEAST, 1.0),
+    };
+    let own = warmth(&chosen);
+    // Spared or not, its time begins, as it must come to an end.
+    chosen.chosen.compare_exchange(0, now.max(1), Ordering::Relaxed, Ordering::Relaxed).ok();
+    // 53 bits of the draw, as a share of one.
+    let share = (mix(draw) >> 11) as f64 / (1_u64 << 53) as f64;
+    if own >= 1.0 || share < own {
+        return chosen;
+    }
+    let is_warmer = |one: &&Arc<Endpoint>| !tried.contains(&one.address) && !one.is_ejected(now) && warmth(one) > own;
+    let count = endpoints.iter().filter(is_warmer).count();
+    let at = usize::try_from(draw % count.max(1) as u64).unwrap_or(0);
+    endpoints.iter().filter(is_warmer).nth(at).cloned().unwrap_or(chosen)
+}
+
 impl Endpoint {
     /// It did not do what was asked; others are asked for a while.
     pub fn failed(&self, now: u64) {
@@ -130,6 +161,23 @@ mod tests {
         }
         let named = pick(&turn, &all, Balance::LeastLoad, &[], Wish::Endpoint(all[1].number), 0, 0);
         assert_eq!(named.expect("the one").address, all[1].address);
+    }
+
+    #[test]
+    fn who_is_new_gets_less_until_its_time_is_over() {
+        let (_, all) = endpoints();
+        let shares = |now: u64| {
+            let to = |draw: u64| spare(all[0].clone(), &all, &[], 1000, now, draw).address == all[0].address;
+            (0..1000).filter(|draw| to(*draw)).count()
+        };
+        assert_eq!(shares(1), 1000, "all are new: nobody is warmer");
+        all[1].chosen.store(1, Ordering::Relaxed);
+        all[0].chosen.store(5000, Ordering::Relaxed);
+        assert!((50..150).contains(&shares(5000)), "a tenth: {}", shares(5000));
+        assert!((450..550).contains(&shares(5500)), "half: {}", shares(5500));
+        assert_eq!(shares(6000), 1000);
+        all[1].failed(5500);
+        assert_eq!(shares(5500), 1000, "nobody else can take it");
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub struct ProxyConfig {
     pub announcers: Vec<IpNet>,
     /// Backends of the kind ExternalName lead where their name does.
     pub external_names: bool,
+    /// Requests without a trace (W3C Trace Context) get one, where their route does not say otherwise.
+    pub trace: bool,
     /// How long requests under way may take to end when the proxy is told to.
     pub drain: Duration,
 }
@@ -38,6 +40,7 @@ impl ProxyConfig {
             trusted: Vec::new(),
             announcers: Vec::new(),
             external_names: true,
+            trace: false,
             drain: Duration::from_secs(4),
         }
     }

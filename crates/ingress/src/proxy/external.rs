@@ -162,6 +162,7 @@ async fn consult(
         protocol,
         trouble: Troubles::default(),
         wish: Wish::None,
+        announce: None,
     };
     let sent = attempts.run(head, RequestBody::Empty, &arrival.route, Instant::now()).await.ok()?;
     let Sent { response, active, peer } = sent;

@@ -9,6 +9,7 @@ use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout};
 
+use super::announce::Announcement;
 use super::attempt::{Answer, Attempts, BROKEN, Head, LATE, NOBODY, Sent};
 use super::balance::Active;
 use super::body::{Answered, RequestBody, ResponseBody};
@@ -234,8 +235,19 @@ async fn attempt(
         head.make_http2()?;
     }
     let tls = backend.tls.clone().filter(|_| stand_in.is_none());
-    let attempts =
-        Attempts { worker, policy, tls, identity, turn: &upstream.turn, targets: &targets, protocol, trouble, wish };
+    let announce = policy.announces.map(|version| Announcement { version, client: client.peer, local: client.local });
+    let attempts = Attempts {
+        announce,
+        worker,
+        policy,
+        tls,
+        identity,
+        turn: &upstream.turn,
+        targets: &targets,
+        protocol,
+        trouble,
+        wish,
+    };
     let mut sent = attempts.run(head, body, route, arrival.started).await?;
     if sent.response.status() != StatusCode::SWITCHING_PROTOCOLS {
         hygiene::strip(sent.response.headers_mut());

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::ResponseBody;
+use super::clients;
 use super::entrance::NoRoute;
 use super::external::{Admission, Granted, ask};
 use super::facts::is_secure;
@@ -18,6 +19,7 @@ use super::forward::forward;
 use super::hygiene::{self, Refusal};
 use super::log::Line;
 use super::pages::{Asked, page};
+use super::trace;
 use super::worker::{Client, Worker};
 use crate::basic::Basic;
 use crate::limits::{TooMany, UnderWay};
@@ -42,7 +44,7 @@ pub async fn handle(
     mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let started = Instant::now();
-    let line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
+    let mut line = worker.log().is_on().then(|| Box::new(Line::new(&client, &request)));
     let mut arrival = match route(&worker, &client, &request, started) {
         Ok(arrival) => arrival,
         Err(rejected) => {
@@ -55,7 +57,16 @@ pub async fn handle(
             return Ok(response);
         }
     };
-    let decided = match decide(&worker, &client, &mut arrival, &request) {
+    let trace = trace::begin(&worker, &arrival.route.policy, &mut request);
+    if let (Some(line), Some(trace)) = (&mut line, trace) {
+        line.trace = Some(trace);
+    }
+    let refused = arrival.route.policy.clients.clone().and_then(|clients| {
+        // Who comes without TLS may be sent to it first.
+        let is_judged = client.is_tls || !arrival.route.policy.https_only;
+        is_judged.then(|| clients::admit(&client, &clients.0, &mut request)).flatten()
+    });
+    let decided = match refused.or_else(|| decide(&worker, &client, &mut arrival, &request)) {
         None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,
     };

@@ -35,6 +35,8 @@ pub struct Line {
     /// Namespace and name of what the route is from.
     route: Option<(std::sync::Arc<str>, std::sync::Arc<str>)>,
     endpoint: Option<SocketAddr>,
+    /// `traceparent`, where requests are traced.
+    pub trace: Option<HeaderValue>,
 }
 
 impl Line {
@@ -52,6 +54,7 @@ impl Line {
             status: StatusCode::OK,
             route: None,
             endpoint: None,
+            trace: None,
         }
     }
 
@@ -119,9 +122,10 @@ fn text(out: &mut String, line: &Line, bytes: u64, took: Duration) -> std::fmt::
     let path = line.uri.path_and_query().map_or("/", |path| path.as_str());
     let (namespace, name) = line.route.as_ref().map_or(("-", "-"), |(namespace, name)| (&**namespace, &**name));
     let endpoint = line.endpoint.map_or("-".to_owned(), |endpoint| endpoint.to_string());
+    let trace = line.trace.as_ref().map(|trace| format!(" {}", quoted(Some(trace)))).unwrap_or_default();
     writeln!(
         out,
-        "{} - - [{}] \"{} {path} {:?}\" {} {bytes} \"{}\" \"{}\" {:.3} [{namespace}/{name}] {endpoint}",
+        "{} - - [{}] \"{} {path} {:?}\" {} {bytes} \"{}\" \"{}\" {:.3} [{namespace}/{name}] {endpoint}{trace}",
         line.peer.ip(),
         line.time,
         line.method,
@@ -142,7 +146,7 @@ fn json(out: &mut String, line: &Line, bytes: u64, took: Duration) -> std::fmt::
         "status": line.status.as_u16(), "bytes": bytes, "seconds": took.as_secs_f64(),
         "referer": text(&line.referer), "userAgent": text(&line.agent),
         "namespace": line.route.as_ref().map(|(namespace, _)| namespace), "ingress": line.route.as_ref().map(|(_, name)| name),
-        "endpoint": line.endpoint,
+        "endpoint": line.endpoint, "trace": text(&line.trace),
     });
     writeln!(out, "{entry}")
 }

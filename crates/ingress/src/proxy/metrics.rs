@@ -64,11 +64,12 @@ fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
     let counters = [
         ("fairlead_ingress_retries_total", "Requests that were tried once more.", 0),
         ("fairlead_ingress_sent_bytes_total", "Bytes of answers' bodies.", 1),
+        ("fairlead_ingress_retries_refused_total", "Requests that the retry budget kept from a second endpoint.", 2),
     ];
     for (name, help, which) in counters {
         head(out, name, "counter", help)?;
         for (route, held) in &routes {
-            let counter = if which == 0 { &held.counts.retries } else { &held.counts.sent };
+            let counter = [&held.counts.retries, &held.counts.sent, &held.counts.budget.refused][which];
             writeln!(out, "{name}{{{}}} {}", labels(route), counter.load(Ordering::Relaxed))?;
         }
     }

@@ -101,7 +101,7 @@ async fn one(
     let chosen = pick(&mirror.upstream.turn, &targets.endpoints, balance, &[], Wish::None, now, worker.random());
     let Some(endpoint) = chosen else { return };
     let active = Active::new(endpoint.clone());
-    let peer = Peer { address: endpoint.address, tls: mirror.tls.clone(), identity };
+    let peer = Peer { address: endpoint.address, tls: mirror.tls.clone(), identity, announce: None };
     let protocol = protocol_of(&targets, &policy);
     if protocol == BackendProtocol::H2c && head.make_http2().is_err() {
         return;

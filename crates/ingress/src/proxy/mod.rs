@@ -1,9 +1,11 @@
 //! The proxy: client connections in, requests to endpoints out. What a request must look like is decided elsewhere.
 
+mod announce;
 mod announced;
 mod attempt;
 mod balance;
 mod body;
+mod clients;
 mod config;
 mod datagrams;
 mod entrance;
@@ -24,6 +26,7 @@ mod pool;
 mod shared;
 mod status;
 mod stream;
+mod trace;
 mod upgrade;
 mod worker;
 

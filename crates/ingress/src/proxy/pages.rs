@@ -111,6 +111,7 @@ pub async fn page(
         protocol,
         trouble: Troubles::default(),
         wish: Wish::None,
+        announce: None,
     };
     let sent = attempts.run(head, RequestBody::Empty, route, Instant::now()).await.ok()?;
     let Sent { mut response, active, peer } = sent;

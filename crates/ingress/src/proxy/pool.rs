@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::announce::Announcement;
 use super::body::RequestBody;
 use super::http1::{Http1, Stream};
 use super::io::Io;
@@ -32,6 +34,8 @@ pub struct Peer {
     pub address: SocketAddr,
     pub tls: Option<Arc<BackendTls>>,
     pub identity: Option<Arc<Identity>>,
+    /// What is said first: of one request's client, so that no other request uses the connection.
+    pub announce: Option<Box<Announcement>>,
 }
 
 /// Connections of one place can stand in for each other: the address, and the numbers of its TLS and of who we are in it.
@@ -87,6 +91,7 @@ impl Pool {
         is_fresh: bool,
         within: Duration,
     ) -> std::io::Result<Connection> {
+        let is_fresh = is_fresh || peer.announce.is_some();
         match protocol {
             BackendProtocol::Http1 => {
                 if !is_fresh && let Some(connection) = self.take(&peer.place()) {
@@ -97,11 +102,15 @@ impl Pool {
                 Ok(Connection::Http1 { connection, is_reused: false })
             }
             BackendProtocol::H2c => {
-                let held = self.kept().http2.get(&peer.place()).filter(|held| !held.is_closed()).cloned();
+                let is_shared = peer.announce.is_none();
+                let held = self.kept().http2.get(&peer.place()).filter(|held| !held.is_closed() && is_shared).cloned();
                 if let Some(sender) = held {
                     return Ok(Connection::Http2(sender));
                 }
                 let sender = Box::pin(self.open_http2(peer, within)).await?;
+                if !is_shared {
+                    return Ok(Connection::Http2(sender));
+                }
                 self.kept().http2.insert(peer.place(), sender.clone());
                 Ok(Connection::Http2(sender))
             }
@@ -129,6 +138,9 @@ impl Pool {
 
     /// Takes a connection back whose answer is complete.
     pub fn put(&self, peer: &Peer, connection: Http1) {
+        if peer.announce.is_some() {
+            return;
+        }
         let mut kept = self.kept();
         let list = kept.http1.entry(peer.place()).or_default();
         if list.len() < self.limit {
@@ -155,7 +167,11 @@ impl Pool {
 
 /// A connection, over TLS where the peer wants it, with the protocol named that will be spoken.
 async fn secured(peer: &Peer, is_http2: bool, within: Duration) -> std::io::Result<Stream> {
-    let stream = connect(peer.address, within).await?;
+    let mut stream = connect(peer.address, within).await?;
+    if let Some(announcement) = &peer.announce {
+        // Less than what a new connection takes at once.
+        stream.write_all(&announcement.bytes()).await?;
+    }
     let Some(tls) = &peer.tls else { return Ok(Stream::Plain(stream)) };
     let config = tls.config(peer.identity.as_deref(), is_http2).map_err(std::io::Error::other)?;
     let late = || std::io::Error::new(std::io::ErrorKind::TimedOut, "the endpoint does not shake hands");

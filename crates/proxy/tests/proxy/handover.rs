@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use linux::nft::Socket;
+use linux::nft;
 use proxy::Mode;
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 
 use crate::live::Running;
 use crate::net::{Namespace, World, tcp};
@@ -249,6 +250,49 @@ pub fn walk_under_load(world: &World, roads: &[Road<'_>], walk: &[Mode]) {
     running.stop();
 }
 
+/// A client takes the port of its last connection again at once, when the endpoint of that one has gone: the new connection is a
+/// new one, in the mode that has flows of its own, and in the one that comes after it.
+#[test]
+fn a_port_that_is_used_again_leads_to_an_endpoint_that_is_there() {
+    for then in [Mode::Ebpf, Mode::Nftables] {
+        let world = World::with_ebpf(true);
+        let gone = world.pods[0].run(|| TcpListener::bind(("::", ECHO)).expect("bind"));
+        let once = std::thread::spawn(move || {
+            let (stream, _) = gone.accept().expect("a client");
+            let (mut reader, mut writer) = (&stream, &stream);
+            drop(std::io::copy(&mut reader, &mut writer));
+        });
+        echo(&world.pods[1]);
+        let mut running = Running::start(&world, Mode::Ebpf);
+        let ports = json!([{"port": 80, "nodePort": 30007, "protocol": "TCP"}]);
+        running.change(|table| {
+            table.upsert_service(&service("web", json!({"type": "NodePort", "ports": ports}))).expect("service");
+            table.upsert_slice(&slice("web", ECHO, "TCP", &PODS[..1])).expect("slice");
+            table.set_synced()
+        });
+        let ask = || {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+            // Its end is a reset: no side waits before the port is used again.
+            socket.set_linger(Some(Duration::ZERO)).expect("linger");
+            socket.set_reuse_address(true).expect("reuse");
+            socket.bind(&SocketAddr::from(([0, 0, 0, 0], 40_001)).into()).expect("bind");
+            let to: SocketAddr = "192.168.49.2:30007".parse().expect("address");
+            socket.connect_timeout(&to.into(), LOST)?;
+            let stream = TcpStream::from(socket);
+            stream.set_read_timeout(Some(LOST))?;
+            ping(&stream)
+        };
+        world.client.run(ask).expect("the first endpoint");
+        once.join().expect("the first endpoint has ended");
+        running.change(|table| table.upsert_slice(&slice("web", ECHO, "TCP", &PODS[1..])).expect("slice"));
+        if then != Mode::Ebpf {
+            running.runtime.block_on(running.switch.to(then)).expect("handed over");
+        }
+        world.client.run(ask).unwrap_or_else(|error| panic!("{then}: the second endpoint: {error}"));
+        running.stop();
+    }
+}
+
 /// Another process comes with another mode.
 #[test]
 fn no_connection_is_lost_when_a_restart_changes_the_mode() {
@@ -319,7 +363,7 @@ fn translated_connections_live_as_long_as_the_keeper() {
     let text = world.node.command("nft", "list ruleset");
     assert!(text.contains("table inet fairlead-keeper") && text.matches("table").count() == 1, "{text}");
     let namespace = std::fs::File::open(&world.node.path).expect("namespace");
-    let mut nft = Socket::open(Some(namespace.as_fd())).expect("socket");
+    let mut nft = nft::Socket::open(Some(namespace.as_fd())).expect("socket");
     assert!(proxy::keeper::remove(&mut nft).expect("removed"));
     assert!(!proxy::keeper::remove(&mut nft).expect("nothing to remove"));
     ping(&stream).expect_err("nobody translates");

@@ -147,6 +147,8 @@ enum flow_flags {
 	OPENS = 256,
 	// Its SYN came a second time, and went to the same endpoint.
 	REPEATED = 512,
+	// The client has sent more than first packets: the next of these begins another connection.
+	TALKED = 1024,
 };
 
 struct flow {

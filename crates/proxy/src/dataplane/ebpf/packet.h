@@ -141,7 +141,7 @@ inlined int goes_on(const struct packet *packet, struct flow *flow)
 			if (flow->flags & PAST && !is_still_taken(flow))
 				return 0;
 		} else if (is_first_syn(packet)) {
-			if (idle > SYN_REPEATS || (flow->flags & PAST && !is_still_taken(flow)))
+			if (idle > SYN_REPEATS || flow->flags & TALKED || (flow->flags & PAST && !is_still_taken(flow)))
 				return 0;
 			if (!(flow->flags & (ANSWERED | MOVED))) {
 				// The answer may be on its way, past this node.
@@ -149,8 +149,10 @@ inlined int goes_on(const struct packet *packet, struct flow *flow)
 					return 0;
 				flow->flags |= REPEATED;
 			}
-		} else if (flow->flags & PAST) {
-			note_acknowledgement(packet, flow, flow->seen);
+		} else {
+			flow->flags |= TALKED;
+			if (flow->flags & PAST)
+				note_acknowledgement(packet, flow, flow->seen);
 		}
 	}
 	note_packet(packet, flow, now);
@@ -192,6 +194,25 @@ inlined void forget_client(__u32 list, const union address *client)
 	map_delete(&affinities, &key);
 }
 
+// What looked like this before is not translated any more: a new connection is somebody else's, with all its packets. A late
+// answer of the endpoint that was tried comes from an address that the client does not know.
+separate int leave_flow(const struct packet *packet, const struct endpoint *to)
+{
+	struct flow_key key;
+
+	if (!packet || !to || !is_first_syn(packet))
+		return 0;
+	key = packet->key;
+	map_delete(&flows, &key);
+	key.source = to->address;
+	key.source_port = to->port;
+	key.destination = packet->key.source;
+	key.destination_port = packet->key.source_port;
+	key.leaving = 1;
+	map_delete(&flows, &key);
+	return 0;
+}
+
 SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 {
 	struct endpoint endpoint = {};
@@ -228,14 +249,20 @@ SEC("classifier/arriving") int arriving(struct __sk_buff *skb)
 		tried = flow->to;
 	}
 	node = this_node();
-	if (!node)
+	if (!node) {
+		// Another mode has taken over.
+		if (flow)
+			leave_flow(&packet, &flow->to);
 		return TC_ACT_OK;
+	}
 	// No connection starts in its middle: one to a Service is another mode's, which translates it later. And it spares the
 	// packets between pods the next questions.
 	if (packet.key.protocol == IPPROTO_TCP && !is_first_syn(&packet))
 		return TC_ACT_OK;
 	frontend = find_frontend(&packet.key.destination, packet.key.destination_port, packet.key.protocol);
 	if (!frontend) {
+		if (flow)
+			leave_flow(&packet, &flow->to);
 		// An address of a Service that nobody has: forwarded, it would come back.
 		if (in_networks(&packet.key.destination, node->services, node->service_networks))
 			return TC_ACT_SHOT;

@@ -98,7 +98,8 @@ async fn cluster_id(client: &kube::Client, token: &CancellationToken) -> Option<
 
 /// A node as a candidate.
 struct Candidate {
-    address: Option<IpAddr>,
+    /// The primary one first; one without any takes no part.
+    addresses: Vec<IpAddr>,
     /// It turns away, and serves what still comes.
     is_draining: bool,
     labels: BTreeMap<String, String>,
@@ -184,7 +185,7 @@ impl Follower {
 
     fn take_node(&mut self, change: Change<node_object::Node>) {
         let candidate = |node: &node_object::Node| Candidate {
-            address: node.addresses().first().copied(),
+            addresses: node.addresses(),
             is_draining: node.taints().any(|taint| taint == DRAINING),
             labels: node.metadata().labels.clone(),
         };
@@ -240,8 +241,10 @@ impl Follower {
 
     fn orders(&mut self) -> Orders {
         let nodes = self.nodes.iter().filter(|(_, node)| !node.labels.contains_key(EXCLUDED));
-        let members: BTreeMap<String, IpAddr> =
-            nodes.filter_map(|(name, node)| Some((name.clone(), node.address?))).collect();
+        let members: BTreeMap<String, Vec<IpAddr>> = nodes
+            .filter(|(_, node)| !node.addresses.is_empty())
+            .map(|(name, node)| (name.clone(), node.addresses.clone()))
+            .collect();
         let mut plan = Plan { members: members.keys().cloned().collect(), addresses: BTreeMap::new() };
         let mut interfaces: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         // For each pool, its advertisements and who announces by each: nobody where none names it.

@@ -60,9 +60,17 @@ struct Held {
 }
 
 impl Held {
-    /// The Secret of the authorities of its clients.
-    fn authorities(&self, key: &Key) -> Option<Key> {
-        let name = self.translated.clients.as_ref()?.wanted.secret.as_ref()?;
+    /// The Secrets of the authorities of its clients and endpoints.
+    fn authorities(&self, key: &Key) -> impl Iterator<Item = Key> {
+        let clients = self.translated.clients.as_ref().and_then(|clients| clients.wanted.secret.as_deref());
+        let endpoints = self.translated.endpoints.as_ref().filter(|(_, verifies)| *verifies).map(|(name, _)| &**name);
+        let keys = clients.into_iter().chain(endpoints).map(|name| Key::new(key.namespace.clone(), name.to_owned()));
+        keys.collect::<Vec<_>>().into_iter()
+    }
+
+    /// The Secret that endpoints are spoken to with.
+    fn endpoints(&self, key: &Key) -> Option<Key> {
+        let (name, _) = self.translated.endpoints.as_ref()?;
         Some(Key::new(key.namespace.clone(), name.to_string()))
     }
 }
@@ -161,6 +169,9 @@ impl Compiler {
 
     pub fn set_secret(&mut self, key: &Key, state: SecretState) {
         self.registry.set_users(key, state.users());
+        let certificate = if let SecretState::Good(certificate) = &state { Some(certificate) } else { None };
+        self.registry.set_identity(key, certificate);
+        self.translate_anew(|of, held| held.endpoints(of).as_ref() == Some(key));
         if let Some(held) = self.secrets.get_mut(key) {
             *held = state;
             self.dirty_certificates = true;
@@ -170,7 +181,11 @@ impl Compiler {
     /// Says which authorities a Secret of `auth-tls-secret` holds.
     pub fn set_authorities(&mut self, key: &Key, state: CaState) {
         self.registry.set_authorities(key, state);
-        let naming = self.ours.iter().filter(|(of, held)| held.authorities(of).as_ref() == Some(key));
+        self.translate_anew(|of, held| held.authorities(of).any(|one| one == *key));
+    }
+
+    fn translate_anew(&mut self, which: impl Fn(&Key, &Held) -> bool) {
+        let naming = self.ours.iter().filter(|(key, held)| which(key, held));
         for key in naming.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
             self.drop_held(&key);
             self.look(&key);
@@ -252,11 +267,12 @@ impl Compiler {
             }
         }
         self.dirty_defaults |= translated.default.is_some();
-        let has_secrets = !translated.certificates.is_empty() || translated.users.is_some();
+        let has_secrets =
+            !translated.certificates.is_empty() || translated.users.is_some() || translated.endpoints.is_some();
         self.dirty_certificates |= has_secrets;
         self.dirty_secrets |= has_secrets;
         self.dirty_config_maps |= !translated.config_maps.is_empty();
-        self.dirty_authorities |= translated.clients.is_some();
+        self.dirty_authorities |= translated.clients.is_some() || translated.endpoints.is_some();
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -321,10 +337,12 @@ impl Compiler {
         let mut wanted = BTreeSet::new();
         for (key, held) in &self.ours {
             let of_ingress = held.translated.certificates.iter();
-            let names = of_ingress.map(|one| &one.secret).chain(&held.translated.users);
+            let endpoints = held.translated.endpoints.iter().map(|(name, _)| name);
+            let names = of_ingress.map(|one| &one.secret).chain(&held.translated.users).chain(endpoints);
             wanted.extend(names.map(|name| Key::new(key.namespace.clone(), name.to_string())));
         }
         self.secrets.retain(|key, _| wanted.contains(key));
+        self.registry.keep_identities(&wanted);
         for key in &wanted {
             self.secrets.entry(key.clone()).or_insert(SecretState::Unknown);
         }
@@ -357,7 +375,7 @@ impl Compiler {
     /// The Secrets of authorities that our Ingresses name, if they may be others than at the last call.
     pub fn new_authorities(&mut self) -> Option<BTreeSet<Key>> {
         std::mem::take(&mut self.dirty_authorities).then(|| {
-            let wanted: BTreeSet<Key> = self.ours.iter().filter_map(|(key, held)| held.authorities(key)).collect();
+            let wanted: BTreeSet<Key> = self.ours.iter().flat_map(|(key, held)| held.authorities(key)).collect();
             self.registry.keep_authorities(&wanted);
             wanted
         })
@@ -370,7 +388,7 @@ impl Compiler {
             || self
                 .ours
                 .iter()
-                .filter_map(|(key, held)| held.authorities(key))
+                .flat_map(|(key, held)| held.authorities(key))
                 .any(|secret| matches!(self.registry.authorities(&secret), CaState::Unknown))
     }
 
@@ -458,14 +476,17 @@ impl Compiler {
                 let named = format!("ConfigMap {}/{name} of {annotation}", key.namespace);
                 Some(Fault { reason: "ConfigMapNotValid", message: format!("{named} {problem}") })
             });
-            let authorities = held.authorities(key).and_then(|secret| {
+            let authorities = held.authorities(key).filter_map(|secret| {
                 let problem = match self.registry.authorities(&secret) {
                     CaState::Missing => "is not there",
                     CaState::Broken(problem) => problem,
                     CaState::Unknown | CaState::Good(_) => return None,
                 };
-                let named = format!("Secret {}/{} of auth-tls-secret", secret.namespace, secret.name);
-                Some(Fault { reason: "AuthoritiesNotValid", message: format!("{named} {problem}; requests get 403") })
+                let named = format!("Secret {}/{}, which certificates are judged by,", secret.namespace, secret.name);
+                Some(Fault {
+                    reason: "AuthoritiesNotValid",
+                    message: format!("{named} {problem}; requests get 403, or 503 where endpoints are judged"),
+                })
             });
             faults
                 .chain(upstreams)

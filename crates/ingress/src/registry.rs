@@ -7,10 +7,11 @@ use std::sync::{Arc, Weak};
 use api::object::Key;
 use services::ServiceTable;
 use tokio_rustls::rustls::RootCertStore;
+use tokio_rustls::rustls::sign::CertifiedKey;
 
 use crate::basic::Users;
 use crate::counts::RouteCounts;
-use crate::gateway::CaState;
+use crate::gateway::{CaState, Identity};
 use crate::headers::SetHeaders;
 use crate::route::RouteName;
 use crate::swap::Swap;
@@ -58,6 +59,8 @@ pub struct Registry {
     headers: Slots<SetHeaders>,
     /// Of Secrets, as they were last seen.
     authorities: HashMap<Key, CaState>,
+    /// Who we are to endpoints, by Secret.
+    identities: HashMap<Key, Arc<Identity>>,
 }
 
 impl Registry {
@@ -66,8 +69,20 @@ impl Registry {
         self.authorities.insert(secret.clone(), state);
     }
 
+    /// Says whose certificate a Secret holds now.
+    pub fn set_identity(&mut self, secret: &Key, certificate: Option<&Arc<CertifiedKey>>) {
+        match certificate {
+            Some(held) => drop(self.identities.insert(secret.clone(), Arc::new(Identity::new(held.clone())))),
+            None => drop(self.identities.remove(secret)),
+        }
+    }
+
     pub fn authorities(&self, secret: &Key) -> &CaState {
         self.authorities.get(secret).unwrap_or(&CaState::Unknown)
+    }
+
+    pub fn keep_identities(&mut self, wanted: &BTreeSet<Key>) {
+        self.identities.retain(|key, _| wanted.contains(key));
     }
 
     pub fn keep_authorities(&mut self, wanted: &BTreeSet<Key>) {
@@ -133,6 +148,10 @@ impl Register for Registering<'_> {
 
     fn users(&mut self, secret: &Key) -> Slot<Users> {
         self.registry.users.get(secret)
+    }
+
+    fn identity(&self, secret: &Key) -> Option<Arc<Identity>> {
+        self.registry.identities.get(secret).cloned()
     }
 
     fn authorities(&self, secret: &Key) -> Option<Arc<RootCertStore>> {

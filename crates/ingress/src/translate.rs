@@ -11,7 +11,9 @@ use tokio_rustls::rustls::RootCertStore;
 use crate::annotations::{Door, Refers, Settings};
 use crate::basic::{Basic, Users};
 use crate::clients::ClientAuth;
+use crate::crypto;
 use crate::external::{External, Question, split_port};
+use crate::gateway::{BackendTls, Identity, Name};
 use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
@@ -37,6 +39,8 @@ pub trait Register {
     fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
     /// The users of a Secret, as they are at any time.
     fn users(&mut self, secret: &Key) -> Slot<Users>;
+    /// Who we are by a Secret's certificate, as it is now.
+    fn identity(&self, secret: &Key) -> Option<Arc<Identity>>;
     /// The authorities of a Secret, as they are now.
     fn authorities(&self, secret: &Key) -> Option<Arc<RootCertStore>>;
     /// The headers of a ConfigMap, as they are at any time.
@@ -61,6 +65,8 @@ pub struct Translated {
     pub users: Option<Arc<str>>,
     /// Whom clients of its hosts must be.
     pub clients: Option<Arc<ClientAuth>>,
+    /// The Secret that endpoints are spoken to with, and whether its authorities matter.
+    pub endpoints: Option<(Arc<str>, bool)>,
     /// ConfigMaps with headers, and the annotation that names each.
     pub config_maps: BTreeSet<(Arc<str>, &'static str)>,
     pub faults: BTreeSet<Fault>,
@@ -82,10 +88,14 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
         let roots = secret.and_then(|secret| register.authorities(&secret));
         Arc::new(ClientAuth { wanted: wanted.clone(), roots })
     });
+    let endpoints = settings.backend_tls.as_ref();
+    out.endpoints = endpoints.and_then(|tls| Some((Arc::from(&**tls.secret.as_ref()?), tls.verifies)));
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
-    let mut writer = Writer { ingress, settings: &settings, register, external: None, faults: BTreeSet::new() };
+    let mut writer =
+        Writer { ingress, settings: &settings, register, external: None, tls: Ok(None), faults: BTreeSet::new() };
     writer.external = writer.external();
+    writer.tls = writer.endpoint_tls();
     for (at, rule) in ingress.spec.rules.iter().enumerate() {
         let host = match HostPattern::of_ingress(&rule.host) {
             Ok(host) => host,
@@ -175,12 +185,17 @@ const ACME: &str = "/.well-known/acme-challenge";
 /// Bytes that one compiled pattern may take.
 const PATTERN_LIMIT: usize = 1 << 20;
 
+/// Endpoints are to be verified, and nobody knows by whom.
+#[derive(Clone, Copy)]
+struct CannotVerify;
+
 struct Writer<'a> {
     ingress: &'a Ingress,
     settings: &'a Settings,
     register: &'a mut dyn Register,
     /// Shared by all paths, with what was answered.
     external: Option<Arc<External>>,
+    tls: Result<Option<Arc<BackendTls>>, CannotVerify>,
     faults: BTreeSet<Fault>,
 }
 
@@ -302,7 +317,36 @@ impl Writer<'_> {
             service: service.name.as_str().into(),
             port,
         };
-        Some(Action::Forward(Backends::over(self.register.upstream(&key), self.settings.backend_tls.clone())))
+        let upstream = self.register.upstream(&key);
+        Some(match &self.tls {
+            Ok(tls) => Action::Forward(Backends::over(upstream, tls.clone())),
+            // Rather nobody than somebody else.
+            Err(CannotVerify) => Action::Respond(StatusCode::SERVICE_UNAVAILABLE),
+        })
+    }
+
+    fn endpoint_tls(&mut self) -> Result<Option<Arc<BackendTls>>, CannotVerify> {
+        let Some(wanted) = &self.settings.backend_tls else { return Ok(None) };
+        if wanted.is_broken {
+            return Err(CannotVerify);
+        }
+        let secret = wanted.secret.as_ref().map(|name| self.own(name));
+        let identity = secret.as_ref().and_then(|secret| self.register.identity(secret));
+        let name = wanted.name.clone();
+        let tls = match (wanted.verifies, name) {
+            (false, name) => BackendTls::unverified(name.filter(|_| wanted.tells_name), crypto::provider()),
+            (true, Some(name)) => {
+                let roots = secret.and_then(|secret| self.register.authorities(&secret)).ok_or(CannotVerify)?;
+                let names = vec![Name::Host(name.clone())];
+                BackendTls::below(roots, name, names, crypto::provider(), wanted.depth)
+            }
+            (true, None) => {
+                let message = "annotation proxy-ssl-verify on needs proxy-ssl-name, whose certificate endpoints must have; requests get 503";
+                self.fault("AnnotationNotValid", message.to_owned());
+                return Err(CannotVerify);
+            }
+        };
+        Ok(Some(Arc::new(tls.with(identity, wanted.tells_name && wanted.name.is_some()))))
     }
 
     fn pages(&mut self) -> Option<Pages> {

@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use api::object::Metadata;
 use http::StatusCode;
+use rustls_pki_types::ServerName;
 
 use crate::basic::Basic;
 use crate::clients::Wanted;
 use crate::external::External;
-use crate::gateway::BackendTls;
 
 use crate::pages::Pages;
 use crate::policy::{AnswerHeaders, Policy};
@@ -55,7 +55,7 @@ pub struct Settings {
     /// Requests go to the address of the Service itself.
     pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.
-    pub backend_tls: Option<Arc<BackendTls>>,
+    pub backend_tls: Option<EndpointTls>,
     policy: Policy,
     /// `Some`: whether plain requests are sent to HTTPS; `None`: where the host has a certificate.
     https_only: Option<bool>,
@@ -74,6 +74,28 @@ impl Settings {
         let policy =
             Policy { https_only, basic, external, is_shut, pages, answer_headers, rate, ..self.policy.clone() };
         if policy == *Policy::shared() { Policy::shared() } else { Arc::new(policy) }
+    }
+}
+
+/// How endpoints are spoken to over TLS.
+#[derive(Clone, Debug)]
+pub struct EndpointTls {
+    /// Whose certificate they must have.
+    pub name: Option<ServerName<'static>>,
+    /// They are asked for it.
+    pub tells_name: bool,
+    /// Has the authorities, and who we are.
+    pub secret: Option<Box<str>>,
+    pub verifies: bool,
+    /// Certificates that may stand between an endpoint's and its authority's.
+    pub depth: usize,
+    /// Something of it makes no sense.
+    pub is_broken: bool,
+}
+
+impl Default for EndpointTls {
+    fn default() -> Self {
+        EndpointTls { name: None, tells_name: false, secret: None, verifies: false, depth: 1, is_broken: false }
     }
 }
 

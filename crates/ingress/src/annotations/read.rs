@@ -10,10 +10,8 @@ use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{NGINX, OURS, Settings, answers, clients, external, ours};
+use super::{EndpointTls, NGINX, OURS, Settings, answers, clients, external, ours};
 use crate::cors::Cors;
-use crate::crypto;
-use crate::gateway::BackendTls;
 use crate::limits::RateLimits;
 
 use crate::policy::{BackendProtocol, Balance};
@@ -47,15 +45,36 @@ const READERS: &[(&str, Reader)] = &[
         Ok(())
     }),
     ("backend-protocol", backend_protocol),
-    ("proxy-ssl-verify", ssl_verify),
+    ("proxy-ssl-secret", |draft, text| {
+        let name = own_name(text, &draft.namespace, "Secret").inspect_err(|_| draft.endpoints.is_broken = true)?;
+        draft.endpoints.secret = Some(name);
+        Ok(())
+    }),
+    ("proxy-ssl-verify", |draft, text| match text {
+        "on" | "off" => {
+            draft.endpoints.verifies = text == "on";
+            Ok(())
+        }
+        _ => {
+            draft.endpoints.is_broken = true;
+            Err("is neither on nor off".to_owned())
+        }
+    }),
+    ("proxy-ssl-verify-depth", |draft, text| match text.parse() {
+        Ok(depth @ 1..=16) => {
+            draft.endpoints.depth = depth;
+            Ok(())
+        }
+        _ => Err("is no number of certificates between 1 and 16".to_owned()),
+    }),
     ("proxy-ssl-name", |draft, text| {
         let name = ServerName::try_from(text.to_owned()).map_err(|_| "is no DNS name".to_owned())?;
-        draft.tls_name = Some(name);
+        draft.endpoints.name = Some(name);
         Ok(())
     }),
     ("proxy-ssl-server-name", |draft, text| match text {
         "on" | "off" => {
-            draft.names_tls = text == "on";
+            draft.endpoints.tells_name = text == "on";
             Ok(())
         }
         _ => Err("is neither on nor off".to_owned()),
@@ -211,8 +230,7 @@ pub struct Draft {
     redirect_to: Option<Box<str>>,
     cookies: CookieChanges,
     is_tls: bool,
-    tls_name: Option<ServerName<'static>>,
-    names_tls: bool,
+    endpoints: EndpointTls,
     has_basic: bool,
     auth_secret: Option<Box<str>>,
     realm: Box<str>,
@@ -285,8 +303,7 @@ fn finish(draft: Draft) -> Settings {
         settings.filters.push(Filter::Cookies(draft.cookies));
     }
     if draft.is_tls {
-        let name = draft.tls_name.filter(|_| draft.names_tls);
-        settings.backend_tls = Some(Arc::new(BackendTls::unverified(name, crypto::provider())));
+        settings.backend_tls = Some(draft.endpoints);
     }
     // One of the two without the other lets nobody in: whoever wrote it wanted a door.
     if draft.has_basic || draft.auth_secret.is_some() {
@@ -476,14 +493,6 @@ fn backend_protocol(draft: &mut Draft, text: &str) -> Result<(), String> {
         _ => return Err("is not supported; write HTTP, HTTPS, GRPC or GRPCS".to_owned()),
     };
     Ok(())
-}
-
-/// As in ingress-nginx endpoints are taken for whom they say they are, unless somebody asks for more; here nobody can.
-fn ssl_verify(_: &mut Draft, text: &str) -> Result<(), String> {
-    match text {
-        "off" => Ok(()),
-        _ => Err("is not supported; a BackendTLSPolicy of a Gateway verifies endpoints".to_owned()),
-    }
 }
 
 fn load_balance(draft: &mut Draft, text: &str) -> Result<(), String> {

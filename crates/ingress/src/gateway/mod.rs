@@ -23,7 +23,7 @@ pub use objects::{AnyRoute, BackendTlsPolicy, Gateway, GatewayClass, ListenerSet
 pub use ports::{Carries, PortKey, PortTable, StreamRoute, TlsTable, TlsWay, Transport};
 pub use status::StatusOf;
 pub use store::{GatewayObject, ObjectKind};
-pub use verify::{BackendTls, CaState, Identity};
+pub use verify::{BackendTls, CaState, Identity, Name};
 
 /// What a GatewayClass of ours names as its controller.
 pub const CONTROLLER: &str = "fairlead.io/gateway-controller";

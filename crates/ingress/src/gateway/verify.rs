@@ -80,6 +80,8 @@ pub struct BackendTls {
     /// What the handshake asks for (SNI).
     pub name: ServerName<'static>,
     tells_name: bool,
+    /// Who we are to them, where whoever asks has no identity of its own.
+    identity: Option<Arc<Identity>>,
     verifier: Arc<EndpointVerifier>,
     provider: Arc<CryptoProvider>,
     /// By the identity that we show, 0 if we show none, and whether HTTP/2 will be spoken.
@@ -114,21 +116,41 @@ impl BackendTls {
         names: Vec<Name>,
         provider: Arc<CryptoProvider>,
     ) -> Self {
-        let verifier = Arc::new(EndpointVerifier { trusts: Some((roots, names)), provider: provider.clone() });
-        BackendTls { id: next_id(), name, tells_name: true, verifier, provider, configs: Mutex::default() }
+        BackendTls::below(roots, name, names, provider, usize::MAX)
+    }
+
+    /// The same, with at most so many certificates between an endpoint's and its authority's.
+    pub fn below(
+        roots: Arc<RootCertStore>,
+        name: ServerName<'static>,
+        names: Vec<Name>,
+        provider: Arc<CryptoProvider>,
+        depth: usize,
+    ) -> Self {
+        let verifier = Arc::new(EndpointVerifier { trusts: Some((roots, names)), depth, provider: provider.clone() });
+        let (id, configs) = (next_id(), Mutex::default());
+        BackendTls { id, name, tells_name: true, identity: None, verifier, provider, configs }
+    }
+
+    /// Who we are to endpoints that ask, and whether they hear the name that they are asked for.
+    pub fn with(mut self, identity: Option<Arc<Identity>>, tells_name: bool) -> Self {
+        (self.identity, self.tells_name) = (identity, tells_name);
+        self
     }
 
     /// Endpoints are who they say they are. Without a name the handshake asks for none.
     pub fn unverified(name: Option<ServerName<'static>>, provider: Arc<CryptoProvider>) -> Self {
-        let verifier = Arc::new(EndpointVerifier { trusts: None, provider: provider.clone() });
+        let verifier = Arc::new(EndpointVerifier { trusts: None, depth: 0, provider: provider.clone() });
         let tells_name = name.is_some();
         let name = name.unwrap_or(ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()));
-        BackendTls { id: next_id(), name, tells_name, verifier, provider, configs: Mutex::default() }
+        let (id, configs) = (next_id(), Mutex::default());
+        BackendTls { id, name, tells_name, identity: None, verifier, provider, configs }
     }
 
     /// # Errors
     /// The provider has no cipher for any version of TLS.
     pub fn config(&self, identity: Option<&Identity>, is_http2: bool) -> Result<Arc<ClientConfig>, Error> {
+        let identity = identity.or(self.identity.as_deref());
         let mut configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
         let id = (identity.map_or(0, |identity| identity.id), is_http2);
         if let Some(held) = configs.get(&id) {
@@ -157,6 +179,7 @@ impl BackendTls {
 struct EndpointVerifier {
     /// Authorities and names; `None`: anybody.
     trusts: Option<(Arc<RootCertStore>, Vec<Name>)>,
+    depth: usize,
     provider: Arc<CryptoProvider>,
 }
 
@@ -172,6 +195,7 @@ impl ServerCertVerifier for EndpointVerifier {
         let Some((roots, names)) = &self.trusts else { return Ok(ServerCertVerified::assertion()) };
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
+        let intermediates = &intermediates[..intermediates.len().min(self.depth)];
         verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, algorithms)?;
         let is_named = names.iter().any(|name| match name {
             Name::Host(name) => verify_server_name(&certificate, name).is_ok(),

@@ -1,15 +1,26 @@
 //! Clients who must show a certificate, with a real client.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use api::object::Key;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use ingress::SecretState;
 use ingress::gateway::CaState;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::RootCertStore;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::server::{ServerConfig, WebPkiClientVerifier};
 
-use crate::ports::Authority;
+use crate::ports::{Authority, Certified};
 use crate::proxy::NGINX;
 use crate::world::{Backend, World, ingress};
 
@@ -160,5 +171,76 @@ async fn authorities_change_and_a_host_is_asked_by_its_name() {
     // Without TLS nobody can show anything, and is sent to it.
     assert!(world.curl("http://shop.example/").await.starts_with("HTTP/1.1 308"));
     assert_eq!(backend.count(), count);
+    world.end().await;
+}
+
+/// An endpoint over TLS that wants a certificate of `authority`, and has `own`.
+async fn over_tls(own: &Certified, authority: &Authority) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.pem.as_bytes()).expect("a certificate")).expect("an authority");
+    let provider = Arc::new(ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_client_cert_verifier(verifier.expect("a verifier"))
+        .with_single_cert(vec![own.der.clone()], PrivateKeyDer::try_from(own.key.serialize_der()).expect("a key"))
+        .expect("a certificate and its key");
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback");
+    let address = listener.local_addr().expect("bound");
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // Who is refused goes away.
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let mut buffer = [0; 4096];
+            if stream.read(&mut buffer).await.is_ok_and(|count| count > 0) {
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello";
+                stream.write_all(answer).await.ok();
+                stream.shutdown().await.ok();
+            }
+        }
+    });
+    (address, task)
+}
+
+#[tokio::test]
+async fn endpoints_are_judged_and_hear_who_asks() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (address, task) = over_tls(&authority.sign(&["a.internal"]), &authority).await;
+    let annotations = |name: &str| {
+        format!(
+            "{NGINX}/backend-protocol: HTTPS, {NGINX}/proxy-ssl-secret: shop/tls, {NGINX}/proxy-ssl-verify: \"on\", \
+             {NGINX}/proxy-ssl-name: {name}, {NGINX}/proxy-ssl-server-name: \"on\""
+        )
+    };
+    let mut world = World::start(&[&ingress(&annotations("a.internal"))], |_| {}).await;
+    world.serve("web", &[address]);
+    let key = Key::new("shop", "tls");
+    assert!(world.curl("http://shop.example/").await.starts_with("HTTP/1.1 503"), "nobody knows by whom");
+    let own = authority.sign(&["ingress"]);
+    let data = HashMap::from([
+        ("tls.crt".to_owned(), BASE64.encode(&own.pem)),
+        ("tls.key".to_owned(), BASE64.encode(own.key.serialize_pem())),
+    ]);
+    world.compiler.wanted_secrets();
+    world.compiler.set_secret(&key, SecretState::of(Some(&data)));
+    for (judge, name, works) in
+        [(&authority, "a.internal", true), (&authority, "b.internal", false), (&stranger, "a.internal", false)]
+    {
+        world.apply(&[&ingress(&annotations(name))]);
+        world.compiler.set_authorities(&key, authorities(judge));
+        world.publish();
+        let seen = world.curl("http://shop.example/").await;
+        assert_eq!(seen.ends_with("hello"), works, "{name}: {seen}");
+        assert!(works || seen.starts_with("HTTP/1.1 502"), "{name}: {seen}");
+    }
+    // Without a certificate of our own the endpoint does not want us.
+    world.apply(&[&ingress(&annotations("a.internal"))]);
+    world.compiler.set_authorities(&key, authorities(&authority));
+    world.compiler.set_secret(&key, SecretState::of(None));
+    world.publish();
+    assert!(world.curl("http://shop.example/").await.starts_with("HTTP/1.1 502"));
+    task.abort();
     world.end().await;
 }

@@ -175,7 +175,7 @@ impl World {
 /// A certificate with its key.
 pub struct Certified {
     pub pem: String,
-    der: CertificateDer<'static>,
+    pub der: CertificateDer<'static>,
     pub key: KeyPair,
 }
 

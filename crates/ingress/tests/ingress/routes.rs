@@ -32,6 +32,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("annotations.txt", include_str!("cases/annotations.txt")),
     ("answers.txt", include_str!("cases/answers.txt")),
     ("clients.txt", include_str!("cases/clients.txt")),
+    ("endpoints.txt", include_str!("cases/endpoints.txt")),
     ("external.txt", include_str!("cases/external.txt")),
     ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),

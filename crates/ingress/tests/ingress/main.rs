@@ -11,5 +11,6 @@ mod proxy;
 mod rollouts;
 mod routes;
 mod rows;
+mod soak;
 mod ways;
 mod world;

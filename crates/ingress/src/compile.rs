@@ -10,13 +10,14 @@ use tokio_rustls::rustls::sign::CertifiedKey;
 use crate::basic::Users;
 use crate::certificates::{Certificates, read_tls};
 use crate::class::Classes;
+use crate::gateway::CaState;
 use crate::headers::HeadersState;
 use crate::host::HostPattern;
 use crate::objects::{Ingress, IngressClass};
 use crate::registry::{Registering, Registry};
 use crate::route::Route;
 use crate::table::{PathTable, RouteTable};
-use crate::translate::{Fault, SET_HEADERS, Translated, translate};
+use crate::translate::{Fault, SET_HEADERS, Translated, translate, with_clients};
 use crate::upstream::Upstream;
 
 /// A Secret as it was last seen.
@@ -58,6 +59,14 @@ struct Held {
     translated: Translated,
 }
 
+impl Held {
+    /// The Secret of the authorities of its clients.
+    fn authorities(&self, key: &Key) -> Option<Key> {
+        let name = self.translated.clients.as_ref()?.wanted.secret.as_ref()?;
+        Some(Key::new(key.namespace.clone(), name.to_string()))
+    }
+}
+
 /// Everything that routes are made of. One task owns it.
 pub struct Compiler {
     classes: Classes,
@@ -81,6 +90,7 @@ pub struct Compiler {
     dirty_certificates: bool,
     dirty_secrets: bool,
     dirty_config_maps: bool,
+    dirty_authorities: bool,
 }
 
 impl Compiler {
@@ -107,6 +117,7 @@ impl Compiler {
             dirty_certificates: false,
             dirty_secrets: false,
             dirty_config_maps: false,
+            dirty_authorities: false,
         }
     }
 
@@ -156,6 +167,16 @@ impl Compiler {
         }
     }
 
+    /// Says which authorities a Secret of `auth-tls-secret` holds.
+    pub fn set_authorities(&mut self, key: &Key, state: CaState) {
+        self.registry.set_authorities(key, state);
+        let naming = self.ours.iter().filter(|(of, held)| held.authorities(of).as_ref() == Some(key));
+        for key in naming.map(|(key, _)| key.clone()).collect::<Vec<_>>() {
+            self.drop_held(&key);
+            self.look(&key);
+        }
+    }
+
     pub fn set_config_map(&mut self, key: &Key, state: HeadersState) {
         self.registry.set_headers(key, state.headers());
         if let Some(held) = self.config_maps.get_mut(key) {
@@ -192,9 +213,7 @@ impl Compiler {
                 return;
             }
         }
-        if let Some(before) = self.ours.remove(key) {
-            self.touch(key, &before.translated, false);
-        }
+        self.drop_held(key);
         let Some(ingress) = wanted else { return };
         let table = self.services.read().unwrap_or_else(PoisonError::into_inner);
         let translated = translate(&ingress, &mut Registering { registry: &mut self.registry, table: &table });
@@ -211,6 +230,12 @@ impl Compiler {
         }
         self.touch(key, &translated, true);
         self.ours.insert(key.clone(), Held { ingress, translated });
+    }
+
+    fn drop_held(&mut self, key: &Key) {
+        if let Some(before) = self.ours.remove(key) {
+            self.touch(key, &before.translated, false);
+        }
     }
 
     fn touch(&mut self, key: &Key, translated: &Translated, is_there: bool) {
@@ -231,6 +256,7 @@ impl Compiler {
         self.dirty_certificates |= has_secrets;
         self.dirty_secrets |= has_secrets;
         self.dirty_config_maps |= !translated.config_maps.is_empty();
+        self.dirty_authorities |= translated.clients.is_some();
     }
 
     /// The table of routes, if anything changed since the last call.
@@ -259,6 +285,8 @@ impl Compiler {
         let mut held: Vec<(&Key, &Held)> =
             holders.iter().filter_map(|key| self.ours.get(key).map(|held| (key, held))).collect();
         held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
+        // Of a host, not of a path: the handshake knows no path.
+        let clients = held.iter().find_map(|(_, one)| one.translated.clients.clone());
         let mut taken: HashMap<_, &Key> = HashMap::new();
         let mut conflicts = Vec::new();
         let mut routes: Vec<Arc<Route>> = Vec::new();
@@ -278,6 +306,9 @@ impl Compiler {
                 }
                 routes.push(route.clone());
             }
+        }
+        if let Some(clients) = clients {
+            routes = routes.into_iter().map(|route| with_clients(route, Some(&clients))).collect();
         }
         if !conflicts.is_empty() {
             self.conflicts.insert(host.clone(), conflicts);
@@ -323,10 +354,24 @@ impl Compiler {
         Some(wanted)
     }
 
+    /// The Secrets of authorities that our Ingresses name, if they may be others than at the last call.
+    pub fn new_authorities(&mut self) -> Option<BTreeSet<Key>> {
+        std::mem::take(&mut self.dirty_authorities).then(|| {
+            let wanted: BTreeSet<Key> = self.ours.iter().filter_map(|(key, held)| held.authorities(key)).collect();
+            self.registry.keep_authorities(&wanted);
+            wanted
+        })
+    }
+
     /// Somebody wants a Secret or ConfigMap that was not looked at yet.
     pub fn waits_for_secrets(&self) -> bool {
         self.secrets.values().any(|state| matches!(state, SecretState::Unknown))
             || self.config_maps.values().any(|state| matches!(state, HeadersState::Unknown))
+            || self
+                .ours
+                .iter()
+                .filter_map(|(key, held)| held.authorities(key))
+                .any(|secret| matches!(self.registry.authorities(&secret), CaState::Unknown))
     }
 
     /// The certificates, if anything changed since the last call.
@@ -413,7 +458,21 @@ impl Compiler {
                 let named = format!("ConfigMap {}/{name} of {annotation}", key.namespace);
                 Some(Fault { reason: "ConfigMapNotValid", message: format!("{named} {problem}") })
             });
-            faults.chain(upstreams).chain(config_maps).map(|fault| (key.clone(), fault)).collect::<Vec<_>>()
+            let authorities = held.authorities(key).and_then(|secret| {
+                let problem = match self.registry.authorities(&secret) {
+                    CaState::Missing => "is not there",
+                    CaState::Broken(problem) => problem,
+                    CaState::Unknown | CaState::Good(_) => return None,
+                };
+                let named = format!("Secret {}/{} of auth-tls-secret", secret.namespace, secret.name);
+                Some(Fault { reason: "AuthoritiesNotValid", message: format!("{named} {problem}; requests get 403") })
+            });
+            faults
+                .chain(upstreams)
+                .chain(config_maps)
+                .chain(authorities)
+                .map(|fault| (key.clone(), fault))
+                .collect::<Vec<_>>()
         });
         let shared = self.conflicts.values().flatten().chain(&self.certificate_faults).cloned();
         own.chain(shared).collect()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::basic::Basic;
+use crate::clients::ClientAuth;
 use crate::external::External;
 use crate::headers::SetHeaders;
 use crate::limits::RateLimits;
@@ -86,6 +87,17 @@ pub struct Rate {
     pub after: u64,
 }
 
+/// Whom clients must be by their certificates.
+#[derive(Clone, Debug)]
+pub struct Clients(pub Arc<ClientAuth>);
+
+impl PartialEq for Clients {
+    /// Each translation makes another.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// Headers of a ConfigMap for every answer.
 #[derive(Clone, Debug)]
 pub struct AnswerHeaders(pub Slot<SetHeaders>);
@@ -126,6 +138,8 @@ pub struct Policy {
     pub external: Option<Arc<External>>,
     /// Nobody is let in, as what was written about it makes no sense.
     pub is_shut: bool,
+    /// Which certificates clients must show, on all routes of their host.
+    pub clients: Option<Clients>,
     /// Who answers in place of an endpoint.
     pub pages: Option<Pages>,
     pub answer_headers: Option<AnswerHeaders>,
@@ -168,6 +182,7 @@ impl Default for Policy {
             basic: None,
             external: None,
             is_shut: false,
+            clients: None,
             pages: None,
             answer_headers: None,
             rate: None,

@@ -1,14 +1,16 @@
 //! What routes refer to, handed out so that two that mean the same share it: upstreams with what is known of their endpoints,
 //! counts that outlive a change of their route, and what was read from Secrets and ConfigMaps.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 
 use api::object::Key;
 use services::ServiceTable;
+use tokio_rustls::rustls::RootCertStore;
 
 use crate::basic::Users;
 use crate::counts::RouteCounts;
+use crate::gateway::CaState;
 use crate::headers::SetHeaders;
 use crate::route::RouteName;
 use crate::swap::Swap;
@@ -54,9 +56,24 @@ pub struct Registry {
     counts: HashMap<RouteName, Weak<RouteCounts>>,
     users: Slots<Users>,
     headers: Slots<SetHeaders>,
+    /// Of Secrets, as they were last seen.
+    authorities: HashMap<Key, CaState>,
 }
 
 impl Registry {
+    /// Says which authorities a Secret holds now, to what is translated from now on.
+    pub fn set_authorities(&mut self, secret: &Key, state: CaState) {
+        self.authorities.insert(secret.clone(), state);
+    }
+
+    pub fn authorities(&self, secret: &Key) -> &CaState {
+        self.authorities.get(secret).unwrap_or(&CaState::Unknown)
+    }
+
+    pub fn keep_authorities(&mut self, wanted: &BTreeSet<Key>) {
+        self.authorities.retain(|key, _| wanted.contains(key));
+    }
+
     pub fn refresh(&mut self, namespace: &str, name: &str, table: &ServiceTable) {
         self.upstreams.refresh(namespace, name, table);
     }
@@ -116,6 +133,13 @@ impl Register for Registering<'_> {
 
     fn users(&mut self, secret: &Key) -> Slot<Users> {
         self.registry.users.get(secret)
+    }
+
+    fn authorities(&self, secret: &Key) -> Option<Arc<RootCertStore>> {
+        match self.registry.authorities(secret) {
+            CaState::Good(roots) => Some(roots.clone()),
+            CaState::Unknown | CaState::Missing | CaState::Broken(_) => None,
+        }
     }
 
     fn headers(&mut self, config_map: &Key) -> Slot<SetHeaders> {

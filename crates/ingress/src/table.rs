@@ -18,24 +18,42 @@ pub struct RouteTable {
     any: Option<Arc<PathTable>>,
     /// When nothing else matches.
     default: Option<Arc<Route>>,
+    /// Hosts whose clients are asked for a certificate.
+    asking: usize,
 }
 
 impl RouteTable {
     /// Replaces the routes of one host; none take it away.
     pub fn set(&mut self, host: &HostPattern, paths: Option<Arc<PathTable>>) {
+        let asks = |paths: Option<&Arc<PathTable>>| usize::from(paths.is_some_and(|paths| paths.asks()));
+        self.asking += asks(paths.as_ref());
         let (map, name) = match host {
             HostPattern::Exact(name) => (&mut self.exact, name),
             HostPattern::OneLabel(name) => (&mut self.one_label, name),
             HostPattern::Suffix(name) => (&mut self.suffix, name),
             HostPattern::Any => {
-                self.any = paths;
+                let before = std::mem::replace(&mut self.any, paths);
+                self.asking -= asks(before.as_ref());
                 return;
             }
         };
-        match paths {
+        let before = match paths {
             Some(paths) => map.insert(name.clone(), paths),
             None => map.remove(name),
         };
+        self.asking -= asks(before.as_ref());
+    }
+
+    /// Clients of any name are asked for a certificate.
+    pub fn asks_anybody(&self) -> bool {
+        self.asking > 0 || asks(self.default.as_ref())
+    }
+
+    /// Clients who make a connection for this name are asked for a certificate.
+    pub fn asks(&self, name: &str) -> bool {
+        let one_label = || name.split_once('.').and_then(|(_, rest)| self.one_label.get(rest));
+        let paths = self.exact.get(name).or_else(one_label).or(self.any.as_ref());
+        paths.map_or_else(|| asks(self.default.as_ref()), |paths| paths.asks())
     }
 
     pub fn set_default(&mut self, route: Option<Arc<Route>>) {
@@ -69,6 +87,10 @@ impl RouteTable {
         let maps = [&self.exact, &self.one_label, &self.suffix].into_iter().flat_map(HashMap::values);
         maps.chain(&self.any).flat_map(|paths| paths.routes()).chain(&self.default)
     }
+}
+
+fn asks(route: Option<&Arc<Route>>) -> bool {
+    route.is_some_and(|route| route.policy.clients.is_some())
 }
 
 /// The routes of one host.
@@ -108,6 +130,11 @@ impl PathTable {
         };
         table.patterns.sort_by_key(|route| Reverse(length(route)));
         table
+    }
+
+    /// Its clients are asked for a certificate: those of one route as those of all.
+    fn asks(&self) -> bool {
+        asks(self.routes().next())
     }
 
     /// An exact path, then the longest; of a pattern and a prefix of one length the pattern.

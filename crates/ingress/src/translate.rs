@@ -6,15 +6,17 @@ use std::sync::Arc;
 use api::object::Key;
 use http::StatusCode;
 use regex::RegexBuilder;
+use tokio_rustls::rustls::RootCertStore;
 
 use crate::annotations::{Door, Refers, Settings};
 use crate::basic::{Basic, Users};
+use crate::clients::ClientAuth;
 use crate::external::{External, Question, split_port};
 use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
 use crate::pages::Pages;
-use crate::policy::AnswerHeaders;
+use crate::policy::{AnswerHeaders, Clients, Policy};
 use crate::registry::Slot;
 use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
@@ -35,6 +37,8 @@ pub trait Register {
     fn counts(&mut self, name: &RouteName) -> Arc<crate::counts::RouteCounts>;
     /// The users of a Secret, as they are at any time.
     fn users(&mut self, secret: &Key) -> Slot<Users>;
+    /// The authorities of a Secret, as they are now.
+    fn authorities(&self, secret: &Key) -> Option<Arc<RootCertStore>>;
     /// The headers of a ConfigMap, as they are at any time.
     fn headers(&mut self, config_map: &Key) -> Slot<SetHeaders>;
 }
@@ -55,6 +59,8 @@ pub struct Translated {
     pub certificates: Vec<WantedCertificate>,
     /// The Secret of who may come.
     pub users: Option<Arc<str>>,
+    /// Whom clients of its hosts must be.
+    pub clients: Option<Arc<ClientAuth>>,
     /// ConfigMaps with headers, and the annotation that names each.
     pub config_maps: BTreeSet<(Arc<str>, &'static str)>,
     pub faults: BTreeSet<Fault>,
@@ -71,6 +77,11 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
         out.config_maps.extend(named);
     }
     out.config_maps.extend(settings.answers.headers.iter().map(|name| (Arc::from(&**name), "custom-headers")));
+    out.clients = settings.clients.as_ref().map(|wanted| {
+        let secret = wanted.secret.as_ref().map(|name| Key::new(ingress.metadata.namespace.clone(), name.to_string()));
+        let roots = secret.and_then(|secret| register.authorities(&secret));
+        Arc::new(ClientAuth { wanted: wanted.clone(), roots })
+    });
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
     let mut writer = Writer { ingress, settings: &settings, register, external: None, faults: BTreeSet::new() };
@@ -111,10 +122,18 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
         .spec
         .default_backend
         .as_ref()
-        .and_then(|backend| writer.default_route(&HostPattern::Any, backend, false));
+        .and_then(|backend| writer.default_route(&HostPattern::Any, backend, false))
+        .map(|route| with_clients(route, out.clients.as_ref()));
     let faults = writer.faults;
     out.faults.extend(faults);
     out
+}
+
+/// The route for clients who must be somebody.
+pub fn with_clients(route: Arc<Route>, clients: Option<&Arc<ClientAuth>>) -> Arc<Route> {
+    let Some(clients) = clients else { return route };
+    let policy = Policy { clients: Some(Clients(clients.clone())), ..(*route.policy).clone() };
+    Arc::new(Route { policy: Arc::new(policy), ..(*route).clone() })
 }
 
 fn matches_wildcard(hosts: &BTreeSet<HostPattern>, host: &HostPattern) -> bool {

@@ -130,8 +130,9 @@ fn announcers(net: &Net, notice: impl Fn(Notice) + Send + Clone + 'static) -> Ve
 }
 
 fn orders(addresses: impl IntoIterator<Item = IpAddr>) -> Orders {
-    let members: BTreeMap<String, IpAddr> =
-        HOSTS.iter().enumerate().map(|(place, name)| ((*name).to_owned(), address(place + 1, true))).collect();
+    let own = |place: usize| vec![address(place + 1, true)];
+    let members: BTreeMap<String, Vec<IpAddr>> =
+        HOSTS.iter().enumerate().map(|(place, name)| ((*name).to_owned(), own(place))).collect();
     let plan = Plan {
         members: members.keys().cloned().collect(),
         addresses: addresses.into_iter().map(|address| (address, None)).collect(),

@@ -19,6 +19,10 @@ pub const LEASE: Duration = Duration::from_millis(250);
 const MOST_MEMBERS: usize = 128;
 /// Neither table is compared while it says this.
 const VOID: u64 = 0;
+/// For so long it is remembered who had an address before.
+pub const MEMORY: Duration = Duration::from_secs(60);
+/// Sets of living nodes that are remembered; they change when nodes come and go.
+const MOST_SEEN: usize = 16;
 
 /// What is announced, and by whom.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,6 +71,10 @@ pub struct Elector {
     /// The set we vote for, and those before it that may still bind somebody, with the time when they do no more.
     set: u128,
     earlier: Vec<(u128, Duration)>,
+    /// Sets that we or others voted for, and until when: the latest last.
+    seen: VecDeque<(u128, Duration)>,
+    /// Whose an address was before who may announce it changed, and when it did.
+    before: BTreeMap<IpAddr, (String, Duration)>,
     sent: VecDeque<(u64, Duration)>,
     sequence: u64,
     starts: Duration,
@@ -129,6 +137,8 @@ impl Elector {
             peers: BTreeMap::new(),
             set: 0,
             earlier: Vec::new(),
+            seen: VecDeque::new(),
+            before: BTreeMap::new(),
             sent: VecDeque::new(),
             sequence: 0,
             starts: now + LEASE,
@@ -143,6 +153,7 @@ impl Elector {
             return;
         }
         let members: Vec<String> = plan.members.iter().take(MOST_MEMBERS).cloned().collect();
+        let owners = self.owners();
         let mut digests = Digests::default();
         let names: Vec<&[u8]> = members.iter().map(String::as_bytes).collect();
         digests.members = hash(&names).max(1);
@@ -179,10 +190,51 @@ impl Elector {
             // Its places are those of the list before.
             self.set = 0;
             self.earlier.clear();
+            self.seen.clear();
+        }
+        self.before.retain(|_, (_, at)| *at + MEMORY > now);
+        for (address, owner) in owners {
+            if plan.addresses.get(&address).is_some_and(|allowed| self.plan.addresses.get(&address) != Some(allowed)) {
+                self.before.insert(address, (owner, now));
+            }
         }
         self.digests = digests;
         self.plan = plan;
         self.next_beat = now;
+    }
+
+    /// Who has each address as far as our own vote goes.
+    fn owners(&self) -> BTreeMap<IpAddr, String> {
+        let name = |order: &Order| self.members.get(usize::from(winner(self.set, order)?)).cloned();
+        self.orders.iter().filter_map(|order| Some((order.address, name(order)?))).collect()
+    }
+
+    /// Who had each of these addresses, which are ours now, before, and knows connections to it: a node that lives, or has just
+    /// said that it leaves. The dead serve no connections.
+    pub fn predecessors(&self, addresses: &BTreeSet<IpAddr>, now: Duration) -> BTreeMap<IpAddr, String> {
+        let serves = |name: &String| {
+            let peer = self.peers.get(name);
+            peer.is_some_and(|peer| peer.heard + LEASE > now || peer.beat.is_leaving)
+        };
+        let before = |order: &Order| {
+            let by_plan = self.before.get(&order.address).map(|(name, at)| (*at, name));
+            let by_sets = self.seen.iter().filter_map(|(set, at)| {
+                let name = self.members.get(usize::from(winner(*set, order)?))?;
+                Some((*at, name))
+            });
+            let others = by_sets.chain(by_plan).filter(|(at, name)| *at + MEMORY > now && **name != self.me);
+            others.max().map(|(_, name)| name).filter(|name| serves(name)).cloned()
+        };
+        let ours = self.orders.iter().filter(|order| addresses.contains(&order.address));
+        ours.filter_map(|order| Some((order.address, before(order)?))).collect()
+    }
+
+    fn remember(&mut self, set: u128, now: Duration) {
+        self.seen.retain(|(known, _)| *known != set);
+        self.seen.push_back((set, now));
+        if self.seen.len() > MOST_SEEN {
+            self.seen.pop_front();
+        }
     }
 
     /// Whether we hold the Lease that decides where both halves are equal.
@@ -217,6 +269,10 @@ impl Elector {
             lease = lease.max(*at + LEASE);
         }
         let (from, is_answer) = (beat.from.clone(), beat.is_answer);
+        // Another list of members has other places.
+        if beat.members == self.digests.members {
+            beat.sets.iter().rev().for_each(|set| self.remember(*set, now));
+        }
         self.peers.insert(from.clone(), Peer { beat, heard: now, lease });
         self.settle(now);
         if is_answer { None } else { Some(self.beat(&from, true, now)) }
@@ -238,6 +294,7 @@ impl Elector {
         self.earlier.retain(|(_, until)| *until > now);
         if set != self.set {
             if self.set != 0 {
+                self.remember(self.set, now);
                 self.earlier.push((self.set, now + LEASE));
             }
             self.set = set;

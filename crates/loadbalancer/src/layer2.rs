@@ -5,6 +5,7 @@
 //! each packet of ours. A thread that was stopped after it decided to speak and goes on later says nothing.
 
 mod interface;
+mod moved;
 mod routers;
 mod speak;
 
@@ -19,13 +20,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use linux::link::{LinkWatch, Links};
-use linux::nft::{DataType, Datum, Family, Key, Nft, Op, Set, Socket, Transaction};
+use linux::nft::{DataType, Datum, Element, ElementData, Family, Key, Nft, Op, Set, Socket, Transaction};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, info, warn};
 
 use crate::vrrp::instance::RouterConfig;
 use crate::{Elector, Heartbeat, Metrics, Plan};
 use interface::Interface;
+use moved::Moved;
 use routers::Router;
 
 /// UDP, between the nodes' own addresses.
@@ -71,8 +73,8 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Orders {
     pub plan: Plan,
-    /// The primary address of each member.
-    pub members: BTreeMap<String, IpAddr>,
+    /// The addresses of each member, the primary one first.
+    pub members: BTreeMap<String, Vec<IpAddr>>,
     /// Virtual routers of VRRP, which have addresses of their own; an empty interface is the node's own.
     pub routers: Vec<RouterConfig>,
     /// Addresses that are announced on these interfaces; others, on those that hold the node's own addresses.
@@ -154,6 +156,8 @@ struct Worker {
     origin: Instant,
     elector: Elector,
     peers: BTreeMap<String, SocketAddr>,
+    members: BTreeMap<String, Vec<IpAddr>>,
+    moved: Moved,
     udp: UdpSocket,
     interfaces: Vec<Interface>,
     /// Where addresses are announced that are not announced on all of the node's own interfaces.
@@ -208,6 +212,8 @@ impl Worker {
             origin,
             elector: Elector::new(&config.node, config.cluster, config.incarnation, Duration::ZERO),
             peers: BTreeMap::new(),
+            members: BTreeMap::new(),
+            moved: Moved::open(&mut nft),
             udp,
             interfaces,
             only: BTreeMap::new(),
@@ -256,6 +262,7 @@ impl Worker {
         if let Err(error) = self.nft.remove_table(Family::Netdev, TABLE) {
             warn!(%error, "the announcer's table stays");
         }
+        self.moved.close(&mut self.nft);
     }
 
     fn wait(&mut self, now: Duration) -> io::Result<()> {
@@ -283,11 +290,10 @@ impl Worker {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Orders(orders)) => {
-                    self.peers = orders
-                        .members
-                        .into_iter()
-                        .map(|(name, address)| (name, SocketAddr::new(address, PORT)))
-                        .collect();
+                    let primary =
+                        |(name, all): (&String, &Vec<IpAddr>)| Some((name.clone(), (*all.first()?, PORT).into()));
+                    self.peers = orders.members.iter().filter_map(primary).collect();
+                    self.members = orders.members;
                     if let Err(error) = self.open_interfaces(orders.interfaces) {
                         warn!(%error, "not all interfaces of the advertisements can be used");
                     }
@@ -371,7 +377,12 @@ impl Worker {
             info!(addresses = ?lost, "no longer announced from here");
             self.bursts.iter_mut().for_each(|(_, _, told)| told.retain(|address| !lost.contains(address)));
             self.metrics.write().layer2.retain(|address, _| !lost.contains(address));
-            (self.notice)(Notice::Lost(lost));
+            (self.notice)(Notice::Lost(lost.clone()));
+        }
+        if !taken.is_empty() || !lost.is_empty() {
+            // Before the first word, so that no packet of an old connection comes too early.
+            let from = self.predecessors(&taken, now);
+            self.moved.change(&mut self.nft, &lost, from, now);
         }
         self.held = speech.addresses;
         if self.held.is_empty() {
@@ -386,14 +397,23 @@ impl Worker {
         }
     }
 
+    /// Where connections go on that were made while another node had the address: that node's address of its family.
+    fn predecessors(&self, taken: &BTreeSet<IpAddr>, now: Duration) -> BTreeMap<IpAddr, IpAddr> {
+        let at = |(address, name): (IpAddr, String)| {
+            let own = self.members.get(&name)?.iter().find(|own| own.is_ipv4() == address.is_ipv4())?;
+            Some((address, *own))
+        };
+        self.elector.predecessors(taken, now).into_iter().filter_map(at).collect()
+    }
+
     fn renew(&mut self, until: Duration) {
         let begun = self.now();
         let mut transaction = Transaction::new(Family::Netdev, TABLE);
         transaction.push(Op::FlushSet(RIGHT.into()));
         let milliseconds = until.saturating_sub(begun).as_millis() as u64;
         if milliseconds > 0 {
-            let key = Key::new([Datum::Mark(MARK)]);
-            transaction.push(Op::AddFor { set: RIGHT.into(), key, milliseconds });
+            let elements = vec![Element { key: Key::new([Datum::Mark(MARK)]), end: None, data: ElementData::None }];
+            transaction.push(Op::AddFor { set: RIGHT.into(), elements, milliseconds });
         }
         match self.nft.commit(&transaction) {
             // The kernel counts from when it got it: of what came late it would let us speak too long.

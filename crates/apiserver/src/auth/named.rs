@@ -45,7 +45,7 @@ pub fn refuses(registry: &Registry, who: &Identity, asked: &Attributes) -> Optio
 /// What annotations of Ingresses begin with.
 const PREFIXES: [&str; 2] = ["nginx.ingress.kubernetes.io/", "ingress.fairlead.io/"];
 /// Those whose value is a Secret's name.
-const SECRETS: [&str; 1] = ["auth-secret"];
+const SECRETS: [&str; 2] = ["auth-secret", "auth-tls-secret"];
 /// Those whose value is a ConfigMap's.
 const HEADERS: [&str; 2] = ["auth-proxy-set-headers", "custom-headers"];
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use api::kinds::{CONFIG_MAPS, INGRESS_CLASSES, INGRESSES, SECRETS, SERVICES};
 use api::object::Key;
+use ingress::gateway::CaState;
 use ingress::{
     Certificates, Compiler, HeadersState, Ingress, IngressClass, LoadBalancerIngress, RouteTable, SecretState, Swap,
 };
@@ -84,6 +85,8 @@ impl Follower {
             Followed::new(self.client.clone(), SECRETS, SecretState::of, token.clone());
         let (mut config_maps, mut header_states) =
             Followed::new(self.client.clone(), CONFIG_MAPS, HeadersState::of, token.clone());
+        let (mut authorities, mut authority_states) =
+            Followed::new(self.client.clone(), SECRETS, CaState::of_secret, token.clone());
         let mut published = publish.as_ref().map(|key| {
             let field_selector = format!("metadata.name={}", key.name);
             let scope = Scope { namespace: key.namespace.clone(), field_selector, ..Scope::default() };
@@ -127,6 +130,7 @@ impl Follower {
                     Err(broadcast::error::RecvError::Closed) => return,
                 },
                 Some((key, state)) = secret_states.recv() => self.compiler.set_secret(&key, state),
+                Some((key, state)) = authority_states.recv() => self.compiler.set_authorities(&key, state),
                 Some((key, state)) = header_states.recv() => self.compiler.set_config_map(&key, state),
                 change = service => match change {
                     Some(Change::Reset(mut all)) => addresses = Some(all.pop().map(balanced).unwrap_or_default()),
@@ -144,6 +148,9 @@ impl Follower {
             }
             if let Some(wanted) = self.compiler.new_secrets() {
                 secrets.follow(&wanted);
+            }
+            if let Some(wanted) = self.compiler.new_authorities() {
+                authorities.follow(&wanted);
             }
             if let Some(wanted) = self.compiler.new_config_maps() {
                 config_maps.follow(&wanted);

@@ -53,11 +53,20 @@ pub async fn run(
     loop {
         // Others count from when they saw it renewed, which is after now; and ours ends a while before.
         let asked = Instant::now();
-        match take(&leases, &lease, &identity, terms.life, &mut seen).await {
-            Ok(true) => held_until = Some(asked + terms.life - terms.renewal),
-            Ok(false) => held_until = None,
+        held_until = held_until.filter(|until| asked < *until);
+        // A host that is cut off may wait for an answer for minutes: what it holds ends meanwhile.
+        let answer = tokio::select! {
+            answer = take(&leases, &lease, &identity, terms.life, &mut seen) => Some(answer),
+            () = lapsed(held_until) => None,
+            () = tokio::time::sleep(terms.life) => None,
+            () = token.cancelled() => break,
+        };
+        match answer {
+            Some(Ok(true)) => held_until = Some(asked + terms.life - terms.renewal),
+            Some(Ok(false)) => held_until = None,
             // The API may be away: who holds it does so for the rest of its time.
-            Err(error) => debug!(error = format!("{error:#}"), "the Lease was not renewed"),
+            Some(Err(error)) => debug!(error = format!("{error:#}"), "the Lease was not renewed"),
+            None => debug!("the API server does not answer"),
         }
         let is_held = held_until.is_some_and(|until| Instant::now() < until);
         leads.send_if_modified(|leads| std::mem::replace(leads, is_held) != is_held);

@@ -19,8 +19,8 @@ use tracing::{debug, info};
 use super::{LEASE, NAMESPACE, key, update};
 use crate::ingress::leader::{self, Terms};
 
-/// How many writes are under way at a time.
-const WRITERS: usize = 32;
+/// How many writes are under way at a time: a store that syncs its disk takes as many together as there are.
+const WRITERS: usize = 128;
 /// When what was not written is tried again.
 const AGAIN: Duration = Duration::from_secs(2);
 /// Whether a Service has the address that it asks for.

@@ -22,6 +22,9 @@ use super::{DRAINING, EXCLUDED, GATHER, NAMESPACE, TIE, key, serving_nodes};
 use crate::ingress::leader::{self, Terms};
 use crate::node_object;
 
+/// Changes gather for so many times as long as the orders before took to make: with thousands of addresses, one in four or five
+/// moments goes into orders.
+const SHARE: u32 = 4;
 /// When the API server is asked again for what the announcer has to know before it starts.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -98,7 +101,8 @@ async fn cluster_id(client: &kube::Client, token: &CancellationToken) -> Option<
 
 /// A node as a candidate.
 struct Candidate {
-    address: Option<IpAddr>,
+    /// The primary one first; one without any takes no part.
+    addresses: Vec<IpAddr>,
     /// It turns away, and serves what still comes.
     is_draining: bool,
     labels: BTreeMap<String, String>,
@@ -138,6 +142,7 @@ impl Follower {
         let mut advertisements: mpsc::Receiver<Change<AdvertisementObject>> =
             reconcile::watch(client, &L2_ADVERTISEMENTS, Scope::all());
         let mut due: Option<Instant> = Some(Instant::now());
+        let mut gather = GATHER;
         let mut last = Orders::default();
         loop {
             let order = async {
@@ -151,18 +156,17 @@ impl Follower {
                 () = token.cancelled() => return,
                 () = order => {
                     due = None;
+                    let begun = Instant::now();
                     self.count();
                     let orders = if self.lists == [true; 3] { self.orders() } else { last.clone() };
                     if orders != last {
                         announcer.set_orders(orders.clone());
                         last = orders;
                     }
+                    gather = GATHER.max(begun.elapsed() * SHARE);
                     continue;
                 }
-                Some(notice) = notices.recv() => {
-                    self.tell(&notice);
-                    continue;
-                }
+                Some(notice) = notices.recv() => self.tell(&notice),
                 changed = tie.changed() => {
                     if changed.is_err() {
                         return;
@@ -178,13 +182,13 @@ impl Follower {
                 Some(change) = advertisements.recv() => self.take_advertisement(change),
                 change = changes.recv() => if matches!(change, Err(broadcast::error::RecvError::Closed)) { return },
             }
-            due.get_or_insert_with(|| Instant::now() + GATHER);
+            due.get_or_insert_with(|| Instant::now() + gather);
         }
     }
 
     fn take_node(&mut self, change: Change<node_object::Node>) {
         let candidate = |node: &node_object::Node| Candidate {
-            address: node.addresses().first().copied(),
+            addresses: node.addresses(),
             is_draining: node.taints().any(|taint| taint == DRAINING),
             labels: node.metadata().labels.clone(),
         };
@@ -240,8 +244,10 @@ impl Follower {
 
     fn orders(&mut self) -> Orders {
         let nodes = self.nodes.iter().filter(|(_, node)| !node.labels.contains_key(EXCLUDED));
-        let members: BTreeMap<String, IpAddr> =
-            nodes.filter_map(|(name, node)| Some((name.clone(), node.address?))).collect();
+        let members: BTreeMap<String, Vec<IpAddr>> = nodes
+            .filter(|(_, node)| !node.addresses.is_empty())
+            .map(|(name, node)| (name.clone(), node.addresses.clone()))
+            .collect();
         let mut plan = Plan { members: members.keys().cloned().collect(), addresses: BTreeMap::new() };
         let mut interfaces: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         // For each pool, its advertisements and who announces by each: nobody where none names it.
@@ -333,7 +339,6 @@ impl Follower {
             Notice::Lost(addresses) => self.held.retain(|address| !addresses.contains(address)),
             Notice::Conflict(..) | Notice::Refused(..) => {}
         }
-        self.count();
         let (addresses, kind, reason, message) = match notice {
             Notice::Took(addresses) => {
                 let message = format!("announcing from node \"{}\" with protocol \"layer2\"", self.name);

@@ -15,7 +15,7 @@ use linux::netns::Netns;
 
 use crate::cluster::Cluster;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 /// What a client in a process of its own is to ask.
 const CLIENT: &str = "FAIRLEAD_TEST_CLIENT";
 /// How often a keep-alive client repeats one request.

@@ -13,6 +13,7 @@ mod handover;
 mod ingress;
 mod load;
 mod loadbalancer;
+mod moves;
 mod play;
 mod registry;
 mod rolling;

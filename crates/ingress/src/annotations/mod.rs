@@ -1,6 +1,7 @@
 //! Annotations of an Ingress: those of ingress-nginx with its meaning, and our own. A key that is not supported is told of.
 
 mod answers;
+mod clients;
 mod external;
 mod ours;
 mod read;
@@ -12,6 +13,7 @@ use api::object::Metadata;
 use http::StatusCode;
 
 use crate::basic::Basic;
+use crate::clients::Wanted;
 use crate::external::External;
 use crate::gateway::BackendTls;
 
@@ -48,6 +50,8 @@ pub struct Settings {
     /// Who says which requests may come.
     pub door: Option<Door>,
     pub answers: Answers,
+    /// Which certificates clients must show.
+    pub clients: Option<Wanted>,
     /// Requests go to the address of the Service itself.
     pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.

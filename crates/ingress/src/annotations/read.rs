@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{NGINX, OURS, Settings, answers, external, ours};
+use super::{NGINX, OURS, Settings, answers, clients, external, ours};
 use crate::cors::Cors;
 use crate::crypto;
 use crate::gateway::BackendTls;
@@ -198,6 +198,7 @@ pub struct Draft {
     pub settings: Settings,
     external: external::Draft,
     answers: answers::Draft,
+    clients: clients::Draft,
     ssl_redirect: Option<bool>,
     force_ssl_redirect: bool,
     permanent: Option<Box<str>>,
@@ -237,6 +238,7 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
             None => {
                 let door = draft.external.read(short, &draft.namespace, value);
                 let door = door.or_else(|| draft.answers.read(short, &draft.namespace, value));
+                let door = door.or_else(|| draft.clients.read(short, &draft.namespace, value));
                 door.or_else(|| ours::read(&mut draft.settings.policy, short, value))
             }
         };
@@ -292,6 +294,7 @@ fn finish(draft: Draft) -> Settings {
     }
     settings.door = draft.external.finish();
     settings.answers = draft.answers.finish();
+    settings.clients = draft.clients.finish();
     if draft.has_affinity {
         settings.policy.affinity = Some(Arc::new(draft.affinity));
     }
@@ -413,7 +416,7 @@ fn ranges(text: &str) -> Result<Vec<IpNet>, String> {
     text.split(',').map(str::trim).filter(|one| !one.is_empty()).map(parse).collect()
 }
 
-fn location(text: &str) -> Result<Box<str>, String> {
+pub fn location(text: &str) -> Result<Box<str>, String> {
     match HeaderValue::from_str(text) {
         Ok(_) if text.starts_with("http://") || text.starts_with("https://") || text.starts_with('/') => {
             Ok(text.into())

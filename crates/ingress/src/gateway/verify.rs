@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -33,8 +35,22 @@ impl CaState {
     pub fn of(data: Option<&HashMap<String, String>>) -> Self {
         let Some(data) = data else { return CaState::Missing };
         let Some(text) = data.get("ca.crt") else { return CaState::Broken("has no ca.crt".to_owned()) };
+        CaState::read(text.as_bytes())
+    }
+
+    /// From the `data` of a Secret; `None`: there is no such Secret.
+    pub fn of_secret(data: Option<&HashMap<String, String>>) -> Self {
+        let Some(data) = data else { return CaState::Missing };
+        let Some(text) = data.get("ca.crt") else { return CaState::Broken("has no ca.crt".to_owned()) };
+        match BASE64.decode(text) {
+            Ok(text) => CaState::read(&text),
+            Err(_) => CaState::Broken("has a ca.crt that is not base64".to_owned()),
+        }
+    }
+
+    fn read(text: &[u8]) -> Self {
         let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
+        for certificate in CertificateDer::pem_slice_iter(text) {
             let added = certificate
                 .map_err(|error| error.to_string())
                 .and_then(|certificate| roots.add(certificate).map_err(|error| error.to_string()));

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::body::ResponseBody;
+use super::clients;
 use super::entrance::NoRoute;
 use super::external::{Admission, Granted, ask};
 use super::facts::is_secure;
@@ -60,7 +61,12 @@ pub async fn handle(
     if let (Some(line), Some(trace)) = (&mut line, trace) {
         line.trace = Some(trace);
     }
-    let decided = match decide(&worker, &client, &mut arrival, &request) {
+    let refused = arrival.route.policy.clients.clone().and_then(|clients| {
+        // Who comes without TLS may be sent to it first.
+        let is_judged = client.is_tls || !arrival.route.policy.https_only;
+        is_judged.then(|| clients::admit(&client, &clients.0, &mut request)).flatten()
+    });
+    let decided = match refused.or_else(|| decide(&worker, &client, &mut arrival, &request)) {
         None => admit(&worker, &client, &mut arrival, &mut request).await,
         answered => answered,
     };

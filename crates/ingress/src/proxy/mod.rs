@@ -5,6 +5,7 @@ mod announced;
 mod attempt;
 mod balance;
 mod body;
+mod clients;
 mod config;
 mod datagrams;
 mod entrance;

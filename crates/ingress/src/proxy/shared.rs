@@ -11,6 +11,7 @@ use super::config::ProxyConfig;
 use super::entrance::OpenPorts;
 use super::names::Names;
 use crate::certificates::{Certificates, Resolver};
+use crate::clients::AnyCertificate;
 use crate::error::IngressError;
 use crate::swap::Swap;
 use crate::table::RouteTable;
@@ -20,6 +21,8 @@ pub struct Shared {
     pub config: ProxyConfig,
     pub routes: Arc<Swap<RouteTable>>,
     pub tls: Arc<ServerConfig>,
+    /// For names whose clients are asked for a certificate.
+    pub asking_tls: Arc<ServerConfig>,
     /// Where Gateways' clients come in.
     pub ports: watch::Sender<Arc<OpenPorts>>,
     /// Client connections that are there.
@@ -46,10 +49,12 @@ impl Shared {
         certificates: Arc<Swap<Certificates>>,
         token: CancellationToken,
     ) -> Result<Self, IngressError> {
+        let server = |clients| tls::server(Arc::new(Resolver(certificates.clone())), clients, &[b"h2", b"http/1.1"]);
         Ok(Shared {
             config,
             routes,
-            tls: tls::server(Arc::new(Resolver(certificates)), None, &[b"h2", b"http/1.1"])?,
+            tls: server(None)?,
+            asking_tls: server(Some(AnyCertificate::new()))?,
             ports: watch::Sender::default(),
             open: AtomicUsize::new(0),
             closed: Notify::new(),

@@ -13,7 +13,8 @@ use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::server::Acceptor;
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 use tokio_util::sync::CancellationToken;
 
 use super::announced;
@@ -26,6 +27,7 @@ use super::pool::Pool;
 use super::shared::Shared;
 use super::stream;
 use super::{listen, listen_datagrams};
+use crate::clients::Shown;
 use crate::gateway::{Carries, PortTable, TlsWay, Transport};
 use crate::swap::Swap;
 
@@ -59,6 +61,9 @@ pub struct Client {
     pub is_tls: bool,
     /// Its X-Forwarded-* headers are believed.
     pub is_trusted: bool,
+    /// It was asked for a certificate, for its route to judge.
+    pub is_asked: bool,
+    pub shown: Option<Shown>,
 }
 
 impl Worker {
@@ -331,8 +336,13 @@ async fn serve(
         gateway_port,
         is_tls,
         is_trusted: worker.shared.config.trusted.iter().any(|range| range.contains(&ip)),
+        is_asked: false,
+        shown: None,
     };
     match table.as_ref().map(|table| &table.carries) {
+        None if is_tls && worker.shared.routes.load().asks_anybody() => {
+            ask_client(worker, &server, client, stream, token).await;
+        }
         None if is_tls => {
             let acceptor = TlsAcceptor::from(worker.shared.tls.clone());
             if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
@@ -355,6 +365,28 @@ async fn serve(
         }
         Some(Carries::Tcp(None) | Carries::Udp(_)) => {}
     }
+}
+
+/// The name of the handshake decides whether the client is asked for a certificate.
+async fn ask_client(
+    worker: Arc<Worker>,
+    server: &auto::Builder<TokioExecutor>,
+    mut client: Client,
+    stream: TcpStream,
+    token: CancellationToken,
+) {
+    let shared = worker.shared.clone();
+    let shaking = async {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let name = start.client_hello().server_name().unwrap_or_default().to_ascii_lowercase();
+        let is_asked = shared.routes.load().asks(&name);
+        let config = if is_asked { &shared.asking_tls } else { &shared.tls };
+        Ok((start.into_stream(config.clone()).await?, is_asked))
+    };
+    let Some((stream, is_asked)) = within_patience(&worker, shaking).await else { return };
+    client.is_asked = is_asked;
+    client.shown = Shown::of(stream.get_ref().1.peer_certificates());
+    carry(worker, server, Arc::new(client), TokioIo::new(stream), token).await;
 }
 
 /// The name of the handshake decides what becomes of the connection.

@@ -1,6 +1,7 @@
 //! Routes as text cases; and, in `proxy`, the same rules with real clients and real back ends.
 
 mod answers;
+mod clients;
 mod doors;
 mod external;
 mod floods;
@@ -10,5 +11,6 @@ mod proxy;
 mod rollouts;
 mod routes;
 mod rows;
+mod soak;
 mod ways;
 mod world;

@@ -173,20 +173,20 @@ impl World {
 }
 
 /// A certificate with its key.
-struct Certified {
-    pem: String,
+pub struct Certified {
+    pub pem: String,
     der: CertificateDer<'static>,
-    key: KeyPair,
+    pub key: KeyPair,
 }
 
 /// An authority and what it signs.
-struct Authority {
-    pem: String,
-    issuer: Issuer<'static, KeyPair>,
+pub struct Authority {
+    pub pem: String,
+    pub issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new() -> Authority {
+    pub fn new() -> Authority {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -196,7 +196,7 @@ impl Authority {
         Authority { pem: certificate.pem(), issuer: Issuer::new(params, key) }
     }
 
-    fn sign(&self, names: &[&str]) -> Certified {
+    pub fn sign(&self, names: &[&str]) -> Certified {
         let key = KeyPair::generate().expect("a key");
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let params = CertificateParams::new(names).expect("names");

@@ -379,7 +379,7 @@ async fn slow_and_large_heads_hold_a_bounded_number_of_connections() {
 }
 
 /// Changes that are made at least: FAIRLEAD_CASES up to some thousands, or else some.
-fn wanted_changes() -> usize {
+pub fn wanted_changes() -> usize {
     let cases = std::env::var("FAIRLEAD_CASES");
     cases.map_or(20, |cases| cases.parse::<usize>().expect("FAIRLEAD_CASES is a number").min(2_000))
 }

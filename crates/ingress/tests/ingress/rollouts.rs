@@ -10,10 +10,14 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use ingress::gateway::BackendTls;
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
 
 use crate::world::{Backend, PATIENCE, World, ingress, text};
 
@@ -40,7 +44,7 @@ impl Drop for UnderWay {
 }
 
 /// An endpoint that answers HTTP, gRPC and upgrades, and how much of it is under way.
-async fn endpoint() -> (Backend, Arc<AtomicUsize>) {
+pub async fn endpoint() -> (Backend, Arc<AtomicUsize>) {
     let count: Arc<AtomicUsize> = Arc::default();
     let of_requests = count.clone();
     let backend = Backend::start(move |mut request| {
@@ -100,8 +104,35 @@ fn question(host: &str) -> Request<crate::world::Body> {
         .expect("a request")
 }
 
-async fn http1(to: SocketAddr) -> Result<(), String> {
-    let stream = TcpStream::connect(to).await.map_err(|error| error.to_string())?;
+/// A way to the proxy.
+#[derive(Clone, Copy, Debug)]
+pub enum Way {
+    Plain(SocketAddr),
+    Tls(SocketAddr),
+}
+
+trait Connected: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Connected for S {}
+
+impl Way {
+    /// A connection for requests of `host`.
+    async fn dial(self, host: &str, is_http2: bool) -> Result<Box<dyn Connected>, String> {
+        let (Way::Plain(to) | Way::Tls(to)) = self;
+        let stream = TcpStream::connect(to).await.map_err(|error| error.to_string())?;
+        stream.set_nodelay(true).map_err(|error| error.to_string())?;
+        if matches!(self, Way::Plain(_)) {
+            return Ok(Box::new(stream));
+        }
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
+        let tls = BackendTls::unverified(Some(name.clone()), Arc::new(ring::default_provider()));
+        let config = tls.config(None, is_http2).map_err(|error| error.to_string())?;
+        let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|error| error.to_string())?;
+        Ok(Box::new(stream))
+    }
+}
+
+async fn http1(way: Way) -> Result<(), String> {
+    let stream = way.dial("plain.example", false).await?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
     let driver = tokio::spawn(connection);
@@ -118,8 +149,8 @@ async fn http1(to: SocketAddr) -> Result<(), String> {
 }
 
 /// Over HTTP/2: plain requests, or gRPC with its trailers.
-async fn http2(to: SocketAddr, host: &'static str) -> Result<(), String> {
-    let stream = TcpStream::connect(to).await.map_err(|error| error.to_string())?;
+async fn http2(way: Way, host: &'static str) -> Result<(), String> {
+    let stream = way.dial(host, true).await?;
     let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
     let driver = tokio::spawn(connection);
@@ -135,8 +166,8 @@ async fn http2(to: SocketAddr, host: &'static str) -> Result<(), String> {
     Ok(())
 }
 
-async fn websocket(to: SocketAddr) -> Result<(), String> {
-    let mut stream = TcpStream::connect(to).await.map_err(|error| error.to_string())?;
+async fn websocket(way: Way) -> Result<(), String> {
+    let mut stream = way.dial("plain.example", false).await?;
     let head = "GET /ws HTTP/1.1\r\nHost: plain.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
     stream.write_all(head.as_bytes()).await.map_err(|error| error.to_string())?;
     let mut seen = Vec::new();
@@ -155,6 +186,19 @@ async fn websocket(to: SocketAddr) -> Result<(), String> {
     Ok(())
 }
 
+/// Kinds of requests.
+pub const KINDS: usize = 4;
+
+/// Requests of one kind, over one connection: HTTP/1.1, HTTP/2, gRPC, WebSocket.
+pub async fn ask(kind: usize, way: Way) -> Result<(), String> {
+    match kind {
+        0 => http1(way).await,
+        1 => http2(way, "plain.example").await,
+        2 => http2(way, "grpc.example").await,
+        _ => websocket(way).await,
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rolling_updates_cost_nobody_a_request() {
     let plain = ingress("").replace("shop.example", "plain.example");
@@ -168,22 +212,14 @@ async fn rolling_updates_cost_nobody_a_request() {
     };
     world.serve("web", &addresses(&held));
     let stop = Arc::new(AtomicBool::new(false));
-    let done: [Arc<AtomicUsize>; 4] = std::array::from_fn(|_| Arc::default());
+    let done: [Arc<AtomicUsize>; KINDS] = std::array::from_fn(|_| Arc::default());
     let mut clients = JoinSet::new();
     for (kind, done) in done.iter().enumerate() {
-        let (stop, done, to) = (stop.clone(), done.clone(), world.http);
+        let (stop, done, way) = (stop.clone(), done.clone(), Way::Plain(world.http));
         clients.spawn(async move {
             let mut bad = Vec::new();
             while !stop.load(Ordering::Relaxed) {
-                let asked = async {
-                    match kind {
-                        0 => http1(to).await,
-                        1 => http2(to, "plain.example").await,
-                        2 => http2(to, "grpc.example").await,
-                        _ => websocket(to).await,
-                    }
-                };
-                match timeout(PATIENCE, asked).await {
+                match timeout(PATIENCE, ask(kind, way)).await {
                     Ok(Ok(())) => drop(done.fetch_add(1, Ordering::Relaxed)),
                     Ok(Err(problem)) => bad.push(problem),
                     Err(_) => bad.push(format!("{kind} takes too long")),

@@ -12,12 +12,15 @@ use api::object::Key;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use ingress::gateway::CaState;
 use ingress::{
-    Action, Ask, CONTROLLER, Certificates, Compiler, External, Filter, HeadersState, Instead, Policy, Route,
-    RouteTable, SecretState, SetHeaders, Slot, fallback,
+    Action, Ask, CONTROLLER, Certificates, ClientAuth, Compiler, External, Filter, HeadersState, Instead, Policy,
+    Route, RouteTable, SecretState, SetHeaders, Slot, fallback,
 };
 use serde_json::{Value, json};
 use services::ServiceTable;
+
+use crate::ports::Authority;
 
 pub const FILES: &[(&str, &str)] = &[
     ("paths.txt", include_str!("cases/paths.txt")),
@@ -28,6 +31,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("nginx.txt", include_str!("cases/nginx.txt")),
     ("annotations.txt", include_str!("cases/annotations.txt")),
     ("answers.txt", include_str!("cases/answers.txt")),
+    ("clients.txt", include_str!("cases/clients.txt")),
     ("external.txt", include_str!("cases/external.txt")),
     ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),
@@ -130,10 +134,18 @@ fn world(lines: &[&String]) -> World {
     let mut table = ServiceTable::new();
     let mut secrets: HashMap<String, (SecretState, Vec<u8>)> = HashMap::new();
     let mut config_maps: HashMap<String, HashMap<String, String>> = HashMap::new();
+    let mut authorities: HashMap<String, HashMap<String, String>> = HashMap::new();
     let mut rest = Vec::new();
     for line in lines {
         if let Some(named) = line.strip_prefix("Secret ") {
             let (name, what) = named.split_once(' ').expect("a Secret and what is in it");
+            if what == "authorities" || what == "bad-authorities" {
+                let good = Authority::new().pem;
+                let pem = if what == "authorities" { good.as_str() } else { "no certificate" };
+                let data = HashMap::from([("ca.crt".to_owned(), BASE64.encode(pem))]);
+                authorities.insert(name.to_owned(), data);
+                continue;
+            }
             secrets.insert(name.to_owned(), secret(what));
             continue;
         }
@@ -167,6 +179,10 @@ fn world(lines: &[&String]) -> World {
     for key in compiler.new_config_maps().unwrap_or_default() {
         let data = config_maps.remove(&format!("{}/{}", key.namespace, key.name));
         compiler.set_config_map(&key, HeadersState::of(data.as_ref()));
+    }
+    for key in compiler.new_authorities().unwrap_or_default() {
+        let data = authorities.remove(&format!("{}/{}", key.namespace, key.name));
+        compiler.set_authorities(&key, CaState::of_secret(data.as_ref()));
     }
     let mut ders = HashMap::new();
     for key in compiler.wanted_secrets() {
@@ -300,6 +316,14 @@ fn treatment(policy: &Policy) -> String {
         tell(true, asks(external));
     }
     tell(policy.is_shut, "shut".to_owned());
+    if let Some(clients) = &policy.clients {
+        let ClientAuth { wanted, roots } = &*clients.0;
+        let who = if wanted.is_broken || roots.is_none() { "nobody" } else { "known" };
+        let subject = wanted.subject.as_ref().map(|subject| format!(" {subject}")).unwrap_or_default();
+        let page = wanted.error_page.as_ref().map(|page| format!(" else {page}")).unwrap_or_default();
+        let passes = if wanted.passes_certificate { " passed" } else { "" };
+        tell(true, format!("clients {:?} {} {who}{subject}{page}{passes}", wanted.asks, wanted.depth));
+    }
     if let Some(pages) = &policy.pages {
         let statuses: Vec<u16> = (400..600).filter(|status| pages.statuses.contains(*status)).collect();
         tell(true, format!("pages {} {statuses:?}", pages.upstream.key));

@@ -240,6 +240,7 @@ impl Display for Statement {
             Statement::Counter => f.write_str("counter"),
             Statement::Limit { rate, burst } => write!(f, "limit rate {rate}/second burst {burst} packets"),
             Statement::Log { group, bytes } => write!(f, "log group {group} snaplen {bytes}"),
+            Statement::Duplicate { to } => write!(f, "dup to {to}"),
             Statement::Verdict(verdict) => write!(f, "{verdict}"),
         }
     }
@@ -278,8 +279,15 @@ impl Op {
             Op::DeleteElements { set, elements } => {
                 format!("delete element {at} {set} {{ {} }}", Joined(elements, ", "))
             }
-            Op::AddFor { set, key, milliseconds } => {
-                format!("add element {at} {set} {{ {} timeout {milliseconds}ms }}", Joined(&key.0, " . "))
+            Op::AddFor { set, elements, milliseconds } => {
+                let timed = elements.iter().map(|element| {
+                    let text = element.to_string();
+                    // A timeout stands behind the key.
+                    let (key, data) =
+                        text.split_once(" : ").map_or((&*text, String::new()), |(k, d)| (k, format!(" : {d}")));
+                    format!("{key} timeout {milliseconds}ms{data}")
+                });
+                format!("add element {at} {set} {{ {} }}", timed.collect::<Vec<_>>().join(", "))
             }
         }
     }

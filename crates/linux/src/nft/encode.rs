@@ -148,24 +148,15 @@ impl Batch {
             Op::AddElements { set, elements } => {
                 // EXCL: an element that is there already with other data must be an error, not silence.
                 let flags = NLM_F_CREATE | NLM_F_EXCL;
-                return self.elements(MSG_NEWSETELEM, flags, family, table, index, set, elements, last);
+                return self.elements(MSG_NEWSETELEM, flags, family, table, index, set, elements, None, last);
             }
-            Op::AddFor { set, key, milliseconds } => {
-                let start = self.begin(MSG_NEWSETELEM, NLM_F_CREATE | NLM_F_EXCL, family, index);
-                self.writer.string(1, table);
-                self.writer.string(2, set);
-                let list = self.writer.nest(3);
-                let item = self.writer.nest(LIST_ELEM);
-                let held = self.writer.nest(1);
-                self.writer.bytes(DATA_VALUE, &key_bytes(key));
-                self.writer.close(held);
-                self.writer.u64(4, *milliseconds);
-                self.writer.close(item);
-                self.writer.close(list);
-                start
+            Op::AddFor { set, elements, milliseconds } => {
+                let flags = NLM_F_CREATE | NLM_F_EXCL;
+                let life = Some(*milliseconds);
+                return self.elements(MSG_NEWSETELEM, flags, family, table, index, set, elements, life, last);
             }
             Op::DeleteElements { set, elements } => {
-                return self.elements(MSG_DELSETELEM, 0, family, table, index, set, elements, last);
+                return self.elements(MSG_DELSETELEM, 0, family, table, index, set, elements, None, last);
             }
         };
         self.writer.end();
@@ -182,6 +173,7 @@ impl Batch {
         index: usize,
         set: &str,
         elements: &[Element],
+        milliseconds: Option<u64>,
         mut last: usize,
     ) -> usize {
         let mut done = 0;
@@ -195,7 +187,7 @@ impl Batch {
             let first = done;
             while done < elements.len() && self.writer.buffer.len() - start < ELEMENTS_BYTES {
                 offsets.push((self.writer.buffer.len() - start) as u32);
-                element(&mut self.writer, &elements[done]);
+                element(&mut self.writer, &elements[done], milliseconds);
                 done += 1;
             }
             self.writer.close(list);
@@ -341,7 +333,7 @@ pub(super) fn verdict_attributes(writer: &mut Writer, verdict: &Verdict) {
     writer.close(nest);
 }
 
-fn element(writer: &mut Writer, element: &Element) {
+fn element(writer: &mut Writer, element: &Element, milliseconds: Option<u64>) {
     let item = writer.nest(LIST_ELEM);
     let key = writer.nest(1);
     writer.bytes(DATA_VALUE, &key_bytes(&element.key));
@@ -363,6 +355,9 @@ fn element(writer: &mut Writer, element: &Element) {
             writer.bytes(DATA_VALUE, &key_bytes(value));
             writer.close(data);
         }
+    }
+    if let Some(milliseconds) = milliseconds {
+        writer.u64(4, milliseconds);
     }
     writer.close(item);
 }

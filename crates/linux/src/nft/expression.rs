@@ -347,6 +347,10 @@ impl Expressions<'_> {
                 w.u16(1, *group);
                 w.u32(3, *bytes);
             }),
+            Statement::Duplicate { to } => {
+                self.load(to, 0, 0);
+                self.expression("dup", |w| w.u32(1, register(0)));
+            }
             Statement::Verdict(verdict) => self.expression("immediate", |w| {
                 w.u32(1, 0);
                 let data = w.nest(2);

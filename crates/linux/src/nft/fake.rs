@@ -132,9 +132,10 @@ impl Table {
                 }
             }
             // Packets meet the fake within any timeout.
-            Op::AddFor { set, key, .. } => {
-                let element = Element { key: key.clone(), end: None, data: ElementData::None };
-                self.add_element(set, &element)?;
+            Op::AddFor { set, elements, .. } => {
+                for element in elements {
+                    self.add_element(set, element)?;
+                }
             }
             Op::DeleteElements { set, elements } => {
                 let (_, held) = self.sets.get_mut(set).ok_or(libc::ENOENT)?;
@@ -479,6 +480,7 @@ impl Walk<'_, '_> {
                     return Some(Verdict::Accept);
                 }
                 Statement::Reject(_) => return Some(Verdict::Goto(REJECTED.into())),
+                Statement::Duplicate { to } => self.value(to, &chosen).is_some(),
                 Statement::Counter | Statement::Limit { .. } | Statement::Log { .. } => true,
                 Statement::Verdict(verdict) => return Some(verdict.clone()),
             };

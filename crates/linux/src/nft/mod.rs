@@ -24,7 +24,7 @@ mod value;
 
 pub use events::{Edit, Events};
 pub use fake::{Divert, Fake, Fate, Packet};
-pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, Value, ct_state, ct_status};
+pub use rule::{ADDRESS_LOCAL, Reject, Rule, Statement, TCP_RST, TCP_SYN, Value, ct_state, ct_status};
 pub use socket::Socket;
 pub use value::{
     Base, Chain, ChainKind, DataType, Datum, Element, ElementData, Family, Hook, Key, Op, Set, SetData, Transaction,

@@ -158,6 +158,10 @@ pub enum Statement {
         group: u16,
         bytes: u32,
     },
+    /// Sends a copy of the packet to the neighbour, or by way of the router, with this address; only in tables of one family.
+    Duplicate {
+        to: Value,
+    },
     Verdict(Verdict),
 }
 
@@ -194,7 +198,8 @@ pub mod ct_status {
     pub const DYING: u32 = 1 << 9;
 }
 
-/// The RST flag of TCP.
+/// Flags of TCP.
+pub const TCP_SYN: u32 = 2;
 pub const TCP_RST: u32 = 4;
 
 /// `fib … type local`.

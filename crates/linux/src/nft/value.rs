@@ -282,10 +282,10 @@ pub enum Op {
         set: Box<str>,
         elements: Vec<Element>,
     },
-    /// Adds a key to a dynamic set, from which the kernel takes it away after so long. The key must not be there.
+    /// Adds elements to a dynamic set, from which the kernel takes them away after so long. Their keys must not be there.
     AddFor {
         set: Box<str>,
-        key: Key,
+        elements: Vec<Element>,
         milliseconds: u64,
     },
 }

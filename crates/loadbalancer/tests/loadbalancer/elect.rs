@@ -241,3 +241,51 @@ fn links_that_come_and_go_make_no_second_owner() {
     world.run(2000);
     assert!(world.all_owned());
 }
+
+#[test]
+fn who_takes_an_address_knows_who_had_it_if_that_one_still_serves() {
+    let mut world = World::new(3, 60);
+    world.run(2000);
+    let before = world.owners();
+    let owner_of = |world: &World, node: usize| -> BTreeMap<IpAddr, Option<String>> {
+        // What each of those that had another owner says of the one before.
+        let moved = world.owners().into_iter().filter(|(address, _)| before[address] == node);
+        let told = moved.map(|(address, now)| {
+            let elector = world.electors[now].as_ref().expect("alive");
+            (address, elector.predecessors(&BTreeSet::from([address]), world.now).remove(&address))
+        });
+        told.collect()
+    };
+    let now = world.now;
+    world.electors[0].as_mut().expect("alive").leave(now);
+    world.run(1000);
+    let told = owner_of(&world, 0);
+    assert!(!told.is_empty() && told.values().all(|name| name.as_deref() == Some("node-0")), "{told:?}");
+    // One that starts again takes them back from those that had them meanwhile.
+    let meanwhile = world.owners();
+    world.kill(0);
+    world.start(0);
+    world.run(2000);
+    let again: Vec<IpAddr> = world.owners().into_iter().filter(|(_, now)| *now == 0).map(|(ip, _)| ip).collect();
+    let elector = world.electors[0].as_ref().expect("alive");
+    let told = elector.predecessors(&again.iter().copied().collect(), world.now);
+    assert!(!again.is_empty() && again.iter().all(|ip| told[ip] == format!("node-{}", meanwhile[ip])), "{told:?}");
+    // The dead serve nobody.
+    world.kill(1);
+    world.run(1000);
+    let told = owner_of(&world, 1);
+    assert!(!told.is_empty() && told.values().all(Option::is_none), "{told:?}");
+    // Another node may not have it any more: it is there, and goes on.
+    let taken: Vec<IpAddr> = world.owners().into_iter().filter(|(_, now)| *now == 0).map(|(ip, _)| ip).collect();
+    let only = BTreeSet::from(["node-2".to_owned()]);
+    world.plan.addresses.insert(taken[0], Some(only));
+    for node in [0, 2] {
+        let (plan, now) = (world.plan.clone(), world.now);
+        world.electors[node].as_mut().expect("alive").set_plan(plan, now);
+    }
+    world.run(1000);
+    assert_eq!(world.owners()[&taken[0]], 2);
+    let elector = world.electors[2].as_ref().expect("alive");
+    let told = elector.predecessors(&BTreeSet::from([taken[0]]), world.now);
+    assert_eq!(told[&taken[0]], "node-0");
+}

@@ -98,8 +98,8 @@ fn announces_until_it_is_told_to_end() {
     let incarnation = u64::from(std::process::id());
     let config = Config { node: order.name.clone(), addresses: vec![address(own, true)], cluster: 1, incarnation };
     let announcer = Announcer::start(config, Default::default(), |_| ()).expect("it announces");
-    let members: BTreeMap<String, _> =
-        order.names.iter().map(|name| (name.clone(), address(place(name), true))).collect();
+    let addresses = |name| [true, false].map(|v4| address(place(name), v4)).to_vec();
+    let members: BTreeMap<String, _> = order.names.iter().map(|name| (name.clone(), addresses(name))).collect();
     let router = |vip, priority| RouterConfig {
         name: format!("{vip}"),
         interface: String::new(),

@@ -114,7 +114,7 @@ pub struct Resolver {
     pub hosts: Hosts,
     search: SearchPath,
     cache: Mutex<Cache>,
-    forward: Forward,
+    pub forward: Forward,
     pub happened: Happened,
     background: TaskTracker,
 }

@@ -65,7 +65,7 @@ pub struct Histogram<const N: usize> {
 }
 
 impl<const N: usize> Histogram<N> {
-    fn new(bounds: &'static [f64; N]) -> Self {
+    pub fn new(bounds: &'static [f64; N]) -> Self {
         Histogram {
             bounds,
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
@@ -74,7 +74,7 @@ impl<const N: usize> Histogram<N> {
         }
     }
 
-    fn add(&self, value: f64) {
+    pub fn add(&self, value: f64) {
         if let Some(bucket) = self.bounds.iter().position(|bound| value <= *bound) {
             self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
         }

@@ -1,5 +1,6 @@
 //! Which upstream servers are asked about a name, in which order, and for how long.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -23,6 +24,8 @@ const MAX_ATTEMPTS: usize = 4;
 /// The servers that know the same names.
 pub struct Group {
     servers: Vec<Upstream>,
+    /// Questions for which every server was being left alone.
+    broken: AtomicU64,
 }
 
 /// All servers, by the domain that each group is for.
@@ -42,6 +45,19 @@ impl Forward {
         Forward::new(Vec::new(), Group::new(Vec::new()))
     }
 
+    pub fn servers(&self) -> impl Iterator<Item = &Upstream> {
+        self.groups().flat_map(|group| &group.servers)
+    }
+
+    /// Questions that came when all servers for them had failed lately.
+    pub fn broken(&self) -> u64 {
+        self.groups().map(|group| group.broken.load(Ordering::Relaxed)).sum()
+    }
+
+    fn groups(&self) -> impl Iterator<Item = &Group> {
+        self.stubs.iter().map(|(_, group)| group).chain([&self.others])
+    }
+
     pub fn group(&self, name: &Name) -> &Group {
         self.stubs.iter().find(|(zone, _)| zone.zone_of(name)).map_or(&self.others, |(_, group)| group)
     }
@@ -49,7 +65,7 @@ impl Forward {
 
 impl Group {
     pub fn new(servers: Vec<Upstream>) -> Self {
-        Group { servers }
+        Group { servers, broken: AtomicU64::new(0) }
     }
 
     /// Every server has failed lately: nothing good is to be expected soon.
@@ -61,6 +77,9 @@ impl Group {
     pub async fn ask(&self, question: &Question) -> Answer {
         if self.servers.is_empty() {
             return Answer::code(ResponseCode::Refused);
+        }
+        if self.rests(Instant::now()) {
+            self.broken.fetch_add(1, Ordering::Relaxed);
         }
         let mut last = Answer::code(ResponseCode::ServFail);
         let good = timeout(PATIENCE, self.race(question, &mut last)).await;

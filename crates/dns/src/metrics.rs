@@ -91,6 +91,7 @@ impl Metrics {
             head(out, name, kind, help)?;
             writeln!(out, "{name}{{{labels}}} {value}")?;
         }
+        upstreams(out, resolver)?;
         let Some(outage) = &self.outage else { return Ok(()) };
         let since = *outage.borrow();
         let seconds = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
@@ -118,6 +119,10 @@ fn histogram<const N: usize>(
     values: &Histogram<N>,
 ) -> std::fmt::Result {
     head(out, name, "histogram", help)?;
+    samples(out, name, labels, values)
+}
+
+fn samples<const N: usize>(out: &mut String, name: &str, labels: &str, values: &Histogram<N>) -> std::fmt::Result {
     for (bound, count) in values.cumulated() {
         writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {count}")?;
     }
@@ -125,6 +130,28 @@ fn histogram<const N: usize>(
     writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {total}")?;
     writeln!(out, "{name}_sum{{{labels}}} {}", values.sum())?;
     writeln!(out, "{name}_count{{{labels}}} {total}")
+}
+
+/// Of each upstream server, under the names of CoreDNS's plugin forward and what it is built on.
+fn upstreams(out: &mut String, resolver: &Resolver) -> std::fmt::Result {
+    let forward = &resolver.forward;
+    let name = "coredns_proxy_request_duration_seconds";
+    head(out, name, "histogram", "Time until an upstream server answered.")?;
+    for server in forward.servers() {
+        for (took, code) in server.took.iter().zip(CODES).filter(|(took, _)| took.total.load(Ordering::Relaxed) > 0) {
+            let labels = format!("proxy_name=\"forward\",to=\"{}\",rcode=\"{code}\"", server.address());
+            samples(out, name, &labels, took)?;
+        }
+    }
+    let name = "coredns_proxy_healthcheck_failures_total";
+    head(out, name, "counter", "How often an upstream server failed and was left alone for a while.")?;
+    for server in forward.servers() {
+        let failures = server.failures.load(Ordering::Relaxed);
+        writeln!(out, "{name}{{proxy_name=\"forward\",to=\"{}\"}} {failures}", server.address())?;
+    }
+    let name = "coredns_forward_healthcheck_broken_total";
+    head(out, name, "counter", "Questions that came when all upstream servers for them had failed lately.")?;
+    writeln!(out, "{name} {}", forward.broken())
 }
 
 /// Answers `/metrics`, `/health` and `/ready` until the token is cancelled.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::answer::{Answer, Question};
 use crate::config::SocketMaker;
+use crate::counts::{CODES, Histogram, SECONDS, code_index};
 use crate::error::DnsError;
 use crate::wire::UDP_PAYLOAD;
 use crate::{compile, message};
@@ -113,6 +115,10 @@ pub struct Upstream {
     tls: Option<TlsConnector>,
     health: Mutex<Health>,
     idle: Mutex<Vec<(Connection, Instant)>>,
+    /// How long answers took, by their code as in [`CODES`].
+    pub took: [Histogram<{ SECONDS.len() }>; CODES.len()],
+    /// How often it was left alone.
+    pub failures: AtomicU64,
 }
 
 impl Upstream {
@@ -125,7 +131,15 @@ impl Upstream {
         if matches!(server.transport, Transport::Tls(_)) && tls.is_none() {
             return Err(DnsError::NoAuthorities { server: server.address });
         }
-        Ok(Upstream { server, sockets, tls, health: Mutex::default(), idle: Mutex::default() })
+        Ok(Upstream {
+            server,
+            sockets,
+            tls,
+            health: Mutex::default(),
+            idle: Mutex::default(),
+            took: std::array::from_fn(|_| Histogram::new(&SECONDS)),
+            failures: AtomicU64::new(0),
+        })
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -151,6 +165,7 @@ impl Upstream {
         }
         let rest = FIRST_REST.saturating_mul(1 << health.failures.min(10)).min(LONGEST_REST);
         health.failures = health.failures.saturating_add(1);
+        self.failures.fetch_add(1, Ordering::Relaxed);
         health.rests_until = Some(now + rest);
     }
 
@@ -164,6 +179,7 @@ impl Upstream {
         edns.set_max_payload(UDP_PAYLOAD).set_dnssec_ok(question.dnssec_ok);
         request.set_edns(edns);
         let bytes = request.to_vec().map_err(io::Error::other)?;
+        let begun = Instant::now();
         let reply = match self.server.transport {
             Transport::Udp => {
                 let reply = self.over_udp(&request, &bytes).await?;
@@ -171,6 +187,8 @@ impl Upstream {
             }
             Transport::Tcp | Transport::Tls(_) => self.over_stream(&request, &bytes).await?,
         };
+        let code = u16::from(reply.metadata.response_code);
+        self.took[code_index(code)].add(begun.elapsed().as_secs_f64());
         let mut answer = message::of(reply);
         // Another server's authority is not ours.
         answer.authoritative = false;

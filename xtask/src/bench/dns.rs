@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::memory::kilobytes;
-use super::{ROUNDS, Row, median};
+use super::{ROUNDS, Row, median, with_cluster, writes};
 use crate::{deps, shell};
 
 const SERVICES: u32 = 10_000;
 const PEERS: [&str; 3] = ["knot", "bind9", "dnsperf"];
+const NODES: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Questions a second at which latency is measured: well below what any of them can do.
 const CALM: u32 = 5_000;
@@ -71,7 +72,28 @@ pub fn measure() -> Result<Vec<Row>> {
     let reactions = std::mem::take(&mut servers[0].figures);
     drop(servers);
     fs::remove_dir_all(&dir)?;
-    rows(samples, &reactions)
+    let mut rows = rows(samples, &reactions)?;
+    rows.push(created()?);
+    Ok(rows)
+}
+
+/// From the answer to the create of a Service until the DNS of every node has its name.
+fn created() -> Result<Row> {
+    let program = writes::build()?;
+    let text = with_cluster(NODES, |cluster| {
+        let mut words = vec![program.display().to_string(), "names".to_owned()];
+        words.extend(["--kubeconfig".to_owned(), cluster.kubeconfig().display().to_string()]);
+        words.extend(["--server", "https://192.168.49.1:6443", "--count", "500"].map(str::to_owned));
+        words.extend((0..NODES).flat_map(|node| ["--dns".to_owned(), format!("192.168.49.{}:10053", node + 2)]));
+        shell::output(&mut cluster.on("node-1", &words))
+    })?;
+    let printed: serde_json::Value = serde_json::from_str(&text).context("api_load did not print JSON")?;
+    let figure = |name: &str| printed[name].as_f64().with_context(|| format!("api_load printed no {name}: {text}"));
+    Ok(Row {
+        what: format!("dns: a Service that was created is answered by {NODES} nodes, p50 / p99"),
+        measured: format!("{:.2} / {:.2} ms", figure("p50_ms")?, figure("p99_ms")?),
+        wanted: "under 10 ms".into(),
+    })
 }
 
 fn rows(samples: Vec<Samples>, reactions: &[f64]) -> Result<Vec<Row>> {

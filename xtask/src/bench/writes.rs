@@ -75,7 +75,8 @@ fn rows(writers: usize, wanted: &str, turns: &[Turn]) -> [Row; 3] {
     [side("creates", |turn| &turn.creates), side("etcd's puts", |turn| &turn.puts), ratio]
 }
 
-fn build() -> Result<PathBuf> {
+/// The program that writes.
+pub fn build() -> Result<PathBuf> {
     shell::output(shell::cargo().args(["build", "--release", "-p", "fairlead", "--example", "api_load"]))?;
     Ok(shell::target_dir()?.join("release/examples/api_load"))
 }

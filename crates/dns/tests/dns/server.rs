@@ -290,6 +290,14 @@ async fn other_names_are_asked_upstream_once_and_kept() {
         assert!(reply.answers[0].name.eq_case(&Name::from_ascii(name).expect("a name")));
     }
     assert_eq!(asked.load(Ordering::Relaxed), 1, "the second answer comes from the cache");
+    let text = get(server.metrics, "/metrics").await;
+    for wanted in [
+        r#"coredns_proxy_request_duration_seconds_count{proxy_name="forward",to="127.0.0.1:"#,
+        r#"rcode="NOERROR",le="+Inf"} 1"#,
+        r#"coredns_proxy_healthcheck_failures_total{proxy_name="forward",to="127.0.0.1:9"} 1"#,
+    ] {
+        assert!(text.contains(wanted), "{wanted} is not in\n{text}");
+    }
     server.stop().await;
 }
 
@@ -362,6 +370,7 @@ async fn prometheus_sees_what_was_answered() {
         r#"rcode="NXDOMAIN",plugin="kubernetes"} 1"#,
         r#"le="+Inf"} 2"#,
         "coredns_dns_request_duration_seconds_count",
+        "coredns_forward_healthcheck_broken_total 0",
     ] {
         assert!(text.contains(wanted), "{wanted} is not in\n{text}");
     }

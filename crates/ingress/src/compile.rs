@@ -466,9 +466,14 @@ impl Compiler {
         let own = self.ours.iter().flat_map(|(key, held)| {
             let faults = held.translated.faults.iter().cloned();
             let routes = held.translated.routes.iter().map(|(_, route)| route).chain(&held.translated.default);
-            let upstreams = routes.flat_map(|route| route.upstreams()).filter_map(|upstream| {
+            let upstreams = routes.clone().flat_map(|route| route.upstreams()).filter_map(|upstream| {
                 let problem = upstream.targets().problem?;
                 Some(Fault { reason: problem.reason(), message: problem.text(&upstream.key) })
+            });
+            let mirrors = routes.flat_map(|route| route.mirrors()).filter_map(|upstream| {
+                let reason = upstream.targets().problem?.reason();
+                let message = format!("requests are not copied: {} of mirror-target leads nowhere", upstream.key);
+                Some(Fault { reason, message })
             });
             let config_maps = held.translated.config_maps.iter().filter_map(|(name, annotation)| {
                 let config_map = Key::new(key.namespace.clone(), name.to_string());
@@ -490,6 +495,7 @@ impl Compiler {
             });
             faults
                 .chain(upstreams)
+                .chain(mirrors)
                 .chain(config_maps)
                 .chain(authorities)
                 .map(|fault| (key.clone(), fault))

@@ -303,6 +303,7 @@ impl Compiler {
         held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
         // Of a host, not of a path: the handshake knows no path.
         let clients = held.iter().find_map(|(_, one)| one.translated.clients.clone());
+        let passing = held.iter().find_map(|(_, one)| one.translated.passing.get(host).cloned());
         let mut taken: HashMap<_, &Key> = HashMap::new();
         let mut conflicts = Vec::new();
         let mut routes: Vec<Arc<Route>> = Vec::new();
@@ -329,7 +330,7 @@ impl Compiler {
         if !conflicts.is_empty() {
             self.conflicts.insert(host.clone(), conflicts);
         }
-        Some(Arc::new(PathTable::new(routes)))
+        Some(Arc::new(PathTable::new(routes).passing(passing)))
     }
 
     /// The Secrets that our Ingresses name. Those that are new are unknown until they are set.

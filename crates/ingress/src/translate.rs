@@ -1,6 +1,6 @@
 //! One Ingress becomes routes: what its rules say, and what is wrong with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use api::object::Key;
@@ -13,7 +13,7 @@ use crate::basic::{Basic, Users};
 use crate::clients::ClientAuth;
 use crate::crypto;
 use crate::external::{External, Question};
-use crate::gateway::{BackendTls, Identity, Name};
+use crate::gateway::{BackendTls, Identity, Name, StreamRoute};
 use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
@@ -59,6 +59,8 @@ pub struct WantedCertificate {
 #[derive(Clone, Debug, Default)]
 pub struct Translated {
     pub routes: Vec<(HostPattern, Arc<Route>)>,
+    /// Hosts whose connections over TLS go to endpoints as they are.
+    pub passing: BTreeMap<HostPattern, Arc<StreamRoute>>,
     /// `spec.defaultBackend`.
     pub default: Option<Arc<Route>>,
     pub certificates: Vec<WantedCertificate>,
@@ -143,6 +145,9 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
         .as_ref()
         .and_then(|backend| writer.default_route(&HostPattern::Any, backend, false))
         .map(|route| with_clients(route, out.clients.as_ref()));
+    if settings.passes_tls {
+        out.passing = writer.passing(&out.routes);
+    }
     let faults = writer.faults;
     out.faults.extend(faults);
     out
@@ -373,6 +378,33 @@ impl Writer<'_> {
         });
         let is_shut = matches!(self.settings.door, Some(Door::Shut));
         Refers { basic, external: self.external.clone(), is_shut, ..Refers::default() }
+    }
+
+    /// Where connections of each host go that nobody looks into: there is no path to see, so that the root's Service gets all.
+    fn passing(&mut self, routes: &[(HostPattern, Arc<Route>)]) -> BTreeMap<HostPattern, Arc<StreamRoute>> {
+        let mut passing = BTreeMap::new();
+        for (host, route) in routes {
+            let Action::Forward(backends) = &route.action else { continue };
+            match (&*route.name.path, host) {
+                (_, HostPattern::Any) => {
+                    let message = "annotation ssl-passthrough is for hosts, whose names handshakes say; the rule without one is not passed through";
+                    self.fault("AnnotationNotValid", message.to_owned());
+                }
+                ("/", _) => {
+                    let name = RouteName { path: "ssl-passthrough".into(), ..route.name.clone() };
+                    let counts = self.register.counts(&name);
+                    let stream = StreamRoute { name, backends: backends.clone(), counts };
+                    passing.entry(host.clone()).or_insert_with(|| Arc::new(stream));
+                }
+                (path, _) => {
+                    let message = format!(
+                        "with ssl-passthrough nobody sees paths: path {path} of {host} is for plain requests only, and connections over TLS go to the Service of /"
+                    );
+                    self.fault("PathIgnored", message);
+                }
+            }
+        }
+        passing
     }
 
     fn own(&self, name: &str) -> Key {

@@ -55,6 +55,8 @@ pub struct Settings {
     pub answers: Answers,
     /// Which certificates clients must show.
     pub clients: Option<Wanted>,
+    /// Connections over TLS go to endpoints as they are.
+    pub passes_tls: bool,
     /// Requests go to the address of the Service itself.
     pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.

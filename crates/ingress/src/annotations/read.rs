@@ -67,6 +67,7 @@ const READERS: &[(&str, Reader)] = &[
         Ok(())
     }),
     ("proxy-ssl-server-name", |draft, text| switch(text).map(|on| draft.endpoints.tells_name = on)),
+    ("ssl-passthrough", |draft, text| flag(text).map(|on| draft.settings.passes_tls = on)),
     ("service-upstream", |draft, text| flag(text).map(|on| draft.settings.to_cluster_ip = on)),
     ("load-balance", load_balance),
     ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),

@@ -34,6 +34,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("clients.txt", include_str!("cases/clients.txt")),
     ("endpoints.txt", include_str!("cases/endpoints.txt")),
     ("external.txt", include_str!("cases/external.txt")),
+    ("passing.txt", include_str!("cases/passing.txt")),
     ("mirrors.txt", include_str!("cases/mirrors.txt")),
     ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),
@@ -210,6 +211,12 @@ impl World {
             let shown = self.certificates.find(name).cert[0].to_vec();
             let known = self.secrets.iter().find(|(_, der)| **der == shown);
             return known.map_or("fallback".to_owned(), |(name, _)| name.clone());
+        }
+        if let Some(name) = ask.strip_prefix("TLS") {
+            let Some(route) = self.routes.passes(name.trim()) else { return "ends here".to_owned() };
+            let upstream = &route.backends.list()[0].upstream;
+            let endpoints: Vec<String> = upstream.targets().endpoints.iter().map(|e| e.address.to_string()).collect();
+            return format!("passes {} {}", upstream.key, endpoints.join(","));
         }
         asked(ask, |ask| self.routes.find(ask).map_or("404".to_owned(), |route| say(route)))
     }

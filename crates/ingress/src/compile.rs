@@ -303,6 +303,7 @@ impl Compiler {
         held.sort_by(|a, b| a.1.ingress.age().cmp(&b.1.ingress.age()));
         // Of a host, not of a path: the handshake knows no path.
         let clients = held.iter().find_map(|(_, one)| one.translated.clients.clone());
+        let passing = held.iter().find_map(|(_, one)| one.translated.passing.get(host).cloned());
         let mut taken: HashMap<_, &Key> = HashMap::new();
         let mut conflicts = Vec::new();
         let mut routes: Vec<Arc<Route>> = Vec::new();
@@ -329,7 +330,7 @@ impl Compiler {
         if !conflicts.is_empty() {
             self.conflicts.insert(host.clone(), conflicts);
         }
-        Some(Arc::new(PathTable::new(routes)))
+        Some(Arc::new(PathTable::new(routes).passing(passing)))
     }
 
     /// The Secrets that our Ingresses name. Those that are new are unknown until they are set.
@@ -466,9 +467,14 @@ impl Compiler {
         let own = self.ours.iter().flat_map(|(key, held)| {
             let faults = held.translated.faults.iter().cloned();
             let routes = held.translated.routes.iter().map(|(_, route)| route).chain(&held.translated.default);
-            let upstreams = routes.flat_map(|route| route.upstreams()).filter_map(|upstream| {
+            let upstreams = routes.clone().flat_map(|route| route.upstreams()).filter_map(|upstream| {
                 let problem = upstream.targets().problem?;
                 Some(Fault { reason: problem.reason(), message: problem.text(&upstream.key) })
+            });
+            let mirrors = routes.flat_map(|route| route.mirrors()).filter_map(|upstream| {
+                let reason = upstream.targets().problem?.reason();
+                let message = format!("requests are not copied: {} of mirror-target leads nowhere", upstream.key);
+                Some(Fault { reason, message })
             });
             let config_maps = held.translated.config_maps.iter().filter_map(|(name, annotation)| {
                 let config_map = Key::new(key.namespace.clone(), name.to_string());
@@ -490,6 +496,7 @@ impl Compiler {
             });
             faults
                 .chain(upstreams)
+                .chain(mirrors)
                 .chain(config_maps)
                 .chain(authorities)
                 .map(|fault| (key.clone(), fault))

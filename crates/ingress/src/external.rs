@@ -1,68 +1,19 @@
 //! Somebody else who says which requests may come (`auth-url`), asked for each with the request's own headers.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
-use rustls_pki_types::ServerName;
 use tokio::time::Instant;
 
-use crate::crypto;
-use crate::gateway::BackendTls;
 use crate::headers::SetHeaders;
 use crate::registry::Slot;
-use crate::upstream::Upstream;
+use crate::url::{Place, Url};
 use crate::variables::{Facts, Template, escaped};
 
 /// Answers that are remembered.
 const REMEMBERED: usize = 4096;
-/// Names over TLS whose connections are kept.
-const NAMES: usize = 64;
-
-/// A URL with variables in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Url {
-    pub is_tls: bool,
-    /// Host, maybe with a port.
-    pub authority: Template,
-    /// Path and query; empty: the root.
-    pub path: Template,
-}
-
-impl Url {
-    /// # Errors
-    /// Says what is wrong with it.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || "is no URL; write http://host/path".to_owned();
-        let (is_tls, rest) = match (text.strip_prefix("https://"), text.strip_prefix("http://")) {
-            (Some(rest), _) => (true, rest),
-            (None, Some(rest)) => (false, rest),
-            (None, None) => return Err(wrong()),
-        };
-        let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-        let is_plain = |c: char| c.is_ascii_graphic() && !matches!(c, '@' | '"' | '\\' | '<' | '>' | '#');
-        if authority.is_empty() || !text.chars().all(is_plain) {
-            return Err(wrong());
-        }
-        let (authority, path) = (Template::parse(authority)?, Template::parse(path)?);
-        if let Some(constant) = authority.constant() {
-            split_port(constant, is_tls).ok_or_else(wrong)?;
-        }
-        Ok(Url { is_tls, authority, path })
-    }
-}
-
-/// The host and port of an authority.
-pub fn split_port(authority: &str, is_tls: bool) -> Option<(&str, u16)> {
-    let usual = if is_tls { 443 } else { 80 };
-    let (host, port) = match authority.rsplit_once(':') {
-        // A colon of an IPv6 address is none before a port.
-        Some((host, port)) if !port.ends_with(']') => (host, port.parse().ok()?),
-        _ => (authority, usual),
-    };
-    (!host.is_empty() && !host.contains(['/', '?', '#', '@'])).then_some((host, port))
-}
 
 /// Where clients are sent that nobody knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,11 +76,9 @@ pub struct Verdict {
 #[derive(Debug)]
 pub struct External {
     pub question: Question,
-    /// The port of a Service that the URL names, if it is one of this cluster.
-    pub upstream: Option<Arc<Upstream>>,
+    pub place: Place,
     pub headers: Option<Slot<SetHeaders>>,
     remembered: Mutex<HashMap<String, (Instant, Verdict)>>,
-    tls: Mutex<HashMap<Box<str>, Arc<BackendTls>>>,
 }
 
 impl PartialEq for External {
@@ -140,8 +89,8 @@ impl PartialEq for External {
 }
 
 impl External {
-    pub fn new(question: Question, upstream: Option<Arc<Upstream>>, headers: Option<Slot<SetHeaders>>) -> Self {
-        External { question, upstream, headers, remembered: Mutex::default(), tls: Mutex::default() }
+    pub fn new(question: Question, place: Place, headers: Option<Slot<SetHeaders>>) -> Self {
+        External { question, place, headers, remembered: Mutex::default() }
     }
 
     /// What was answered to the same question at most so long ago.
@@ -162,21 +111,6 @@ impl External {
             remembered.insert(key, (now + *time, verdict.clone()));
         }
     }
-
-    /// TLS to this name; whoever answers is believed, as in ingress-nginx.
-    pub fn tls(&self, host: &str) -> Option<Arc<BackendTls>> {
-        let mut held: MutexGuard<'_, HashMap<_, _>> = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(tls) = held.get(host) {
-            return Some(Arc::clone(tls));
-        }
-        let name = ServerName::try_from(host.to_owned()).ok()?;
-        if held.len() >= NAMES {
-            held.clear();
-        }
-        let tls = Arc::new(BackendTls::unverified(Some(name), crypto::provider()));
-        held.insert(host.into(), tls.clone());
-        Some(tls)
-    }
 }
 
 #[cfg(test)]
@@ -187,25 +121,6 @@ mod tests {
 
     use super::*;
     use crate::route::Ask;
-
-    #[test]
-    fn urls_are_read_and_what_is_none_is_told_of() {
-        for (text, authority, path) in [
-            ("http://auth.shop.svc.cluster.local:4180/oauth2/auth", "auth.shop.svc.cluster.local:4180", "/oauth2/auth"),
-            ("https://$host/oauth2/auth?a=b", "${host}", "/oauth2/auth?a=b"),
-            ("https://[::1]:8443", "[::1]:8443", ""),
-        ] {
-            let url = Url::parse(text).expect("a URL");
-            assert_eq!((url.authority.to_string().as_str(), url.path.to_string().as_str()), (authority, path));
-        }
-        for text in
-            ["auth", "ftp://a/", "http://", "http:///a", "http://a b/", "http://u@a/", "http://a:x/", "http://$x/"]
-        {
-            assert!(Url::parse(text).is_err(), "{text}");
-        }
-        assert_eq!(split_port("[::1]", true), Some(("[::1]", 443)));
-        assert_eq!(split_port("a.example", false), Some(("a.example", 80)));
-    }
 
     #[test]
     fn a_sign_in_says_where_the_client_wanted_to_go() {

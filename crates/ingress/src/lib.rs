@@ -33,6 +33,7 @@ mod table;
 mod tls;
 mod translate;
 mod upstream;
+mod url;
 mod variables;
 
 pub use basic::{Basic, Users};
@@ -55,8 +56,8 @@ pub use proxy::{Limits, LogFormat, OpenPorts, PortOpener, Proxy, ProxyConfig, Re
 pub use registry::Slot;
 pub use rewrites::{CookieChanges, Replacement};
 pub use route::{
-    Action, Ask, Backends, Canary, Filter, HeaderChanges, Instead, Matches, PathMatch, PathRewrite, Redirect, Route,
-    RouteName, ValueMatch, WeightedBackend, cookie,
+    Action, Ask, Backends, Canary, Filter, HeaderChanges, Instead, Matches, MirrorTo, PathMatch, PathRewrite, Redirect,
+    Route, RouteName, ValueMatch, WeightedBackend, cookie,
 };
 pub use sticky::{Affinity, Wish};
 pub use swap::Swap;

@@ -11,6 +11,8 @@ use crate::gateway::BackendTls;
 use crate::policy::Policy;
 use crate::rewrites::{CookieChanges, Replacement};
 use crate::upstream::Upstream;
+use crate::url::{Place, Url};
+use crate::variables::Template;
 
 /// A path as a rule wants it.
 #[derive(Clone, Debug)]
@@ -256,11 +258,42 @@ pub enum Filter {
 /// Requests also go there, and what is answered is thrown away.
 #[derive(Debug)]
 pub struct Mirror {
-    pub upstream: Arc<Upstream>,
-    pub tls: Option<Arc<BackendTls>>,
+    pub to: MirrorTo,
     /// So many of `whole` requests.
     pub part: u32,
     pub whole: u32,
+}
+
+#[derive(Debug)]
+pub enum MirrorTo {
+    /// With the request's own path and host.
+    Service {
+        upstream: Arc<Upstream>,
+        tls: Option<Arc<BackendTls>>,
+    },
+    Url {
+        wanted: MirrorUrl,
+        place: Place,
+    },
+}
+
+impl MirrorTo {
+    /// The Service, if it is one of this cluster.
+    pub fn upstream(&self) -> Option<&Arc<Upstream>> {
+        match self {
+            MirrorTo::Service { upstream, .. } => Some(upstream),
+            MirrorTo::Url { place, .. } => place.upstream.as_ref(),
+        }
+    }
+}
+
+/// What an annotation says about copies of requests.
+#[derive(Clone, Debug)]
+pub struct MirrorUrl {
+    pub url: Url,
+    /// What copies name as their host; `None`: the host of the URL.
+    pub host: Option<Template>,
+    pub has_body: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -292,5 +325,13 @@ impl Route {
             Action::Redirect(_) | Action::Respond(_) => &[],
         };
         list.iter().map(|one| &one.upstream)
+    }
+
+    /// Services that get copies of its requests.
+    pub fn mirrors(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.filters.iter().filter_map(|filter| match filter {
+            Filter::Mirror(mirror) => mirror.to.upstream(),
+            _ => None,
+        })
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use http::header::HeaderName;
 
+use crate::gateway::StreamRoute;
 use crate::host::HostPattern;
 use crate::route::{Action, Ask, Backends, Canary, Matches, PathMatch, Route, ValueMatch, WeightedBackend};
 
@@ -20,13 +21,17 @@ pub struct RouteTable {
     default: Option<Arc<Route>>,
     /// Hosts whose clients are asked for a certificate.
     asking: usize,
+    /// Hosts whose connections over TLS go to endpoints as they are.
+    passing: usize,
 }
 
 impl RouteTable {
     /// Replaces the routes of one host; none take it away.
     pub fn set(&mut self, host: &HostPattern, paths: Option<Arc<PathTable>>) {
         let asks = |paths: Option<&Arc<PathTable>>| usize::from(paths.is_some_and(|paths| paths.asks()));
+        let passes = |paths: Option<&Arc<PathTable>>| usize::from(paths.is_some_and(|paths| paths.passing.is_some()));
         self.asking += asks(paths.as_ref());
+        self.passing += passes(paths.as_ref());
         let (map, name) = match host {
             HostPattern::Exact(name) => (&mut self.exact, name),
             HostPattern::OneLabel(name) => (&mut self.one_label, name),
@@ -34,6 +39,7 @@ impl RouteTable {
             HostPattern::Any => {
                 let before = std::mem::replace(&mut self.any, paths);
                 self.asking -= asks(before.as_ref());
+                self.passing -= passes(before.as_ref());
                 return;
             }
         };
@@ -42,6 +48,27 @@ impl RouteTable {
             None => map.remove(name),
         };
         self.asking -= asks(before.as_ref());
+        self.passing -= passes(before.as_ref());
+    }
+
+    /// Connections for some names are not for us to take the TLS off.
+    pub fn passes_any(&self) -> bool {
+        self.passing > 0
+    }
+
+    /// Where connections for this name go as they are.
+    pub fn passes(&self, name: &str) -> Option<&Arc<StreamRoute>> {
+        self.of_name(name)?.passing.as_ref()
+    }
+
+    pub fn streams(&self) -> impl Iterator<Item = &Arc<StreamRoute>> {
+        self.exact.values().chain(self.one_label.values()).filter_map(|paths| paths.passing.as_ref())
+    }
+
+    /// The host that a handshake is for.
+    fn of_name(&self, name: &str) -> Option<&Arc<PathTable>> {
+        let one_label = || name.split_once('.').and_then(|(_, rest)| self.one_label.get(rest));
+        self.exact.get(name).or_else(one_label).or(self.any.as_ref())
     }
 
     /// Clients of any name are asked for a certificate.
@@ -51,9 +78,7 @@ impl RouteTable {
 
     /// Clients who make a connection for this name are asked for a certificate.
     pub fn asks(&self, name: &str) -> bool {
-        let one_label = || name.split_once('.').and_then(|(_, rest)| self.one_label.get(rest));
-        let paths = self.exact.get(name).or_else(one_label).or(self.any.as_ref());
-        paths.map_or_else(|| asks(self.default.as_ref()), |paths| paths.asks())
+        self.of_name(name).map_or_else(|| asks(self.default.as_ref()), |paths| paths.asks())
     }
 
     pub fn set_default(&mut self, route: Option<Arc<Route>>) {
@@ -102,9 +127,15 @@ pub struct PathTable {
     longest_prefix: usize,
     /// The longest first.
     patterns: Vec<Arc<Route>>,
+    /// Where its connections over TLS go as they are.
+    passing: Option<Arc<StreamRoute>>,
 }
 
 impl PathTable {
+    pub fn passing(self, passing: Option<Arc<StreamRoute>>) -> Self {
+        PathTable { passing, ..self }
+    }
+
     /// Routes in the order in which they win over others of the same path, hosts apart.
     pub fn new(routes: Vec<Arc<Route>>) -> Self {
         let mut table = PathTable::default();

@@ -1,6 +1,6 @@
 //! One Ingress becomes routes: what its rules say, and what is wrong with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use api::object::Key;
@@ -12,16 +12,17 @@ use crate::annotations::{Door, Refers, Settings};
 use crate::basic::{Basic, Users};
 use crate::clients::ClientAuth;
 use crate::crypto;
-use crate::external::{External, Question, split_port};
-use crate::gateway::{BackendTls, Identity, Name};
+use crate::external::{External, Question};
+use crate::gateway::{BackendTls, Identity, Name, StreamRoute};
 use crate::headers::SetHeaders;
 use crate::host::HostPattern;
 use crate::objects::{Backend, Ingress, Path};
 use crate::pages::Pages;
 use crate::policy::{AnswerHeaders, Clients, Policy};
 use crate::registry::Slot;
-use crate::route::{Action, Backends, Matches, PathMatch, Redirect, Route, RouteName};
+use crate::route::{Action, Backends, Filter, Matches, Mirror, MirrorTo, PathMatch, Redirect, Route, RouteName};
 use crate::upstream::{PortRef, Upstream, UpstreamKey};
+use crate::url::{Place, Url};
 
 /// What is wrong, for an event beside the Ingress.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +59,8 @@ pub struct WantedCertificate {
 #[derive(Clone, Debug, Default)]
 pub struct Translated {
     pub routes: Vec<(HostPattern, Arc<Route>)>,
+    /// Hosts whose connections over TLS go to endpoints as they are.
+    pub passing: BTreeMap<HostPattern, Arc<StreamRoute>>,
     /// `spec.defaultBackend`.
     pub default: Option<Arc<Route>>,
     pub certificates: Vec<WantedCertificate>,
@@ -92,9 +95,17 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
     out.endpoints = endpoints.and_then(|tls| Some((Arc::from(&**tls.secret.as_ref()?), tls.verifies)));
     let mut tls_hosts = BTreeSet::new();
     certificates(ingress, &mut out, &mut tls_hosts);
-    let mut writer =
-        Writer { ingress, settings: &settings, register, external: None, tls: Ok(None), faults: BTreeSet::new() };
+    let mut writer = Writer {
+        ingress,
+        settings: &settings,
+        register,
+        external: None,
+        filters: Vec::new(),
+        tls: Ok(None),
+        faults: BTreeSet::new(),
+    };
     writer.external = writer.external();
+    writer.filters = writer.filters();
     writer.tls = writer.endpoint_tls();
     for (at, rule) in ingress.spec.rules.iter().enumerate() {
         let host = match HostPattern::of_ingress(&rule.host) {
@@ -134,6 +145,9 @@ pub fn translate(ingress: &Ingress, register: &mut dyn Register) -> Translated {
         .as_ref()
         .and_then(|backend| writer.default_route(&HostPattern::Any, backend, false))
         .map(|route| with_clients(route, out.clients.as_ref()));
+    if settings.passes_tls {
+        out.passing = writer.passing(&out.routes);
+    }
     let faults = writer.faults;
     out.faults.extend(faults);
     out
@@ -195,6 +209,7 @@ struct Writer<'a> {
     register: &'a mut dyn Register,
     /// Shared by all paths, with what was answered.
     external: Option<Arc<External>>,
+    filters: Vec<Filter>,
     tls: Result<Option<Arc<BackendTls>>, CannotVerify>,
     faults: BTreeSet<Fault>,
 }
@@ -365,19 +380,57 @@ impl Writer<'_> {
         Refers { basic, external: self.external.clone(), is_shut, ..Refers::default() }
     }
 
+    /// Where connections of each host go that nobody looks into: there is no path to see, so that the root's Service gets all.
+    fn passing(&mut self, routes: &[(HostPattern, Arc<Route>)]) -> BTreeMap<HostPattern, Arc<StreamRoute>> {
+        let mut passing = BTreeMap::new();
+        for (host, route) in routes {
+            let Action::Forward(backends) = &route.action else { continue };
+            match (&*route.name.path, host) {
+                (_, HostPattern::Any) => {
+                    let message = "annotation ssl-passthrough is for hosts, whose names handshakes say; the rule without one is not passed through";
+                    self.fault("AnnotationNotValid", message.to_owned());
+                }
+                ("/", _) => {
+                    let name = RouteName { path: "ssl-passthrough".into(), ..route.name.clone() };
+                    let counts = self.register.counts(&name);
+                    let stream = StreamRoute { name, backends: backends.clone(), counts };
+                    passing.entry(host.clone()).or_insert_with(|| Arc::new(stream));
+                }
+                (path, _) => {
+                    let message = format!(
+                        "with ssl-passthrough nobody sees paths: path {path} of {host} is for plain requests only, and connections over TLS go to the Service of /"
+                    );
+                    self.fault("PathIgnored", message);
+                }
+            }
+        }
+        passing
+    }
+
     fn own(&self, name: &str) -> Key {
         Key::new(self.ingress.metadata.namespace.clone(), name)
     }
 
     fn external(&mut self) -> Option<Arc<External>> {
-        let Some(Door::Asks(question)) = &self.settings.door else { return None };
-        // A Service is asked at its endpoints: a node need not know the cluster's names.
-        let authority = question.url.authority.constant();
-        let place = authority.and_then(|authority| split_port(authority, question.url.is_tls));
-        let key = place.and_then(|(host, port)| UpstreamKey::of_name(host, port));
-        let upstream = key.map(|key| self.register.upstream(&key));
+        let settings = self.settings;
+        let Some(Door::Asks(question)) = &settings.door else { return None };
+        let place = self.place(&question.url);
         let headers = question.headers.as_ref().map(|name| self.register.headers(&self.own(name)));
-        Some(Arc::new(External::new(Question::clone(question), upstream, headers)))
+        Some(Arc::new(External::new(Question::clone(question), place, headers)))
+    }
+
+    fn place(&mut self, url: &Url) -> Place {
+        Place::of(url.service().map(|key| self.register.upstream(&key)))
+    }
+
+    /// The filters of all paths.
+    fn filters(&mut self) -> Vec<Filter> {
+        let settings = self.settings;
+        let mirror = settings.mirror.as_ref().map(|wanted| {
+            let to = MirrorTo::Url { wanted: wanted.clone(), place: self.place(&wanted.url) };
+            Filter::Mirror(Arc::new(Mirror { to, part: 1, whole: 1 }))
+        });
+        settings.filters.iter().cloned().chain(mirror).collect()
     }
 
     fn finish(&mut self, host: &HostPattern, text: &str, path: PathMatch, action: Action, is_tls: bool) -> Arc<Route> {
@@ -410,7 +463,7 @@ impl Writer<'_> {
             path,
             matches: Matches::default(),
             action,
-            filters: self.settings.filters.clone(),
+            filters: self.filters.clone(),
             policy: self.settings.policy(is_tls, refers),
             canary: self.settings.canary.clone(),
         })

@@ -5,7 +5,8 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue, Method};
 
 use super::read;
-use crate::external::{Question, Remembering, Signin, Url};
+use crate::external::{Question, Remembering, Signin};
+use crate::url::Url;
 use crate::variables::Template;
 
 /// The annotations before they are put together.

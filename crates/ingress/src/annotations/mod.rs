@@ -2,6 +2,7 @@
 
 mod answers;
 mod clients;
+mod copies;
 mod external;
 mod ours;
 mod read;
@@ -19,7 +20,7 @@ use crate::external::External;
 
 use crate::pages::Pages;
 use crate::policy::{AnswerHeaders, Policy};
-use crate::route::{Canary, Filter};
+use crate::route::{Canary, Filter, MirrorUrl};
 use crate::translate::Fault;
 
 pub use answers::Answers;
@@ -36,6 +37,8 @@ pub struct Settings {
     /// Paths are regular expressions, whatever their type.
     pub use_regex: bool,
     pub filters: Vec<Filter>,
+    /// Where copies of requests go.
+    pub mirror: Option<MirrorUrl>,
     pub canary: Option<Canary>,
     /// More hosts for all rules that have one.
     pub aliases: Vec<String>,
@@ -52,6 +55,8 @@ pub struct Settings {
     pub answers: Answers,
     /// Which certificates clients must show.
     pub clients: Option<Wanted>,
+    /// Connections over TLS go to endpoints as they are.
+    pub passes_tls: bool,
     /// Requests go to the address of the Service itself.
     pub to_cluster_ip: bool,
     /// How endpoints are spoken to, if over TLS.

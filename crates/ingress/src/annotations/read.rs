@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use regex::Regex;
 use rustls_pki_types::ServerName;
 
-use super::{EndpointTls, NGINX, OURS, Settings, answers, clients, external, ours};
+use super::{EndpointTls, NGINX, OURS, Settings, answers, clients, copies, external, ours};
 use crate::cors::Cors;
 use crate::limits::RateLimits;
 
@@ -50,15 +50,9 @@ const READERS: &[(&str, Reader)] = &[
         draft.endpoints.secret = Some(name);
         Ok(())
     }),
-    ("proxy-ssl-verify", |draft, text| match text {
-        "on" | "off" => {
-            draft.endpoints.verifies = text == "on";
-            Ok(())
-        }
-        _ => {
-            draft.endpoints.is_broken = true;
-            Err("is neither on nor off".to_owned())
-        }
+    ("proxy-ssl-verify", |draft, text| {
+        draft.endpoints.verifies = switch(text).inspect_err(|_| draft.endpoints.is_broken = true)?;
+        Ok(())
     }),
     ("proxy-ssl-verify-depth", |draft, text| match text.parse() {
         Ok(depth @ 1..=16) => {
@@ -72,13 +66,8 @@ const READERS: &[(&str, Reader)] = &[
         draft.endpoints.name = Some(name);
         Ok(())
     }),
-    ("proxy-ssl-server-name", |draft, text| match text {
-        "on" | "off" => {
-            draft.endpoints.tells_name = text == "on";
-            Ok(())
-        }
-        _ => Err("is neither on nor off".to_owned()),
-    }),
+    ("proxy-ssl-server-name", |draft, text| switch(text).map(|on| draft.endpoints.tells_name = on)),
+    ("ssl-passthrough", |draft, text| flag(text).map(|on| draft.settings.passes_tls = on)),
     ("service-upstream", |draft, text| flag(text).map(|on| draft.settings.to_cluster_ip = on)),
     ("load-balance", load_balance),
     ("whitelist-source-range", |draft, text| ranges(text).map(|all| draft.settings.policy.allow.extend(all))),
@@ -218,6 +207,7 @@ pub struct Draft {
     external: external::Draft,
     answers: answers::Draft,
     clients: clients::Draft,
+    copies: copies::Draft,
     ssl_redirect: Option<bool>,
     force_ssl_redirect: bool,
     permanent: Option<Box<str>>,
@@ -257,6 +247,7 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
                 let door = draft.external.read(short, &draft.namespace, value);
                 let door = door.or_else(|| draft.answers.read(short, &draft.namespace, value));
                 let door = door.or_else(|| draft.clients.read(short, &draft.namespace, value));
+                let door = door.or_else(|| draft.copies.read(short, value));
                 door.or_else(|| ours::read(&mut draft.settings.policy, short, value))
             }
         };
@@ -276,6 +267,10 @@ pub fn read(metadata: &Metadata, faults: &mut BTreeSet<Fault>) -> Settings {
     }
     if draft.answers.lacks_backend() {
         let message = "annotation custom-http-errors without default-backend changes nothing; name the Service that has the pages";
+        faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
+    }
+    if draft.copies.lacks_target() {
+        let message = "annotations mirror-… without mirror-target change nothing; say where copies go";
         faults.insert(Fault { reason: "AnnotationNotValid", message: message.to_owned() });
     }
     if draft.external.lacks_url() {
@@ -312,6 +307,7 @@ fn finish(draft: Draft) -> Settings {
     settings.door = draft.external.finish();
     settings.answers = draft.answers.finish();
     settings.clients = draft.clients.finish();
+    settings.mirror = draft.copies.finish();
     if draft.has_affinity {
         settings.policy.affinity = Some(Arc::new(draft.affinity));
     }
@@ -390,6 +386,15 @@ pub fn flag(text: &str) -> Result<bool, String> {
         "true" | "True" | "TRUE" | "1" | "t" | "T" => Ok(true),
         "false" | "False" | "FALSE" | "0" | "f" | "F" => Ok(false),
         _ => Err("is neither true nor false".to_owned()),
+    }
+}
+
+/// As nginx writes a flag.
+pub fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("is neither on nor off".to_owned()),
     }
 }
 

@@ -18,7 +18,8 @@ use super::ports::StreamRoute;
 use crate::cors::Cors;
 use crate::policy::{BackendProtocol, Policy};
 use crate::route::{
-    Action, Filter, HeaderChanges, Matches, Mirror, PathMatch, PathRewrite, Redirect, Route, RouteName, ValueMatch,
+    Action, Filter, HeaderChanges, Matches, Mirror, MirrorTo, PathMatch, PathRewrite, Redirect, Route, RouteName,
+    ValueMatch,
 };
 
 /// A route, translated.
@@ -257,8 +258,7 @@ impl Writer<'_, '_> {
                     };
                     match self.lookup.find(&mirror.backend_ref) {
                         Ok(found) => filters.push(Filter::Mirror(Arc::new(Mirror {
-                            upstream: found.upstream,
-                            tls: found.tls,
+                            to: MirrorTo::Service { upstream: found.upstream, tls: found.tls },
                             part,
                             whole,
                         }))),

@@ -15,14 +15,15 @@ use tokio::time::{Instant, timeout};
 use super::attempt::{Attempts, Head, Sent};
 use super::body::{RequestBody, ResponseBody, Troubles};
 use super::facts::facts;
-use super::forward::{X_REQUEST_ID, forwarded, protocol_of, request_id};
+use super::forward::{forwarded, number, protocol_of};
 use super::handle::{Arrival, answer, redirect};
 use super::hygiene;
 use super::worker::{Client, Worker};
-use crate::external::{External, Verdict, split_port};
+use crate::external::{External, Verdict};
 use crate::policy::{BackendProtocol, Policy};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
+use crate::url::split_port;
 use crate::variables::Facts;
 
 /// For the answer's head, and for its body.
@@ -72,16 +73,13 @@ pub async fn ask(
     request: &mut Request<Incoming>,
 ) -> Admission {
     // The same for whoever is asked and for the endpoint.
-    if !request.headers().contains_key(X_REQUEST_ID) {
-        request.headers_mut().insert(X_REQUEST_ID, request_id(worker));
-    }
+    number(worker, request.headers_mut());
     let facts = facts(client, request);
     let now = Instant::now();
     let question = &external.question;
     // One route's answers are no other's.
-    let name = &arrival.route.name;
-    let key =
-        question.remembering.as_ref().map(|held| format!("{}{}\n{}", name.host, name.path, held.key.fill(&facts)));
+    let of = &arrival.route.name;
+    let key = question.remembering.as_ref().map(|held| format!("{}{}\n{}", of.host, of.path, held.key.fill(&facts)));
     let known = key.as_ref().and_then(|key| external.recall(key, now));
     let verdict = match known {
         Some(verdict) => verdict,
@@ -139,7 +137,7 @@ async fn consult(
     let authority = url.authority.fill(facts);
     let (host, port) = split_port(&authority, url.is_tls)?;
     let mut head = head(client, external, request, facts, host)?;
-    let targets: Arc<Targets> = match &external.upstream {
+    let targets: Arc<Targets> = match &external.place.upstream {
         Some(upstream) => upstream.targets(),
         None => worker.shared.names.find(host, port).await,
     };
@@ -149,7 +147,7 @@ async fn consult(
         head.make_http2().ok()?;
     }
     let tls = match url.is_tls {
-        true => Some(external.tls(host)?),
+        true => Some(external.place.tls(host)?),
         false => None,
     };
     let attempts = Attempts {

@@ -18,14 +18,14 @@ use super::handle::{Arrival, answer, location, redirect, rewritten};
 use super::http1::Http1;
 use super::hygiene;
 use super::log::Line;
-use super::mirror::{self, is_drawn};
+use super::mirror;
 use super::pages;
 use super::pool::Peer;
 use super::upgrade::tunnel;
 use super::worker::{Client, Worker};
 use crate::limits::UnderWay;
 use crate::policy::{BackendProtocol, Policy};
-use crate::route::{Action, Filter, Instead, Mirror, Route, WeightedBackend};
+use crate::route::{Action, Filter, Instead, Route, WeightedBackend};
 use crate::sticky::Wish;
 use crate::upstream::Targets;
 
@@ -34,7 +34,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Old names of the same, which a client must not be able to say instead.
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_SCHEME: HeaderName = HeaderName::from_static("x-forwarded-scheme");
@@ -203,6 +203,7 @@ async fn attempt(
         BackendProtocol::H2c => None,
     };
     let on_upgrade = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+    let mirrors = mirror::draw(worker, client, route.filters.iter().chain(&backend.filters), &mut request);
     let (parts, incoming) = request.into_parts();
     let mut head = Head { method: parts.method, uri: parts.uri, headers: parts.headers };
     let patience = worker.shared.config.limits.body_timeout;
@@ -219,17 +220,8 @@ async fn attempt(
         apply(filter, route, arrival, &mut head);
     }
     let identity = client.entrance.identity();
-    let mirrors: Vec<Arc<Mirror>> = route
-        .filters
-        .iter()
-        .chain(&backend.filters)
-        .filter_map(|filter| match filter {
-            Filter::Mirror(mirror) if is_drawn(mirror, worker.random()) => Some(mirror.clone()),
-            _ => None,
-        })
-        .collect();
     if !mirrors.is_empty() {
-        mirror::send(worker, &mirrors, &head, &mut body, &route.policy, identity.as_ref());
+        mirror::send(worker, mirrors, &head, &mut body, &route.policy, identity.as_ref());
     }
     if protocol == BackendProtocol::H2c {
         head.make_http2()?;
@@ -301,9 +293,7 @@ fn prepare(
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     }
     forwarded(client, headers);
-    if !headers.contains_key(X_REQUEST_ID) {
-        headers.insert(X_REQUEST_ID, request_id(worker));
-    }
+    number(worker, headers);
     if head.uri.authority().is_some() || arrival.path.is_some() {
         let uri = std::mem::take(&mut head.uri).into_parts();
         let path = match (&arrival.path, uri.path_and_query) {
@@ -378,7 +368,14 @@ pub fn forwarded(client: &Client, headers: &mut HeaderMap) {
     }
 }
 
-pub fn request_id(worker: &Worker) -> HeaderValue {
+/// A request without a number gets one.
+pub fn number(worker: &Worker, headers: &mut HeaderMap) {
+    if !headers.contains_key(X_REQUEST_ID) {
+        headers.insert(X_REQUEST_ID, request_id(worker));
+    }
+}
+
+fn request_id(worker: &Worker) -> HeaderValue {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let number = u128::from(worker.random()) << 64 | u128::from(worker.random());
     let text: [u8; 32] = std::array::from_fn(|at| DIGITS[(number >> (4 * at)) as usize & 15]);

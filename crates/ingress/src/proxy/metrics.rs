@@ -73,8 +73,9 @@ fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
             writeln!(out, "{name}{{{}}} {}", labels(route), counter.load(Ordering::Relaxed))?;
         }
     }
+    let passing = table.streams().cloned();
     let streams: BTreeMap<RouteName, Arc<StreamRoute>> =
-        ports.iter().flat_map(|port| port.streams()).map(|route| (route.name.clone(), route)).collect();
+        ports.iter().flat_map(|port| port.streams()).chain(passing).map(|route| (route.name.clone(), route)).collect();
     write_streams(out, &streams)?;
     let of_routes = all.iter().flat_map(|route| route.upstreams());
     let of_streams = streams.values().flat_map(|route| route.backends.list()).map(|backend| &backend.upstream);
@@ -115,8 +116,8 @@ fn write(out: &mut String, shared: &Shared) -> std::fmt::Result {
 
 fn write_streams(out: &mut String, streams: &BTreeMap<RouteName, Arc<StreamRoute>>) -> std::fmt::Result {
     let names = [
-        ("fairlead_ingress_stream_received_bytes_total", "Bytes from clients of TLSRoutes, TCPRoutes and UDPRoutes."),
-        ("fairlead_ingress_stream_sent_bytes_total", "Bytes to clients of TLSRoutes, TCPRoutes and UDPRoutes."),
+        ("fairlead_ingress_stream_received_bytes_total", "Bytes from clients of connections that are not looked into."),
+        ("fairlead_ingress_stream_sent_bytes_total", "Bytes to clients of connections that are not looked into."),
     ];
     for (at, (name, help)) in names.into_iter().enumerate() {
         head(out, name, "counter", help)?;

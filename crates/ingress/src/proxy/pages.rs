@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::attempt::{Attempts, Head, Sent};
 use super::body::{RequestBody, ResponseBody, Troubles};
-use super::forward::{Finish, X_REQUEST_ID, forwarded, protocol_of, request_id};
+use super::forward::{Finish, forwarded, number, protocol_of};
 use super::hygiene;
 use super::worker::{Client, Worker};
 use crate::policy::{BackendProtocol, Policy};
@@ -28,9 +28,7 @@ pub struct Asked {
 impl Asked {
     /// The request gets its number here, as the page is told the same.
     pub fn of<B>(worker: &Worker, request: &mut Request<B>) -> Self {
-        if !request.headers().contains_key(X_REQUEST_ID) {
-            request.headers_mut().insert(X_REQUEST_ID, request_id(worker));
-        }
+        number(worker, request.headers_mut());
         let mut headers = request.headers().clone();
         if let Some(authority) = request.uri().authority()
             && let Ok(host) = HeaderValue::from_str(authority.as_str())

@@ -1,4 +1,4 @@
-//! Connections that are not HTTP, from a port of a Gateway to an endpoint: as they are, or with their TLS taken off.
+//! Connections that are not HTTP, from a port to an endpoint: as they are, or with their TLS taken off.
 
 use std::io::{Error, ErrorKind};
 use std::net::SocketAddr;
@@ -31,7 +31,10 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let Some(backend) = route.backends.pick(worker.random() as u32).filter(|one| one.instead.is_none()) else { return };
-    let targets = backend.upstream.targets();
+    let mut targets = backend.upstream.targets();
+    if let Some((name, port)) = &targets.name {
+        targets = worker.shared.names.find(name, *port).await;
+    }
     let mut tried: Vec<SocketAddr> = Vec::new();
     loop {
         let now = worker.milliseconds();

@@ -10,6 +10,7 @@ use http::HeaderValue;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
@@ -340,15 +341,16 @@ async fn serve(
         shown: None,
     };
     match table.as_ref().map(|table| &table.carries) {
-        None if is_tls && worker.shared.routes.load().asks_anybody() => {
-            ask_client(worker, &server, client, stream, token).await;
-        }
-        None if is_tls => {
-            let acceptor = TlsAcceptor::from(worker.shared.tls.clone());
-            if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
-                carry(worker, &server, Arc::new(client), TokioIo::new(stream), token).await;
+        // The name is read first only where somebody wants that.
+        None if is_tls && worker.shared.routes.load().passes_any() => {
+            let Some((stream, name)) = within_patience(&worker, stream::hello(stream)).await else { return };
+            let passing = worker.shared.routes.load().passes(&name).cloned();
+            match passing {
+                Some(route) => stream::carry(&worker, &route, stream).await,
+                None => end_tls(worker, &server, client, stream, token).await,
             }
         }
+        None if is_tls => end_tls(worker, &server, client, stream, token).await,
         None | Some(Carries::Http(_)) => {
             drop(table);
             carry(worker, &server, Arc::new(client), Io::new(stream), token).await;
@@ -367,14 +369,35 @@ async fn serve(
     }
 }
 
+/// Takes the TLS off a connection for Ingresses.
+async fn end_tls<S>(
+    worker: Arc<Worker>,
+    server: &auto::Builder<TokioExecutor>,
+    client: Client,
+    stream: S,
+    token: CancellationToken,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    if worker.shared.routes.load().asks_anybody() {
+        return ask_client(worker, server, client, stream, token).await;
+    }
+    let acceptor = TlsAcceptor::from(worker.shared.tls.clone());
+    if let Some(stream) = within_patience(&worker, acceptor.accept(stream)).await {
+        carry(worker, server, Arc::new(client), TokioIo::new(stream), token).await;
+    }
+}
+
 /// The name of the handshake decides whether the client is asked for a certificate.
-async fn ask_client(
+async fn ask_client<S>(
     worker: Arc<Worker>,
     server: &auto::Builder<TokioExecutor>,
     mut client: Client,
-    stream: TcpStream,
+    stream: S,
     token: CancellationToken,
-) {
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let shared = worker.shared.clone();
     let shaking = async {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;

@@ -20,7 +20,7 @@ use tokio_rustls::rustls::RootCertStore;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::server::{ServerConfig, WebPkiClientVerifier};
 
-use crate::ports::{Authority, Certified};
+use crate::ports::{Authority, Certified, tls_echo};
 use crate::proxy::NGINX;
 use crate::world::{Backend, World, ingress};
 
@@ -242,5 +242,45 @@ async fn endpoints_are_judged_and_hear_who_asks() {
     world.publish();
     assert!(world.curl("http://shop.example/").await.starts_with("HTTP/1.1 502"));
     task.abort();
+    world.end().await;
+}
+
+#[tokio::test]
+async fn tls_of_a_host_is_passed_through_beside_others() {
+    let authority = Authority::new();
+    let (inner, _task) = tls_echo(&authority.sign(&["shop.example"])).await;
+    let plain = Backend::named("plain").await;
+    let files = Files::new("passing");
+    let ca = files.put("ca", &authority.pem);
+    let host = |annotations: &str| ingress(annotations).replace("shop.example", "HOST");
+    let pass = |on: bool| host(&format!("{NGINX}/ssl-passthrough: \"{on}\"")).replace("HOST", "shop.example");
+    let asking = format!("{NGINX}/auth-tls-secret: shop/ca, {NGINX}/auth-tls-verify-client: optional");
+    let of_other = |annotations: &str| {
+        host(annotations)
+            .replace("HOST", "other.example")
+            .replace("shop/web", "shop/other")
+            .replace("name: web", "name: other")
+    };
+    let mut world = World::start(&[&pass(true), &of_other("")], |_| {}).await;
+    world.serve("web", &[inner]);
+    world.serve("other", &[plain.address]);
+    for annotations in ["", &asking] {
+        world.apply(&[&of_other(annotations)]);
+        world.compiler.set_authorities(&Key::new("shop", "ca"), authorities(&authority));
+        world.publish();
+        let seen = world.curl(&format!("--no-insecure --cacert {ca} https://shop.example/any/path")).await;
+        assert!(seen.ends_with("secret"), "the endpoint shows its own certificate: {seen}");
+        for version in ["--http1.1", "--http2"] {
+            let seen = world.curl(&format!("{version} https://other.example/")).await;
+            assert!(seen.ends_with("plain"), "{annotations} {version}: {seen}");
+        }
+    }
+    let metrics = (world.metrics)();
+    assert!(metrics.contains("ssl-passthrough"), "its bytes are counted: {metrics}");
+    // Nobody wants it any more: the same name ends here.
+    world.apply(&[&pass(false)]);
+    world.serve("web", &[plain.address]);
+    assert!(world.curl("https://shop.example/").await.ends_with("plain"));
+    assert!(!(world.metrics)().contains("ssl-passthrough"));
     world.end().await;
 }

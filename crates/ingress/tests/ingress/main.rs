@@ -6,6 +6,7 @@ mod doors;
 mod external;
 mod floods;
 mod gateway;
+mod mirrors;
 mod ports;
 mod proxy;
 mod rollouts;

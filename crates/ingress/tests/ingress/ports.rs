@@ -206,7 +206,7 @@ impl Authority {
 }
 
 /// A server that says over TLS who it is, and `upper` what it is told, once.
-async fn tls_echo(certificate: &Certified) -> (SocketAddr, JoinHandle<()>) {
+pub async fn tls_echo(certificate: &Certified) -> (SocketAddr, JoinHandle<()>) {
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let key = PrivateKeyDer::try_from(certificate.key.serialize_der()).expect("a key");
     let config = ServerConfig::builder_with_provider(provider)

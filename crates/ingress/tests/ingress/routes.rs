@@ -14,8 +14,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use ingress::gateway::CaState;
 use ingress::{
-    Action, Ask, CONTROLLER, Certificates, ClientAuth, Compiler, External, Filter, HeadersState, Instead, Policy,
-    Route, RouteTable, SecretState, SetHeaders, Slot, fallback,
+    Action, Ask, CONTROLLER, Certificates, ClientAuth, Compiler, External, Filter, HeadersState, Instead, MirrorTo,
+    Policy, Route, RouteTable, SecretState, SetHeaders, Slot, fallback,
 };
 use serde_json::{Value, json};
 use services::ServiceTable;
@@ -34,6 +34,8 @@ pub const FILES: &[(&str, &str)] = &[
     ("clients.txt", include_str!("cases/clients.txt")),
     ("endpoints.txt", include_str!("cases/endpoints.txt")),
     ("external.txt", include_str!("cases/external.txt")),
+    ("passing.txt", include_str!("cases/passing.txt")),
+    ("mirrors.txt", include_str!("cases/mirrors.txt")),
     ("ours.txt", include_str!("cases/ours.txt")),
     ("together.txt", include_str!("cases/together.txt")),
 ];
@@ -210,6 +212,12 @@ impl World {
             let known = self.secrets.iter().find(|(_, der)| **der == shown);
             return known.map_or("fallback".to_owned(), |(name, _)| name.clone());
         }
+        if let Some(name) = ask.strip_prefix("TLS") {
+            let Some(route) = self.routes.passes(name.trim()) else { return "ends here".to_owned() };
+            let upstream = &route.backends.list()[0].upstream;
+            let endpoints: Vec<String> = upstream.targets().endpoints.iter().map(|e| e.address.to_string()).collect();
+            return format!("passes {} {}", upstream.key, endpoints.join(","));
+        }
         asked(ask, |ask| self.routes.find(ask).map_or("404".to_owned(), |route| say(route)))
     }
 }
@@ -269,7 +277,16 @@ pub fn say(route: &Route) -> String {
             Filter::RequestHeaders(changes) => text.push_str(&format!(" {:?}", changes.set)),
             Filter::Redirects(one) => text.push_str(&format!(" redirects {} -> {}", one.from, one.to)),
             Filter::Mirror(mirror) => {
-                text.push_str(&format!(" mirror {} {}/{}", mirror.upstream.key, mirror.part, mirror.whole));
+                let to = match &mirror.to {
+                    MirrorTo::Service { upstream, .. } => upstream.key.to_string(),
+                    MirrorTo::Url { wanted, place } => {
+                        let of = place.upstream.as_ref().map(|upstream| format!(" of {}", upstream.key));
+                        let host = wanted.host.as_ref().map(|host| format!(" as {host}"));
+                        let body = if wanted.has_body { "" } else { " without bodies" };
+                        format!("{}{}{}{body}", wanted.url, of.unwrap_or_default(), host.unwrap_or_default())
+                    }
+                };
+                text.push_str(&format!(" mirror {to} {}/{}", mirror.part, mirror.whole));
             }
             other => text.push_str(&format!(" {other:?}")),
         }
@@ -355,15 +372,13 @@ fn treatment(policy: &Policy) -> String {
 /// Whom a route asks, and what of the answer it takes.
 fn asks(external: &External) -> String {
     let question = &external.question;
-    let url = &question.url;
-    let scheme = if url.is_tls { "https" } else { "http" };
-    let mut text = format!("asks {scheme}://{}{}", url.authority, url.path);
+    let mut text = format!("asks {}", question.url);
     let mut tell = |word: &str, what: Option<String>| {
         if let Some(what) = what {
             text.push_str(&format!(" {word} {what}"));
         }
     };
-    tell("of", external.upstream.as_ref().map(|upstream| upstream.key.to_string()));
+    tell("of", external.place.upstream.as_ref().map(|upstream| upstream.key.to_string()));
     tell("by", question.method.as_ref().map(ToString::to_string));
     tell("signin", question.signin.as_ref().map(|signin| format!("{}#{}", signin.url, signin.argument)));
     tell("takes", (!question.passed.is_empty()).then(|| format!("{:?}", question.passed)));

@@ -1,5 +1,6 @@
 //! How requests of a route are treated, apart from where they go.
 
+use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -138,6 +139,8 @@ pub struct Policy {
     pub external: Option<Arc<External>>,
     /// Nobody is let in, as what was written about it makes no sense.
     pub is_shut: bool,
+    /// An address that may come needs no password, and so on: who gets past one of them is in.
+    pub one_is_enough: bool,
     /// Which certificates clients must show, on all routes of their host.
     pub clients: Option<Clients>,
     /// Who answers in place of an endpoint.
@@ -152,6 +155,22 @@ pub struct Policy {
     pub traces: Option<bool>,
     /// A trace that a request brings is its own.
     pub trusts_trace: bool,
+}
+
+impl Policy {
+    /// Whether an address may come; `None`: nothing is said of it.
+    pub fn allows(&self, ip: IpAddr) -> Option<bool> {
+        let is_among = |ranges: &[IpNet]| ranges.iter().any(|range| range.contains(&ip));
+        if is_among(&self.deny) {
+            return Some(false);
+        }
+        (!self.allow.is_empty()).then(|| is_among(&self.allow))
+    }
+
+    /// Somebody is asked who may come, whatever the address.
+    pub fn has_doors(&self) -> bool {
+        self.basic.is_some() || self.external.is_some() || self.is_shut
+    }
 }
 
 impl Default for Policy {
@@ -182,6 +201,7 @@ impl Default for Policy {
             basic: None,
             external: None,
             is_shut: false,
+            one_is_enough: false,
             clients: None,
             pages: None,
             answer_headers: None,

@@ -201,6 +201,62 @@ fn an_ingress_leads_from_outside_to_pods() {
     alone(cluster);
 }
 
+/// What annotations name is read with the rights of a node: ConfigMaps, Secrets, and who is asked.
+#[test]
+fn annotations_read_config_maps_and_secrets_with_the_rights_of_nodes() {
+    let cluster = Cluster::up(&kubectls()[0], 1);
+    let cluster = &cluster;
+    apply(cluster, OBJECTS);
+    apply(cluster, &secret("1", "shop.example"));
+    expect(cluster, "kubectl rollout status deployment/two --timeout=60s");
+    let Ports { http, https } = ports(cluster, "fairlead-ingress");
+    let answers = |flags: &str, status: &str| {
+        let seen = curl(cluster, 1, flags, "https", &https, "/two");
+        let head = |line: &str| line.trim_start_matches("< ").starts_with("HTTP/") && line.contains(status);
+        seen.lines().any(head)
+    };
+    let annotate = |text: &str| {
+        expect(cluster, &format!("kubectl annotate --overwrite ingress shop nginx.ingress.kubernetes.io/{text}"));
+    };
+    until("the path answers", || answers("", " 200"));
+
+    // Headers of every answer are a ConfigMap's, and change with it.
+    let says = |value: &str| {
+        let seen = curl(cluster, 1, "", "http", &http, "/two").to_ascii_lowercase();
+        seen.contains(&format!("x-shop: {value}"))
+    };
+    expect(cluster, "kubectl create configmap headers --from-literal=X-Shop=open");
+    annotate("custom-headers=headers");
+    until("the ConfigMap's header is there", || says("open"));
+    expect(cluster, "kubectl patch configmap headers --patch '{\"data\": {\"X-Shop\": \"closed\"}}'");
+    until("the header is another", || says("closed"));
+
+    // Whoever cannot be asked lets nobody in.
+    annotate("auth-url=http://nobody.default.svc/");
+    until("nobody is asked", || answers("", " 500"));
+    annotate("auth-url=http://two.default.svc/");
+    until("a Service lets everybody in", || answers("", " 200"));
+
+    // Clients show a certificate of the Secret's authority; the Secret may come later.
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut params = rcgen::CertificateParams::new(Vec::new()).expect("no names");
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "authority");
+    let authority = params.self_signed(&key).expect("signed").pem();
+    let issuer = rcgen::Issuer::new(params, key);
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let signed = rcgen::CertificateParams::new(vec!["client.example".to_owned()]).expect("a name");
+    let signed = signed.signed_by(&key, &issuer).expect("signed").pem();
+    for (name, text) in [("ca.crt", authority), ("client.pem", signed + &key.serialize_pem())] {
+        std::fs::write(cluster.dir().join(name), text).expect("written");
+    }
+    annotate("auth-tls-secret=default/clients");
+    until("nobody knows whom to let in", || answers("--cert $TMP/client.pem", " 403"));
+    expect(cluster, "kubectl create secret generic clients --from-file=ca.crt=$TMP/ca.crt");
+    until("the client's certificate is known", || answers("--cert $TMP/client.pem", " 200"));
+    until("who shows none stays outside", || answers("", " 400"));
+}
+
 /// By the manifest, as pods, with their own rights and a class of their own.
 fn alone(cluster: &Cluster) {
     let deploy = format!(

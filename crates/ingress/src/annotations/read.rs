@@ -148,6 +148,13 @@ const READERS: &[(&str, Reader)] = &[
         draft.settings.policy.hash_by = Some(by);
         Ok(())
     }),
+    ("satisfy", |draft, text| match text {
+        "any" | "all" => {
+            draft.settings.policy.one_is_enough = text == "any";
+            Ok(())
+        }
+        _ => Err("is neither any nor all".to_owned()),
+    }),
     ("limit-rps", |draft, text| number(text).map(|rate| draft.limits.per_second = rate)),
     ("limit-rpm", |draft, text| number(text).map(|rate| draft.limits.per_minute = rate)),
     ("limit-connections", |draft, text| number(text).map(|count| draft.limits.at_once = count)),

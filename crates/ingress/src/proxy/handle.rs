@@ -178,8 +178,8 @@ fn decide(
     let route = arrival.route.clone();
     let policy = &route.policy;
     let ip = client.peer.ip();
-    let is_allowed = policy.allow.is_empty() || policy.allow.iter().any(|range| range.contains(&ip));
-    if !is_allowed || policy.deny.iter().any(|range| range.contains(&ip)) {
+    let has_more_doors = policy.one_is_enough && policy.has_doors();
+    if policy.allows(ip) == Some(false) && !has_more_doors {
         return Some(answer(StatusCode::FORBIDDEN, "this address may not come here\n"));
     }
     if let Some(limits) = &policy.limits {
@@ -233,18 +233,31 @@ async fn admit(
     if policy.is_shut {
         return Some(answer(StatusCode::SERVICE_UNAVAILABLE, "who may come here is not known\n"));
     }
-    if let Some(basic) = &policy.basic
-        && let Some(response) = knows(basic, request).await
-    {
-        return Some(response);
+    if policy.one_is_enough && policy.allows(client.peer.ip()) == Some(true) {
+        return None;
     }
+    let mut refused = None;
+    if let Some(basic) = &policy.basic {
+        match (knows(basic, request).await, policy.one_is_enough) {
+            (None, true) => return None,
+            (Some(response), false) => return Some(response),
+            (response, _) => refused = response,
+        }
+    }
+    let Some(external) = &policy.external else { return refused };
     // Rarely there, and large: in a box it costs the others nothing.
-    match Box::pin(ask(worker, client, arrival, policy.external.as_ref()?, request)).await {
+    match Box::pin(ask(worker, client, arrival, external, request)).await {
         Admission::In(granted) => {
             arrival.granted = Some(granted);
             None
         }
-        Admission::Out(response) => Some(*response),
+        Admission::Out(response) => {
+            // Who may still say who it is hears that.
+            let asks = refused.filter(|first| {
+                first.status() == StatusCode::UNAUTHORIZED && response.status() == StatusCode::FORBIDDEN
+            });
+            Some(asks.unwrap_or(*response))
+        }
     }
 }
 

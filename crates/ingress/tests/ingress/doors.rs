@@ -42,6 +42,58 @@ async fn who_has_no_password_stays_outside() {
 }
 
 #[tokio::test]
+async fn one_way_in_is_enough_where_the_ingress_says_so() {
+    let (mut world, backend) = one().await;
+    let asked = Backend::start(|request| async move {
+        let mut response = Response::new(text(""));
+        if !request.headers().contains_key("x-friend") {
+            *response.status_mut() = http::StatusCode::FORBIDDEN;
+        }
+        response
+    })
+    .await;
+    world.serve("auth", &[asked.address]);
+    let key = Key::new("shop", "who");
+    let file = HashMap::from([("auth".to_owned(), BASE64.encode("ann:{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="))]);
+    let basic = format!("{NGINX}/auth-type: basic, {NGINX}/auth-secret: who");
+    let auth = format!("{basic}, {NGINX}/auth-url: \"http://auth.shop.svc/\"");
+    let near = format!("{NGINX}/whitelist-source-range: 127.0.0.0/8");
+    let far = format!("{NGINX}/whitelist-source-range: 192.0.2.0/24");
+    let denied = format!("{NGINX}/denylist-source-range: 127.0.0.0/8");
+    let (any, all) = (format!("{NGINX}/satisfy: any"), format!("{NGINX}/satisfy: all"));
+    const ANN: &str = "-u ann:secret ";
+    const FRIEND: &str = "-H X-Friend:\u{a0}yes ";
+    for (annotations, flags, status) in [
+        (vec![&near, &basic, &any], "", 200),
+        (vec![&near, &basic, &all], "", 401),
+        (vec![&far, &basic, &any], "", 401),
+        (vec![&far, &basic, &any], ANN, 200),
+        (vec![&far, &basic, &all], ANN, 403),
+        (vec![&denied, &basic, &any], ANN, 200),
+        (vec![&denied, &basic, &any], "", 401),
+        // Without another way in there is the address only.
+        (vec![&far, &any], ANN, 403),
+        (vec![&near, &any], "", 200),
+        (vec![&auth, &any], "", 401),
+        (vec![&auth, &any], ANN, 200),
+        (vec![&auth, &any], FRIEND, 200),
+        (vec![&auth, &all], ANN, 403),
+        (vec![&auth, &all], FRIEND, 401),
+        (vec![&auth, &near, &any], "", 200),
+    ] {
+        let said: Vec<&str> = annotations.iter().map(|one| one.as_str()).collect();
+        world.apply(&[&ingress(&said.join(", "))]);
+        world.compiler.wanted_secrets();
+        world.compiler.set_secret(&key, SecretState::of(Some(&file)));
+        let before = backend.count();
+        let seen = world.curl(&format!("{flags}http://shop.example/")).await;
+        assert!(seen.starts_with(&format!("HTTP/1.1 {status}")), "{said:?} {flags}: {seen}");
+        assert_eq!(backend.count() - before, usize::from(status == 200), "{said:?} {flags}");
+    }
+    world.end().await;
+}
+
+#[tokio::test]
 async fn redirects_and_cookies_of_endpoints_are_made_those_of_the_outside() {
     let backend = Backend::start(|_| async {
         let mut response = Response::new(text("moved"));

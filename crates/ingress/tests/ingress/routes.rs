@@ -334,6 +334,7 @@ fn treatment(policy: &Policy) -> String {
         tell(true, asks(external));
     }
     tell(policy.is_shut, "shut".to_owned());
+    tell(policy.one_is_enough, "one is enough".to_owned());
     if let Some(clients) = &policy.clients {
         let ClientAuth { wanted, roots } = &*clients.0;
         let who = if wanted.is_broken || roots.is_none() { "nobody" } else { "known" };
